@@ -1,0 +1,146 @@
+"""Checkpoints: atomic save, verified load, retention. Imported by train.py and by every script that takes a run.
+
+    save('runs/x/checkpoints/step_0001000.pt', state)
+    path, state = find('runs/x')               # the newest good checkpoint of a run, or a file
+    model, state = load_model('runs/x', device)
+
+A checkpoint is one dict of tensors and plain containers in torch's zip format. It is always read with
+weights_only=True, which unpickles nothing else, so a file from a stranger can't run code.
+"""
+import contextlib
+import os
+import re
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from configurator import UserError, typed
+from model import GPT, GPTConfig
+
+VERSION = 1
+KEYS = ('model', 'optimizer', 'step', 'config', 'tokenizer')  # what a checkpoint must have to be one of ours
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file open for writing that becomes `path` only if all went well: temporary name, fsync, rename."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk, too
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save(path, state):
+    """Write `state` to `path`, whole or not at all; UserError if the disk won't take it."""
+    try:
+        with replacing(path) as file:
+            torch.save({'format': 'nanotrix-checkpoint', 'version': VERSION, **state}, file)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, 'strerror', None) or str(cause).split('\n')[0]
+        older = [p.name for p in steps(Path(path).parent)]
+        raise UserError(f'{path}: could not be written ({reason}); '
+                        + (f'{older[-1]} is the newest good checkpoint' if older else 'there is no older checkpoint')
+                        + '; free some space and continue with --resume=auto') from error
+
+
+def load(path, map_location='cpu'):
+    """The dict in a checkpoint file, verified (every record's CRC-32); UserError for anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise UserError(f'{path}: damaged (record {damaged} fails its checksum)')
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except UserError:
+        raise
+    except zipfile.BadZipFile:
+        raise UserError(f'{path}: truncated, or not a checkpoint')
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror or error}')
+    except Exception as error:  # weights_only raises several types at what it won't unpickle
+        if 'weights_only' in str(error) or 'Unsupported' in str(error):
+            raise UserError(f'{path}: refused, it holds Python objects that are not plain tensors and containers')
+        raise UserError(f'{path}: damaged ({type(error).__name__})')
+    if not isinstance(state, dict) or state.get('format') != 'nanotrix-checkpoint':
+        raise UserError(f'{path}: not a checkpoint of this project')
+    if state.get('version') != VERSION or any(key not in state for key in KEYS):
+        raise UserError(f'{path}: checkpoint version {state.get("version")}, this code reads version {VERSION}')
+    return state
+
+
+def steps(directory):
+    """The step_*.pt files of a directory, oldest first."""
+    return sorted(Path(directory).glob('step_*.pt'), key=lambda p: int(re.sub(r'\D', '', p.stem) or -1))
+
+
+def find(run, map_location='cpu', say=print):
+    """A checkpoint file, or a run directory's newest one that is good -> (path, state). UserError if there is none.
+
+    Damaged ones are named and skipped."""
+    run = Path(run)
+    if run.is_file():
+        return run, load(run, map_location)
+    if not run.is_dir():
+        raise UserError(f'{run}: no such run or checkpoint')
+    for path in reversed(steps(run / 'checkpoints')):
+        try:
+            return path, load(path, map_location)
+        except UserError as error:
+            say(f'skipped: {error}')
+    raise UserError(f'{run}: no good checkpoint in {run / "checkpoints"}')
+
+
+def model_config(state, path):
+    """The GPTConfig that a checkpoint was trained with. UserError if it can't be one."""
+    try:
+        config = GPTConfig(**{f.name: typed(state['config'][f.name], f.type) for f in fields(GPTConfig)
+                              if f.name in state['config']})
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f'{path}: its config has values of the wrong type')
+    if problems := config.problems():
+        raise UserError(*(f'{path}: {problem}' for problem in problems))
+    return config
+
+
+def load_weights(model, state, path):
+    """Copy a checkpoint's weights into the model; UserError that names what doesn't fit."""
+    try:
+        saved, own = state['model'], model.state_dict()
+        wrong = [name for name in sorted(saved.keys() | own.keys())
+                 if name not in saved or name not in own or saved[name].shape != own[name].shape]
+    except AttributeError:
+        raise UserError(f'{path}: its weights are not a dict of tensors')
+    if wrong:
+        raise UserError(f'{path}: of another architecture: {", ".join(wrong[:3])}'
+                        + (f' and {len(wrong) - 3} more' if wrong[3:] else '') + ' do not fit the model')
+    model.load_state_dict(saved)
+
+
+def load_model(run, device):
+    """A run directory or checkpoint file -> (GPT in eval mode on the device, the checkpoint's dict)."""
+    path, state = find(run, device)
+    model = GPT(model_config(state, path)).to(device)
+    load_weights(model, state, path)
+    return model.eval(), state
+
+
+def retain(directory, keep, forever):
+    """Delete all but the newest `keep` checkpoints (0: none is deleted) and those whose step is in `forever`."""
+    names = {f'step_{step:07d}.pt' for step in forever}
+    for path in steps(directory)[:-keep] if keep else []:
+        if path.name not in names:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,2 @@
+ffn = 'trix'
+max_steps = 60

@@ -1,0 +1,236 @@
+"""
+Config files and --key=value -> one typed, checked config. Imported by every script:
+
+    config = load(argv, GPTConfig, TrainConfig, usage=__doc__)   # python train.py config/a.py config/b.py --n_layer=12
+    model = GPT(config.pick(GPTConfig))
+    print(config.table())
+
+The keys are the fields of the dataclasses; a field's trailing comment is its documentation, printed by --help.
+A config file is plain Python: `n_layer = 12`. It reads the defaults and the values of earlier files as variables.
+Later files win over earlier ones, and the command line wins over all files.
+"""
+import ast
+import builtins
+import difflib
+import inspect
+import math
+import os
+import sys
+import textwrap
+import traceback
+import types
+from contextlib import suppress
+from dataclasses import MISSING, fields
+from itertools import takewhile
+from pathlib import Path
+from typing import get_type_hints
+
+KINDS = {int: 'int', float: 'float', bool: 'bool', str: 'str', tuple[int, ...]: 'int,int,...'}  # as users read them
+
+
+class UserError(Exception):
+    """Mistakes of the user or of an input: UserError('one problem', 'another'). str() is one line a problem."""
+
+    def __str__(self):
+        return '\n'.join(' '.join(map(str.strip, problem.splitlines())) for problem in self.args)
+
+
+class Config:
+    """Every key is an attribute; `source` maps it to 'default', 'config/x.py' or 'command line', in field order."""
+
+    def __init__(self, values, source):
+        vars(self).update(values, source=source)
+
+    def __setattr__(self, key, value):
+        assert key in self.source, f'config.{key} = ...: no class has such a field{nearest(key, self.source)}'
+        vars(self)[key] = value
+
+    def pick(self, cls):
+        """The instance of one of the classes with the values of its fields."""
+        return cls(**{field.name: getattr(self, field.name) for field in fields(cls)})
+
+    def as_dict(self):
+        """Plain values in field order, equal to what comes back from JSON (so a tuple is a list)."""
+        values = {key: getattr(self, key) for key in self.source}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def table(self):
+        return columns([(key, repr(getattr(self, key)), where) for key, where in self.source.items()])
+
+
+def load(argv, *classes, positional=(), usage='', check=None):
+    """
+    Resolve the command line against dataclasses; raise UserError with all problems at once. Words that are neither
+    --key=value nor a .py file fill the fields named by `positional`, in turn. Impossible combinations are named by a
+    class's own `problems(self) -> list[str]`, and across classes by `check(config) -> list[str]`.
+    """
+    kinds, values = schema(classes)
+    assert set(positional) <= set(kinds), f'positional={positional}: name fields of the classes'
+    if '--help' in argv or '-h' in argv:
+        print('\n\n'.join([usage.strip(), *map(describe, classes)]).strip(), flush=True)
+        raise SystemExit(0)
+
+    source = dict.fromkeys(values, 'default')
+    unreadable, unknown = [], []  # apart, because combinations can't be judged while a value is missing
+
+    def assign(where, key, value, written):
+        if key not in kinds:
+            unknown.append(f'{where}: unknown key {key!r}{nearest(key, kinds)}')
+            return
+        try:
+            values[key], source[key] = typed(value, kinds[key]), where
+        except (ValueError, OverflowError):
+            unreadable.append(f'{written}: expected {KINDS[kinds[key]]}')
+
+    paths = [item for item in argv if item.endswith('.py') and not item.startswith('--')]
+    for path in paths:
+        try:
+            assigned = run_file(path, values)
+        except UserError as error:
+            unreadable.extend(error.args)
+            continue
+        for key, value in assigned.items():
+            assign(path, key, value, f'{path}: {key} = {value!r}')
+
+    slots = iter(positional)
+    for item in argv:
+        if item.startswith('--'):
+            key, equals, text = item[2:].partition('=')
+            key = key.replace('-', '_')
+            if not equals and kinds.get(key, bool) is not bool:
+                unreadable.append(f'--{key} needs a value: --{key}=...')
+                continue
+            text = text if equals else 'true'
+        elif item in paths:
+            continue
+        elif key := next(slots, None):
+            text = item
+        else:
+            unknown.append(f'unexpected argument {item!r}' if positional else
+                             f'{item}: not a config file (they end in .py) and not --key=value')
+            continue
+        assign('command line', key, parse(text, kinds.get(key)), f'--{key}={text!r}')
+
+    config = Config(values, source)
+    problems = unreadable + unknown
+    if not unreadable:
+        problems += [problem for cls in classes if hasattr(cls, 'problems') for problem in config.pick(cls).problems()]
+        problems += check(config) if check else []
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def schema(classes):
+    """The type and the default of every key, in field order."""
+    kinds, values = {}, {}
+    for cls in classes:
+        hints = get_type_hints(cls)
+        for field in fields(cls):
+            key, kind = field.name, hints[field.name]
+            where = f'{cls.__name__}.{key}'
+            assert key not in kinds, f'{where}: another class has this field, rename one'
+            assert key != 'source' and not hasattr(Config, key), f'{where}: Config uses this name, rename it'
+            assert kind in KINDS and field.default is not MISSING, f'{where}: give it a default and a type of KINDS'
+            kinds[key], values[key] = kind, field.default
+    return kinds, values
+
+
+def run_file(path, values):
+    """Run a config file; return the names that it assigns, without its helpers. Raises UserError."""
+    if not Path(path).is_file():
+        siblings = {file.stem: str(file) for file in Path(path).parent.glob('*.py')}  # stems: all names share '.py'
+        raise UserError(f'{path}: no such file{nearest(Path(path).stem, siblings, siblings.get)}')
+    # The values so far stand where built-in names do: readable from everywhere in the file (comprehensions and
+    # functions too), while the namespace itself ends up with what the file assigned and nothing else.
+    namespace = {'__builtins__': {**vars(builtins), **values}}
+    try:
+        tree = ast.parse(Path(path).read_bytes(), path)
+        exec(compile(tree, path, 'exec', dont_inherit=True), namespace)
+    except (Exception, SystemExit) as error:  # SystemExit: a config file must not end the program without a word
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = lines[-1] if lines else getattr(error, 'lineno', None)  # a file that doesn't parse has no frame
+        where = f'{path}:{line}' if line else path
+        raise UserError(f'{where}: {traceback.format_exception_only(error)[-1]}') from error
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+    def is_helper(name, value):
+        return name[0] == '_' or name in read or isinstance(value, types.ModuleType) or callable(value)
+    return {name: value for name, value in namespace.items() if name in values or not is_helper(name, value)}
+
+
+def parse(text, kind):
+    """The Python value that `text` writes. Where it writes none it stays text, for `typed` to refuse."""
+    if kind is bool:
+        return {'true': True, '1': True, 'false': False, '0': False}.get(text.lower(), text)
+    if kind == tuple[int, ...]:
+        return [parse(part, int) for part in text.split(',')] if text else []
+    if kind in (int, float):
+        with suppress(ValueError):
+            return int(text)
+        with suppress(ValueError):
+            if math.isfinite(float(text)) or 'inf' in text.lower():  # 1e999 is a slip, inf is a choice
+                return float(text)
+    return text
+
+
+def typed(value, kind):
+    """`value` as `kind`: 5e6 is an int, 2.5 and True are not. Raises ValueError, or OverflowError for a huge int."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int and number and value % 1 == 0:  # false for inf and nan
+        return int(value)
+    if kind is float and number and not math.isnan(value):
+        return float(value)
+    if kind is bool and isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind == tuple[int, ...] and isinstance(value, (list, tuple)):
+        return tuple(typed(item, int) for item in value)
+    raise ValueError
+
+
+def nearest(name, names, shown=str):
+    match = difflib.get_close_matches(name, names, 1)
+    return f', did you mean {shown(match[0])!r}?' if match else ''
+
+
+def describe(cls):
+    """The --help of a dataclass: key, type, default and comment of each field."""
+    code = textwrap.dedent(inspect.getsource(cls))
+    lines, hints, rows, said = code.split('\n'), get_type_hints(cls), [], {}
+    for node in ast.parse(code).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()  # ast counts columns in bytes
+            below = takewhile(lambda line: line.lstrip().startswith('#'), lines[node.end_lineno:])
+            said[node.target.id] = [line.lstrip(' #') for line in (rest, *below)]
+    for field in fields(cls):
+        first, *more = said[field.name]
+        rows.append((f'  --{field.name}', KINDS[hints[field.name]], repr(field.default), first))
+        rows.extend(('', '', '', line) for line in more)
+    return f'{cls.__name__}\n{columns(rows)}'
+
+
+def columns(rows):
+    """Rows of strings as aligned lines. One very long cell pushes only its own line."""
+    widths = [min(32, max(map(len, column))) for column in zip(*rows)]
+    return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def run(main):
+    """Call main(sys.argv[1:]) as a program: a UserError is a line a problem and exit code 2, never a traceback."""
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()  # here, where a closed pipe is caught, and not while the interpreter shuts down
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # the reader of our output went away, as in `python watch.py runs/x | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        raise  # some other pipe, say to a worker process that died

@@ -1,0 +1,259 @@
+"""
+Prepared token bins -> batches, as a pure function of (seed, step). Imported by train.py, evaluate.py, bench.py, prepare.py:
+
+    data = TokenData('data/pylib', block_size=256, vocab_size=8192)
+    x, y = data.batch(step, micro, batch_size=16, batch_rows=64, rank=0, world=2, seed=1337)   # (16, 256) each
+    x, y = data.val_batch(data.val_windows(eval_tokens=500_000)[:16])
+    encoding = load_tokenizer('data/pylib')                                                   # a tiktoken.Encoding
+
+A loader has no state, so a resumed run and a run on another number of processes see the very same batches.
+"""
+import base64
+import hashlib
+import json
+import os
+import re
+import time
+from bisect import bisect_left, bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from configurator import UserError
+
+VERSION = 1  # of meta.json and of tokenizer.json
+EOT = '<|endoftext|>'
+HASHED_BYTES = 2 * 10**9  # hashing 20 GB at every start would take a minute: above this a file is checked batch by batch
+GAMMA = 0x9e3779b97f4a7c15  # 2^64 / golden ratio: keeps `mix` away from its fixed point 0
+
+
+def data_dir(dataset, root='data'):
+    """'pylib' -> data/pylib, 'text:my/notes' -> data/text-my-notes-<hash>; a path ('data/x', with its slash) is itself."""
+    kind, colon, path = dataset.partition(':')
+    if not colon:
+        return Path(dataset) if '/' in dataset else Path(root) / dataset
+    slug = re.sub(r'[^A-Za-z0-9.]+', '-', path).strip('-.')[-60:]
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:6]  # a/b and a-b have the same slug
+    return Path(root) / f'{kind}-{slug}-{digest}'
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}')
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not JSON ({error}); remove {path.parent} and prepare it again')
+
+
+def load_tokenizer(source):
+    """
+    tiktoken.Encoding from tokenizer.json: its path, the directory that holds it, or its content (as a checkpoint keeps it).
+    Raises UserError unless the ranks hold every single byte, nothing twice, and the special tokens come directly after them.
+    """
+    if isinstance(source, dict):
+        where, content = 'the tokenizer', source
+    else:
+        where = Path(source) / 'tokenizer.json' if Path(source).is_dir() else Path(source)
+        content = read_json(where)
+    try:
+        if (content['format'], content['version']) != ('nanotrix-tokenizer', VERSION):
+            raise ValueError(f"format {content['format']!r} version {content['version']!r}, expected version {VERSION}")
+        ranks = [base64.b64decode(rank, validate=True) for rank in content['ranks']]
+        special = content['special_tokens']
+        if missing := set(range(256)) - {rank[0] for rank in ranks if len(rank) == 1}:
+            raise ValueError(f'no rank for the byte {min(missing)}')
+        if len(set(ranks)) < len(ranks) or b'' in ranks:
+            raise ValueError('a rank is empty or there twice')
+        if EOT not in special or sorted(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
+            raise ValueError(f'special tokens {special}, expected {EOT} and ids from {len(ranks)} on')
+        if len(ranks) + len(special) > 2**16:
+            raise ValueError(f'{len(ranks) + len(special)} tokens, more than the 65536 that uint16 can number')
+        return tiktoken.Encoding(content['name'], pat_str=content['pattern'], special_tokens=special,
+                                 mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
+    except KeyError as error:
+        raise UserError(f'{where}: broken tokenizer: no {error}')
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'{where}: broken tokenizer: {error}')
+
+
+def token_bytes(encoding):
+    """(n_vocab,) int32: length of every token in bytes, 0 for special tokens. For bits per byte."""
+    lengths = np.zeros(encoding.n_vocab, np.int32)
+    for token in range(encoding.n_vocab - len(encoding.special_tokens_set)):
+        lengths[token] = len(encoding.decode_single_token_bytes(token))
+    return lengths
+
+
+def mix(x):
+    """uint64 array -> uint64 array, a bijection in which every bit of x reaches every bit: the finaliser of splitmix64."""
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9
+    x = (x ^ (x >> 27)) * 0x94d049bb133111eb
+    return x ^ (x >> 31)
+
+
+def permute(i, n, key):
+    """
+    The i-th element of range(n) in the order that `key` stands for. i: integer array, key: integer or array like i.
+
+    A Feistel network is a bijection of range(2^bits); a value that falls outside range(n) goes through it again until it is
+    inside (cycle walking: Black and Rogaway 2002), fewer than 2 times on average. Unlike numpy's permutation it needs no
+    memory for n and is the same in every version.
+    """
+    i = np.asarray(i).astype(np.uint64)
+    key = np.broadcast_to(np.asarray(key).astype(np.uint64), i.shape)
+    bits = (n - 1).bit_length()
+    low = (bits + 1) // 2
+    keys = [key := mix(key + GAMMA) for _ in range(6)]  # one a round: with 4 the orders of a tiny n are not equally likely
+
+    def feistel(x, keys):
+        left, right = x >> low, x & (2**low - 1)
+        for even, odd in zip(keys[::2], keys[1::2]):
+            left = left ^ (mix(right ^ even) & (2**(bits - low) - 1))
+            right = right ^ (mix(left ^ odd) & (2**low - 1))
+        return left << low | right
+
+    out = feistel(i, keys)
+    while len(outside := np.flatnonzero(out >= n)):
+        out[outside] = feistel(out[outside], [key[outside] for key in keys])
+    return out.astype(np.int64)
+
+
+class TokenData:
+    """
+    A prepared directory: .meta, .tokenizer (the content of tokenizer.json), .fingerprint, .train_tokens, .n_windows.
+
+    Window i of a split covers the tokens [i*T, i*T + T + 1), T = block_size: inputs, and targets one further. Everything that
+    can be wrong with the directory is a UserError here; what is too big to read at every start is one in `batch`.
+    """
+
+    def __init__(self, path, block_size, vocab_size):
+        self.path, self.block_size = Path(path), block_size
+        file = self.path / 'meta.json'
+        self.again = f'remove {self.path} and prepare it again'
+        if not file.is_file():
+            raise UserError(f'{self.path}: no prepared data (no meta.json): '
+                            f'make it with python prepare.py --dataset=NAME --out={self.path}')
+        self.meta = read_json(file)
+        try:
+            if self.meta['version'] != VERSION:
+                raise UserError(f"{file}: version {self.meta['version']!r}, expected {VERSION}: {self.again}")
+            self.n_vocab = int(self.meta['vocab_size'])
+            entries = {split: [(entry['name'], int(entry['tokens']), entry['sha256']) for entry in self.meta['files'][split]]
+                       for split in ('train', 'val')}
+            content = [self.meta['source'], *([sha256 for *_, sha256 in entries[split]] for split in entries)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f'{file}: broken ({error!r}): {self.again}')
+        if self.n_vocab > vocab_size:
+            raise UserError(f'{self.path} has a vocabulary of {self.n_vocab}, the model only {vocab_size}: '
+                            f'--vocab_size={self.n_vocab}')
+        tokens = load_tokenizer(self.path).n_vocab
+        self.tokenizer = read_json(self.path / 'tokenizer.json')
+        if tokens != self.n_vocab:
+            raise UserError(f"{self.path / 'tokenizer.json'}: {tokens} tokens, but meta.json says {self.n_vocab}: {self.again}")
+        content.append(self.tokenizer)
+        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+        self.shards, self.starts, totals = {}, {}, {}
+        for split, listed in entries.items():
+            self.shards[split] = [self.open(*entry) for entry in listed]
+            ends = np.cumsum([len(shard) for shard in self.shards[split]]).tolist()
+            self.starts[split], totals[split] = [0, *ends[:-1]], ends[-1] if ends else 0
+            if totals[split] < block_size + 1:
+                raise UserError(f'{self.path}: the {split} split has {totals[split]} tokens, fewer than one window of block_size '
+                                f'+ 1 = {block_size + 1}: a smaller --block_size, or prepare more text'
+                                + (' or a larger --val_ratio' if split == 'val' else ''))
+        self.train_tokens = totals['train']
+        self.n_windows = (totals['train'] - 1) // block_size
+        self.n_val_windows = (totals['val'] - 1) // block_size
+
+    def open(self, name, tokens, sha256):
+        """The ids of a bin, memory-mapped: size, sha256 and ids checked."""
+        file = self.path / name
+        try:
+            if (size := file.stat().st_size) != 2 * tokens:
+                raise UserError(f'{file}: {size} bytes, but meta.json says {2 * tokens}: {self.again}')
+            # A plain view: slices of a np.memmap object cost ten times as much. An empty file can't be mapped.
+            ids = np.asarray(np.memmap(file, '<u2', 'r')) if size else np.zeros(0, '<u2')
+        except OSError as error:
+            raise UserError(f'{file}: {error.strerror}: {self.again}')
+        if size <= HASHED_BYTES:
+            digest = hashlib.sha256()
+            for start in range(0, tokens, 2**22):
+                chunk = ids[start:start + 2**22]
+                digest.update(chunk)
+                if chunk.max() >= self.n_vocab:
+                    at = int(np.argmax(chunk >= self.n_vocab))
+                    raise UserError(f'{file}: id {chunk[at]} at position {start + at} is outside the vocabulary of '
+                                    f'{self.n_vocab}: {self.again}')
+            if digest.hexdigest() != sha256:
+                raise UserError(f'{file}: damaged, its sha256 is not the one in meta.json: {self.again}')
+        return ids
+
+    def read(self, split, start, stop):
+        """Tokens [start, stop) of a split, over as many shards as they lie in."""
+        starts = self.starts[split]
+        first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
+        return np.concatenate([self.shards[split][k][max(0, start - starts[k]):stop - starts[k]] for k in range(first, last)])
+
+    def gather(self, split, windows):
+        """(n,) windows -> x, y: (n, T) int64"""
+        T = self.block_size
+        tokens = np.stack([self.read(split, w * T, w * T + T + 1) for w in windows.tolist()]).astype(np.int64)  # (n, T + 1)
+        if tokens.max() >= self.n_vocab:
+            row, column = np.argwhere(tokens >= self.n_vocab)[0]
+            raise UserError(f'{self.path}: id {tokens[row, column]} at position {windows[row] * T + column} of the {split} split '
+                            f'is outside the vocabulary of {self.n_vocab}: {self.again}')
+        return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+    def rows(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0):
+        """(batch_size,) int64: the windows of one micro-step. A step's batch_rows sequences are dealt to micro-steps and ranks."""
+        number = step * batch_rows + (micro * world + rank) * batch_size + np.arange(batch_size)
+        epoch, i = np.divmod(number, self.n_windows)  # every window once an epoch
+        key = mix(mix(np.array([seed]).astype(np.uint64) + GAMMA) + epoch.astype(np.uint64))
+        return permute(i, self.n_windows, key)
+
+    def batch(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0):
+        """x, y: (batch_size, T) int64. The union over micro-steps and ranks is the same for any number of processes."""
+        return self.gather('train', self.rows(step, micro, batch_size, batch_rows, rank, world, seed))
+
+    def val_windows(self, eval_tokens=0):
+        """(n,) int64: the fixed windows of an evaluation on about eval_tokens (0: all), spread evenly over the validation split."""
+        n = self.n_val_windows
+        count = min(n, max(1, eval_tokens // self.block_size)) if eval_tokens else n
+        return np.arange(count) * n // count
+
+    def val_batch(self, windows):
+        """x, y: (len(windows), T) int64"""
+        return self.gather('val', windows)
+
+
+class Prefetcher:
+    """
+    Iterator over batch(*arguments) for every item of `sequence`, the next one made in a thread while the current one is used.
+    `wait` adds up the seconds that the consumer waited. What batch() raises, the consumer's next() raises.
+    """
+
+    def __init__(self, batch, sequence):
+        self.batch, self.sequence, self.wait = batch, iter(sequence), 0.0
+        self.pool = ThreadPoolExecutor(1)
+        self.submit()
+
+    def submit(self):
+        arguments = next(self.sequence, None)
+        self.ahead = None if arguments is None else self.pool.submit(self.batch, *arguments)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.ahead is None:
+            self.pool.shutdown()
+            raise StopIteration
+        start = time.perf_counter()
+        result = self.ahead.result()
+        self.wait += time.perf_counter() - start
+        self.submit()
+        return result

@@ -1,0 +1,94 @@
+"""Which hardware a script runs on: device, precision, peak speed and memory. Imported by every script that runs a model.
+
+    device, dtype, why = resolve('auto', 'auto')
+    with autocast(device, dtype): loss = model(idx, targets)
+"""
+import contextlib
+import resource
+import sys
+
+import torch
+
+from configurator import UserError
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+PEAK_TFLOPS = {  # dense bf16/fp16 tensor-core peaks from the vendors' data sheets, by a part of the device's name
+    'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'B200': 2250, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10G': 70, 'A10': 125,
+    'V100': 125, 'T4': 65, 'RTX 5090': 210, 'RTX 4090': 165, 'RTX 3090': 71, 'RTX A6000': 155,
+}
+
+
+def resolve(device, dtype):
+    """Config values -> (torch.device, torch.dtype, one line that says what was chosen and why).
+
+    Raises UserError for a device that isn't there and a precision that it can't do."""
+    wanted = device
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind, _, index = device.partition(':')
+    if kind not in ('cpu', 'cuda', 'mps') or index and not index.isdigit():
+        raise UserError(f'--device={wanted}: expected auto, cpu, cuda, cuda:N or mps')
+    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}[kind]
+    if not there:
+        raise UserError(f'--device={wanted}: torch {torch.__version__} finds no such device here; use --device=cpu')
+    if kind == 'cuda' and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f'--device={wanted}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}')
+    device = torch.device(device)
+
+    if dtype != 'auto' and dtype not in DTYPES:
+        raise UserError(f'--dtype={dtype}: expected auto, {", ".join(DTYPES)}')
+    if dtype == 'float16' and kind == 'cpu':
+        raise UserError('--dtype=float16 needs a GPU; on the CPU use float32')
+    if dtype == 'auto':
+        if kind != 'cuda':
+            dtype, why = 'float32', 'half precision is slow on most CPUs' if kind == 'cpu' else 'the safe choice on MPS'
+        elif torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype, why = 'bfloat16', 'the GPU has it'
+        else:
+            dtype, why = 'float16', 'the GPU has no bfloat16; gradients are scaled'
+    else:
+        why = 'as asked'
+    if kind == 'cuda':
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
+    name = torch.cuda.get_device_name(device) if kind == 'cuda' else f'{torch.get_num_threads()} threads'
+    return device, DTYPES[dtype], f'{device} ({name}), {dtype}: {why}'
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def choose_compile(setting, device):
+    """The `compile` knob (auto, true, false) -> (bool, one line that says why)."""
+    if setting in ('true', '1', 'false', '0'):
+        return setting in ('true', '1'), f'compile {setting}, as asked'
+    if setting != 'auto':
+        raise UserError(f'--compile={setting}: expected auto, true or false')
+    if device.type != 'cuda':
+        return False, f'compile off: it does not pay on {device.type} for short runs (--compile=true to try)'
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return False, 'compile off: the GPU is older than Triton supports'
+    return True, 'compile on: the first steps take a minute'
+
+
+def synchronize(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
+
+
+def peak_flops(device, dtype):
+    """FLOP/s of the device at best, None if unknown: no MFU is better than a false one."""
+    if device.type != 'cuda' or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gb(device):
+    """Most memory held so far: the GPU's tensors, elsewhere the resident memory of this process."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,115 @@
+"""Text from a trained model. A run directory or a checkpoint file is all it needs: the tokenizer is inside.
+
+    python sample.py runs/trix_tiny --prompt='def main(' --num=3 --temperature=0.8
+"""
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+import device as hardware
+from checkpoint import load_model
+from configurator import UserError, load, run
+from data import load_tokenizer
+
+
+@dataclass
+class SampleConfig:
+    run: str = ''  # run directory (its newest good checkpoint) or checkpoint file; may stand without --run=
+    prompt: str = ''  # text to continue (empty: the start of a document)
+    num: int = 1  # samples
+    max_new_tokens: int = 200  # tokens of each, at most
+    temperature: float = 0.8  # 0: always the likeliest token; below 1: safer, above: wilder
+    top_k: int = 0  # choose among the k likeliest tokens (0: all)
+    top_p: float = 1.0  # choose among the likeliest tokens that hold this much probability together
+    seed: int = 1337  # same seed, same text (on the same machine)
+    stop: bool = True  # stop at the end of a document
+    device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
+    dtype: str = 'auto'  # auto, float32, bfloat16 or float16
+
+    def problems(self):
+        found = [] if self.run else ['name a run directory or a checkpoint: python sample.py runs/x']
+        found += [f'{key}={getattr(self, key)} must be at least 1' for key in ('num', 'max_new_tokens') if getattr(self, key) < 1]
+        found += [f'{key}={getattr(self, key)} must not be negative' for key in ('temperature', 'top_k') if getattr(self, key) < 0]
+        return found + ([] if 0 < self.top_p <= 1 else [f'top_p={self.top_p} must lie in (0, 1]'])
+
+
+def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = (logits.float() / temperature).sort(-1, descending=True)
+    p = logits.softmax(-1)
+    p[:, top_k or p.size(-1):] = 0
+    p[p.cumsum(-1) - p >= top_p] = 0  # keep a token while those before it hold less than top_p
+    # On the CPU, whatever the device: a generator there gives the same text on any of them.
+    pick = torch.multinomial(p.cpu(), 1, generator=generator).to(order.device)
+    return order.gather(-1, pick).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=1337):
+    """Yield the next token (B,) int64, up to max_new_tokens times, after the prompts idx (B, T >= 1).
+
+    Only the first n_vocab ids are chosen from: a model's vocabulary may be padded beyond its tokenizer's. Every token costs one step with the cache. A full context goes on from its last half."""
+    training, size = model.training, model.config.block_size
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    cache, part = model.new_cache(), idx[:, -size:]
+    try:
+        for _ in range(max_new_tokens):
+            if cache[0].pos + part.size(1) > size:
+                cache, part = model.new_cache(), idx[:, -(size // 2 or 1):]
+            token = choose(model(part, cache=cache)[:, -1, :n_vocab], temperature, top_k, top_p, generator)
+            yield token
+            part = token[:, None]
+            idx = torch.cat((idx, part), 1)[:, -size:]
+    finally:
+        model.train(training)
+
+
+def encode(encoding, prompt):
+    """Prompt -> token ids; a prompt starts a document, as every document in training did."""
+    return [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+
+
+def stream(encoding, tokens, say):
+    """Say the text of token ids as it comes, whole characters at a time; returns how many there were."""
+    decoder, count = codecs.getincrementaldecoder('utf-8')('replace'), 0
+    for count, token in enumerate(tokens, 1):
+        say(decoder.decode(encoding.decode_single_token_bytes(token)))
+    say(decoder.decode(b'', final=True))
+    return count
+
+
+def main(argv):
+    config = load(argv, SampleConfig, positional=('run',), usage=__doc__)
+    device, dtype, chosen = hardware.resolve(config.device, config.dtype)
+    model, state = load_model(config.run, device)
+    encoding = load_tokenizer(state['tokenizer'])
+    if encoding.n_vocab > model.config.vocab_size:
+        raise UserError(f'{config.run}: its tokenizer has {encoding.n_vocab} tokens, its model {model.config.vocab_size}')
+    print(f'{config.run}, step {state["step"]:,}, on {chosen}', file=sys.stderr)
+    idx = torch.tensor([encode(encoding, config.prompt)], device=device)
+
+    made, start = 0, time.perf_counter()
+    for i in range(config.num):
+        if config.num > 1:
+            print(f'--- {i + 1}')
+        print(config.prompt, end='', flush=True)
+
+        def ids():
+            with hardware.autocast(device, dtype):
+                for token in generate(model, idx, encoding.n_vocab, config.max_new_tokens, config.temperature,
+                                      config.top_k, config.top_p, config.seed + i):
+                    if config.stop and token.item() == encoding.eot_token:
+                        return
+                    yield token.item()
+        made += stream(encoding, ids(), lambda text: print(text, end='', flush=True))
+        print()
+    print(f'{made} tokens, {made / (time.perf_counter() - start):.0f} tokens/s', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    run(main)

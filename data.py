@@ -41,11 +41,14 @@ def data_dir(dataset, root='data'):
 
 def read_json(path):
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError('no JSON object')
+        return content
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}')
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: not JSON ({error}); remove {path.parent} and prepare it again')
+        raise UserError(f'{path}: broken ({error}): remove {path.parent} and prepare it again')
 
 
 def load_tokenizer(source):

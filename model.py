@@ -79,15 +79,16 @@ class GPTConfig:
 # Ternary weights (BitNet b1.58, arXiv:2402.17764)
 
 class Ternary(torch.autograd.Function):
-    """scale * codes in forward, the identity in backward (straight-through, so that the latent weight learns)."""
+    """Latent weights -> (scale * codes, codes); the gradient of the first goes straight through to the latent weights."""
 
     @staticmethod
     def forward(ctx, weight, dims):
         codes, scale = ternary_codes(weight, dims)
-        return codes * scale
+        ctx.mark_non_differentiable(codes)
+        return codes * scale, codes
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         return grad, None
 
 
@@ -237,11 +238,12 @@ class TriX(nn.Module):
         self.register_buffer('load', torch.zeros(E), persistent=False)  # tokens a tile got since the last optimizer step
         self.counts = None  # (E,) tokens a tile got in the latest training forward
 
-    def route(self, x, up):  # (N, C), (E + shared, h, C) -> tiles (N, k + shared) int64, gates alike in fp32
+    def route(self, x, up, codes):  # (N, C), (E + shared, h, C) twice -> tiles (N, k + shared) int64, gates alike in fp32
         with torch.autocast(x.device.type, enabled=False):
             mean = up[:self.n_routed].mean(1)  # (E, C)
             slope = mean / mean.detach().abs().mean(-1, keepdim=True).clamp(min=1e-8)
-            signature = slope + (mean.sign() - slope).detach()  # the sign, with the gradient of the scaled mean
+            sign = codes[:self.n_routed].sum(1).sign()  # of integers: exact, unlike that of the mean
+            signature = slope + (sign - slope).detach()  # the sign, with the gradient of the scaled mean
             scores = F.linear(x.float(), signature) / math.sqrt(self.n_embd)  # (N, E)
             tiles = (scores.detach() + self.balance).topk(self.k, -1).indices
             gates = 2 / self.k * scores.gather(-1, tiles).sigmoid()
@@ -253,8 +255,8 @@ class TriX(nn.Module):
 
     def forward(self, x):
         shape, x = x.shape, x.flatten(0, 1)  # (N, C)
-        up, down = Ternary.apply(self.up, (1, 2)), Ternary.apply(self.down, (1, 2))
-        tiles, gates = self.route(x, up)
+        (up, codes), (down, _) = Ternary.apply(self.up, (1, 2)), Ternary.apply(self.down, (1, 2))
+        tiles, gates = self.route(x, up, codes)
         if self.int8:
             x = Int8.apply(x)
         sparse = self.execution == 'sparse' or self.execution == 'auto' and x.device.type == 'cpu'
@@ -271,14 +273,13 @@ class TriX(nn.Module):
         return F.linear(h.flatten(1), down.transpose(0, 1).flatten(1))  # (N, C)
 
     def sparse(self, x, up, down, tiles, gates):
-        N, k = tiles.shape
-        order = tiles.flatten().argsort(stable=True)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(N * k, device=x.device))
+        k = tiles.size(1)
+        order = tiles.flatten().argsort(stable=True)  # (N k,): sorted by tile -> by token
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         sizes = torch.bincount(tiles.flatten(), minlength=len(up)).tolist()  # one transfer to the host for all tiles
-        xs = Permute.apply(x.repeat_interleave(k, 0), order, back)  # (N k, C), sorted by tile
-        h = self.hidden(grouped_linear(xs, up, sizes)) * Permute.apply(gates.reshape(-1, 1), order, back)
-        y = Permute.apply(grouped_linear(h, down, sizes), back, order)  # (N k, C), sorted by token
-        return y.view(N, k, -1).sum(1)
+        h = self.hidden(grouped_linear(Spread.apply(x, order, back, k), up, sizes))  # (N k, h), sorted by tile
+        h = h * Spread.apply(gates.view(-1, 1), order, back, 1)
+        return Gather.apply(grouped_linear(h, down, sizes), order, back, k)
 
     @torch.no_grad()
     def statistics(self):
@@ -300,17 +301,41 @@ class TriX(nn.Module):
         self.load.zero_()
 
 
-class Permute(torch.autograd.Function):
-    """x[order], whose gradient is grad[back] with the inverse permutation: two gathers, no scatter-add."""
+def spread(x, order, back, k):  # (N, C) -> (N k, C): every row k times, in the order of the tiles
+    return x.index_select(0, order // k if k > 1 else order)
+
+
+def gather(x, order, back, k):  # (N k, C) -> (N, C): the sum of a token's k rows
+    x = x.index_select(0, back)
+    return x.view(-1, k, x.size(-1)).sum(1) if k > 1 else x
+
+
+class Spread(torch.autograd.Function):
+    """spread, with its adjoint `gather` as gradient: no scatter-add, so it is fast and the same every time."""
 
     @staticmethod
-    def forward(ctx, x, order, back):
-        ctx.save_for_backward(back)
-        return x.index_select(0, order)
+    def forward(ctx, x, order, back, k):
+        ctx.save_for_backward(order, back)
+        ctx.k = k
+        return spread(x, order, back, k)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+        return gather(grad, *ctx.saved_tensors, ctx.k), None, None, None
+
+
+class Gather(torch.autograd.Function):
+    """gather, with its adjoint `spread` as gradient."""
+
+    @staticmethod
+    def forward(ctx, x, order, back, k):
+        ctx.save_for_backward(order, back)
+        ctx.k = k
+        return gather(x, order, back, k)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return spread(grad, *ctx.saved_tensors, ctx.k), None, None, None
 
 
 def grouped_linear(x, weights, sizes):  # (N, in) sorted by group, (E, out, in), rows of each group -> (N, out)

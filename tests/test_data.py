@@ -101,7 +101,7 @@ def test_tokenizer_beyond_uint16_or_missing_is_refused(tmp_path):
     with pytest.raises(UserError, match='No such file'):
         load_tokenizer(tmp_path / 'none.json')
     (tmp_path / 'tokenizer.json').write_text('{')
-    with pytest.raises(UserError, match='tokenizer.json: not JSON'):
+    with pytest.raises(UserError, match='tokenizer.json: broken'):
         load_tokenizer(tmp_path)
 
 
@@ -231,8 +231,8 @@ def break_meta(path):
 
 @pytest.mark.parametrize('damage, message', [
     (lambda path: (path / 'meta.json').unlink(), '{path}: no prepared data (no meta.json): make it with python prepare.py'),
-    (lambda path: (path / 'meta.json').write_text('{"version": 1'), '{path}/meta.json: not JSON'),
-    (lambda path: (path / 'meta.json').write_text('[]'), '{path}/meta.json: broken'),
+    (lambda path: (path / 'meta.json').write_text('{"version": 1'), '{path}/meta.json: broken (Expecting'),
+    (lambda path: (path / 'meta.json').write_text('[]'), '{path}/meta.json: broken (no JSON object)'),
     (break_meta, "{path}/meta.json: broken (KeyError('val')): remove {path} and prepare it again"),
     (lambda path: edit_meta(path, version=9), '{path}/meta.json: version 9, expected 1: remove {path}'),
     (lambda path: edit_meta(path, vocab_size=299), '{path}/tokenizer.json: 300 tokens, but meta.json says 299'),

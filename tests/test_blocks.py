@@ -1,0 +1,319 @@
+"""What every block promises. A new block joins by one line in VARIANTS."""
+import argparse
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig
+
+V, T = 61, 32  # vocabulary and context of the models in here
+VARIANTS = {
+    'gelu': dict(ffn='gelu'),
+    'relu2': dict(ffn='relu2', qk_norm=True),
+    'swiglu': dict(ffn='swiglu', n_kv_head=2, tie_embeddings=False),  # Llama
+    'gpt2': dict(ffn='gelu', norm='layernorm', positions='learned', bias=True),
+    'nope': dict(ffn='gelu', positions='none', n_kv_head=1),
+    'none': dict(ffn='none'),
+    'trix': dict(ffn='trix'),
+    'trix_top1': dict(ffn='trix', trix_top_k=1, trix_tiles=4),
+    'trix_all': dict(ffn='trix', trix_shared=True, act_bits=8, bias=True),
+}
+every_block = pytest.mark.parametrize('name', VARIANTS)
+each_ffn = pytest.mark.parametrize('name', ['gelu', 'relu2', 'swiglu', 'none', 'trix', 'trix_top1', 'trix_all'])
+
+
+def build(name, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**dict(block_size=T, vocab_size=V, n_layer=2, n_head=4, n_embd=32), **VARIANTS[name], **changes}))
+    with torch.no_grad():  # as after some training: logits that depend on everything, by much more than rounding
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(8)
+    return model
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(a, b, tolerance=1e-5):
+    assert (a - b).abs().max().item() <= tolerance * b.abs().max().item()
+
+
+# ---- 1. causal
+
+@every_block
+@pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
+def test_tokens_from_t_on_never_change_logits_before_t(name, train):
+    model = build(name).train(train)
+    for length in (32, 31, 27):  # a power of two, a prime, an odd number
+        a = tokens(2, length)
+        for t in (1, length // 2, length - 1):
+            b = a.clone()
+            b[:, t:] = (b[:, t:] + 1 + tokens(2, length - t, seed=2) % (V - 1)) % V
+            with torch.no_grad():
+                before, after = model(a), model(b)
+            assert_close(after[:, :t], before[:, :t])
+            assert (after[:, t:] - before[:, t:]).abs().max() > 0.01, 'the change must show from t on'
+
+
+@every_block
+def test_gradient_of_a_logit_by_a_later_embedding_is_zero(name):
+    model = build(name)
+    seen = {}
+    model.wte.register_forward_hook(lambda module, inputs, output: seen.update(x=output))
+    logits = model(tokens(1, T))
+    for i in (0, 7, T - 2):
+        grad, = torch.autograd.grad(logits[0, i].square().sum(), seen['x'], retain_graph=True)
+        assert grad[0, i + 1:].abs().max() == 0
+        assert grad[0, i].abs().max() > 0
+
+
+@each_ffn
+def test_fresh_random_tokens_are_never_predicted(name):
+    model = build(name, vocab_size=16)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.div_(8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    torch.manual_seed(5)
+    losses = []
+    for _ in range(60):
+        idx = torch.randint(16, (16, T + 1))
+        loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert min(losses) > math.log(16) - 0.03  # a leak falls far below at once; sampling noise is about 0.01
+
+
+# ---- 2. prefix and cache
+
+@every_block
+def test_logits_of_a_prefix_are_the_prefix_of_the_logits(name):
+    model, idx = build(name).eval(), tokens(2, T)
+    full = model(idx)
+    for t in (1, 5, 16, 31):
+        assert_close(model(idx[:, :t]), full[:, :t])
+
+
+@every_block
+@pytest.mark.parametrize('parts', [[1] * T, [7] + [1] * (T - 7), [5, 11, 1, T - 17], [T]], ids=['steps', 'prefill', 'chunks', 'whole'])
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward(name, parts):
+    model, idx = build(name).eval(), tokens(3, T)
+    cache = model.new_cache()
+    got = torch.cat([model(part, cache=cache) for part in idx.split(parts, 1)], 1)
+    assert_close(got, model(idx))
+
+
+def test_a_context_over_block_size_is_refused():
+    model, cache = build('gelu'), build('gelu').new_cache()
+    with pytest.raises(AssertionError, match='33 positions, but block_size is 32'):
+        model(tokens(1, T + 1))
+    model(tokens(1, T), cache=cache)
+    with pytest.raises(AssertionError, match='33 positions'):
+        model(tokens(1, 1), cache=cache)
+
+
+# ---- 3. one function in train, eval, batches and after a reload
+
+@every_block
+def test_train_equals_eval_without_dropout(name):
+    model, idx = build(name), tokens(2, T)
+    assert torch.equal(model.train()(idx), model.eval()(idx))
+
+
+def test_dropout_acts_in_train_and_not_in_eval():
+    model, idx = build('gelu', dropout=0.5), tokens(2, T)
+    assert (model(idx) - model(idx)).abs().max() > 0.1
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+
+
+@every_block
+def test_a_sequence_does_not_depend_on_its_batch_mates(name):
+    model, idx = build(name).eval(), tokens(8, T)
+    full = model(idx)
+    for row in (0, 3, 7):
+        assert_close(model(idx[row:row + 1]), full[row:row + 1])
+
+
+@every_block
+def test_a_strict_load_into_a_fresh_model_gives_the_same_logits(name):
+    model, other, idx = build(name), build(name, seed=9), tokens(2, T)
+    model(idx, idx).backward()
+    model.update_balance(0.1)  # buffers are part of the function, too
+    assert (model(idx) - other(idx)).abs().max() > 0.01
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(model(idx), other(idx))
+
+
+# ---- 4. everything learns
+
+@every_block
+def test_every_parameter_gets_a_gradient_within_a_few_steps(name):
+    model = build(name)
+    missing = {key for key, p in model.named_parameters()}
+    for step in range(4):
+        idx = tokens(8, T + 1, seed=step)
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        missing -= {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert not missing
+
+
+# ---- 5. it can learn
+
+@each_ffn
+def test_one_batch_is_learnt_by_heart(name):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**dict(block_size=T, vocab_size=V, n_layer=2, n_head=4, n_embd=32), **VARIANTS[name]}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
+    idx = tokens(4, T + 1)
+    for step in range(400):
+        for group in optimizer.param_groups:
+            group['lr'] = 1e-2 * (1 - step / 450)
+        loss = model(idx[:, :-1], idx[:, 1:])
+        if loss < 0.1:
+            return
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_balance(1e-3)
+    pytest.fail(f'loss {loss.item():.3f} after {step + 1} steps on one batch')
+
+
+@each_ffn
+def test_bytes_are_predicted_better_than_by_a_bigram_table(name):
+    text = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8).astype(np.int64)
+    cut = len(text) * 9 // 10
+    train, val = text[:cut], text[cut:]
+    pairs, ones = np.full((256, 256), 1e-9), np.bincount(train, minlength=256) + 0.1
+    np.add.at(pairs, (train[:-1], train[1:]), 1)
+    best = min(-np.log(w * (pairs / pairs.sum(1, keepdims=True))[val[:-1], val[1:]] + (1 - w) * (ones / ones.sum())[val[1:]]).mean()
+               for w in (0.8, 0.9, 0.95, 0.98))
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**dict(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_embd=64), **VARIANTS[name]}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    draw = np.random.default_rng(0)
+    val = torch.from_numpy(val[:len(val) // 65 * 65].reshape(-1, 65))
+    for step in range(1, 301):
+        for group in optimizer.param_groups:
+            group['lr'] = 1e-2 * min(step / 20, 1.05 - step / 300)
+        idx = torch.from_numpy(np.stack([train[i:i + 65] for i in draw.integers(len(train) - 65, size=16)]))
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_balance(1e-3)
+        if step % 50 == 0:
+            with torch.no_grad():
+                loss = model(val[:, :-1], val[:, 1:]).item()
+            if loss < best:
+                return
+    pytest.fail(f'{loss:.3f} nats, the bigram table has {best:.3f}')
+
+
+# ---- 6. start, exact variants of execution, counts
+
+@every_block
+def test_the_loss_starts_at_ln_vocab_size(name):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**dict(block_size=64, vocab_size=8192, n_layer=3, n_head=4, n_embd=128), **VARIANTS[name]}))
+    idx = torch.randint(8192, (4, 65))
+    assert abs(model(idx[:, :-1], idx[:, 1:]).item() - math.log(8192)) < 0.3
+
+
+@every_block
+def test_activation_checkpointing_changes_nothing(name):
+    idx = tokens(2, T + 1)
+    plain, saving = build(name), build(name)
+    saving.activation_checkpointing = True
+    losses = [model(idx[:, :-1], idx[:, 1:]) for model in (plain, saving)]
+    assert torch.equal(*losses)
+    for model, loss in zip((plain, saving), losses):
+        loss.backward()
+    for a, b in zip(plain.parameters(), saving.parameters()):
+        assert torch.equal(a.grad, b.grad)
+    for a, b in zip(plain.trix_layers(), saving.trix_layers()):
+        assert torch.equal(a.load, b.load) and a.load.sum() == 2 * T * a.k, 'a token is counted once, though its block ran twice'
+
+
+@pytest.mark.parametrize('name', ['gelu', 'gpt2', 'swiglu', 'trix', 'trix_all'])
+def test_compiled_model_gives_the_same_loss_and_gradients(name):
+    idx, plain, other = tokens(2, T + 1), build(name), build(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, backend='aot_eager')
+    a, b = plain(idx[:, :-1], idx[:, 1:]), compiled(idx[:, :-1], idx[:, 1:])
+    assert_close(b, a)
+    a.backward(), b.backward()
+    for (key, p), q in zip(plain.named_parameters(), other.parameters()):
+        assert_close(q.grad, p.grad, 1e-4)
+
+
+@every_block
+def test_flops_per_token_equal_those_that_torch_counts(name):
+    model, idx = build(name).eval(), tokens(2, T)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(idx)
+    assert model.flops_per_token(T) == 3 * counter.get_total_flops() / idx.numel()  # backward is twice the forward
+
+
+@every_block
+def test_parameter_table_adds_up(name):
+    model = build(name)
+    table = model.parameter_table()
+    assert sum(total for _, total, _ in table) == sum(p.numel() for p in model.parameters())
+    unused = sum((len(t.up) - t.k - t.shared) * (t.up[0].numel() + t.down[0].numel()) for t in model.trix_layers())
+    assert sum(total - used for _, total, used in table) == unused
+
+
+def test_parameter_counts_of_known_models():
+    count = lambda **keys: sum(p.numel() for p in GPT(GPTConfig(**keys)).parameters())
+    with torch.device('meta'):
+        assert count(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, ffn='gelu', norm='layernorm',
+                     positions='learned', bias=True) == 124_439_808  # GPT-2 small as published by OpenAI
+        assert count(vocab_size=32000, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, d_ff=5632, ffn='swiglu',
+                     tie_embeddings=False) == 1_100_048_384  # TinyLlama 1.1B
+
+
+# ---- the loss
+
+@pytest.mark.parametrize('tie', [True, False])
+def test_chunked_loss_equals_cross_entropy_of_all_logits(tie):
+    a, b = (build('gelu', tie_embeddings=tie, vocab_size=4099) for _ in range(2))
+    idx = tokens(9, T)  # 288 rows: a whole chunk of 256 and a part
+    targets = tokens(9, T, seed=3)
+    targets[0, 3:20] = -1  # ignored
+    loss = a(idx, targets)
+    expected = F.cross_entropy(b(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    assert loss.dtype == torch.float32 and loss.dim() == 0
+    assert_close(loss, expected)
+    (3 * loss).backward(), (3 * expected).backward()
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert_close(p.grad, q.grad)
+
+
+def test_the_loss_never_holds_all_logits():
+    model, idx = build('none', vocab_size=16_384, block_size=512), tokens(4, 512)
+    logits = idx.numel() * 16_384
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor) and t.numel() != model.wte.weight.numel():
+                    largest = max(largest, t.numel())
+            return out
+    with Watch():
+        model(idx, idx).backward()
+    assert 0 < largest <= logits / 8

@@ -1,0 +1,174 @@
+"""What TriX promises beyond what every block does."""
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, Int8, Ternary, TriX, ternary_codes
+
+
+def trix(tiles=6, k=2, d=16, h=12, **keys):
+    torch.manual_seed(0)
+    layer = TriX(GPTConfig(n_embd=d, trix_tiles=tiles, trix_top_k=k, trix_hidden=h, ffn='trix', **keys))
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    return layer
+
+
+def by_hand(layer, x):
+    """The block's formula, one token and one tile at a time."""
+    out = torch.zeros_like(x)
+    up, a_up = ternary_codes(layer.up, (1, 2))
+    down, a_down = ternary_codes(layer.down, (1, 2))
+    for b in range(x.size(0)):
+        for t in range(x.size(1)):
+            v = x[b, t]
+            scores = torch.stack([v @ up[e].sum(0).sign() for e in range(layer.n_routed)]) / math.sqrt(len(v))
+            chosen = (scores + layer.balance).topk(layer.k).indices.tolist()
+            tiles = [(e, 2 * scores[e].sigmoid() / layer.k) for e in chosen] + ([(layer.n_routed, 1.0)] if layer.shared else [])
+            for e, gate in tiles:
+                hidden = (a_up[e] * up[e] @ v).relu() ** 2
+                hidden = hidden / (hidden.square().mean() + 1e-6).sqrt()
+                out[b, t] += gate * (a_down[e] * down[e] @ hidden)
+    return out
+
+
+@pytest.mark.parametrize('keys', [{}, {'k': 1}, {'k': 6}, {'trix_shared': True}], ids=str)
+@pytest.mark.parametrize('execution', ['dense', 'sparse'])
+def test_both_executions_equal_the_formula(keys, execution):
+    layer, x = trix(**keys), torch.randn(2, 7, 16)
+    layer.balance += torch.linspace(-1, 1, 6)
+    layer.execution = execution
+    torch.testing.assert_close(layer(x), by_hand(layer, x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('keys', [{}, {'k': 1}, {'trix_shared': True, 'act_bits': 8}], ids=str)
+def test_gradients_of_both_executions_agree(keys):
+    grads = []
+    for execution in ('dense', 'sparse'):
+        layer, x = trix(**keys), torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        layer.execution = execution
+        layer(x).square().sum().backward()
+        grads.append((x.grad, layer.up.grad, layer.down.grad))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
+def test_codes_are_ternary_with_one_scale_a_tile():
+    w = torch.randn(3, 40, 30) * torch.tensor([0.01, 1.0, 100.0])[:, None, None]
+    codes, scale = ternary_codes(w, (1, 2))
+    assert set(codes.unique().tolist()) == {-1, 0, 1}
+    torch.testing.assert_close(scale.flatten(), w.abs().mean((1, 2)))
+    torch.testing.assert_close(codes, torch.where(w.abs() > scale / 2, w.sign(), 0.0))
+    assert abs((codes == 0).float().mean() - 0.31) < 0.02  # a Gaussian gives 31 % zeros, at any scale
+
+
+def test_weights_learn_straight_through_the_ternary_codes():
+    layer = trix()
+    x = torch.randn(2, 30, 16)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        assert (layer.down.grad != 0).float().mean() > 0.99  # no mask: weights with code 0 learn, too
+
+
+def test_every_tile_that_got_tokens_learns_and_no_other():
+    layer = trix()
+    layer.balance[4] -= 100.0
+    layer.execution = 'sparse'
+    layer(torch.randn(4, 40, 16)).square().sum().backward()
+    got = layer.counts > 0
+    assert got.tolist() == [True] * 4 + [False, True]
+    assert ((layer.up.grad.abs().amax((1, 2)) > 0) == got).all() and ((layer.down.grad.abs().amax((1, 2)) > 0) == got).all()
+
+
+def test_up_learns_through_the_gate_alone():
+    layer, x = trix(), torch.randn(1, 64, 16).flatten(0, 1)
+    tiles, gates = layer.route(x, *Ternary.apply(layer.up, (1, 2)))
+    gates.sum().backward()
+    got = torch.zeros(6, dtype=torch.bool).scatter(0, tiles.flatten(), True)
+    assert ((layer.up.grad.abs().amax((1, 2)) > 0) == got).all()
+
+
+def test_the_gate_gradient_is_that_of_the_scaled_mean():
+    layer, x = trix(k=6), torch.randn(5, 16)
+    _, gates = layer.route(x, *Ternary.apply(layer.up, (1, 2)))
+    gates.sum().backward()
+    latent = ternary_codes(layer.up, (1, 2))[0].requires_grad_()
+    mean, a = latent.mean(1), ternary_codes(layer.up, (1, 2))[1]
+    scaled = mean / mean.detach().abs().mean(-1, keepdim=True)
+    slope = 2 / 6 * torch.sigmoid(x @ mean.sign().T / 4) * (1 - torch.sigmoid(x @ mean.sign().T / 4))
+    (slope.detach() * (x @ scaled.T / 4)).sum().backward()
+    torch.testing.assert_close(layer.up.grad * a, latent.grad)
+
+
+def test_balance_chooses_but_never_weighs():
+    layer, x = trix(tiles=2, k=1), torch.randn(200, 16)
+    tiles, gates = layer.route(x, *Ternary.apply(layer.up, (1, 2)))
+    layer.balance[:] = torch.tensor([50.0, -50.0])
+    forced, weights = layer.route(x, *Ternary.apply(layer.up, (1, 2)))
+    assert (forced == 0).all() and (tiles == 1).any()
+    score = x @ ternary_codes(layer.up, (1, 2))[0][0].sum(0).sign() / 4
+    torch.testing.assert_close(weights[:, 0], 2 * score.sigmoid())
+
+
+def test_balancing_evens_out_a_skewed_load():
+    layer, x = trix(tiles=8, k=2), torch.randn(4, 256, 16) + 1.0  # a mean that some signatures like
+    overload = []
+    for _ in range(400):
+        layer(x)
+        layer.load += layer.counts
+        overload.append((layer.load.max() / layer.load.mean() - 1).item())
+        layer.update_balance(1e-2)
+    assert overload[0] > 1.0 and overload[-1] < 0.1
+    assert abs(layer.balance.mean()) < 1e-5
+
+
+def test_no_token_is_ever_dropped():
+    layer = trix(tiles=6, k=2)
+    layer.balance[:2] += 1000.0  # all tokens to two tiles
+    layer(torch.randn(8, 64, 16))
+    assert layer.counts.tolist() == [512, 512, 0, 0, 0, 0]
+
+
+def test_load_is_summed_over_micro_steps_and_cleared_by_the_update():
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_embd=32, ffn='trix'))
+    idx = torch.randint(50, (2, 16))
+    for _ in range(3):
+        model(idx, idx).backward()
+    with torch.no_grad():
+        model(idx, idx)  # without a gradient nothing counts
+    model.eval()(idx, idx)
+    assert [layer.load.sum().item() for layer in model.trix_layers()] == [3 * 32 * 2] * 2
+    assert model.statistics()['trix_overload'] >= 0
+    model.update_balance(1e-3)
+    assert all(layer.load.sum() == 0 for layer in model.trix_layers())
+    assert all(layer.balance.abs().max() > 0 for layer in model.trix_layers())
+
+
+def test_statistics_of_a_known_load():
+    layer = trix(tiles=4, k=1)
+    layer.load[:] = torch.tensor([60.0, 20.0, 20.0, 0.0])
+    s = layer.statistics()
+    assert s['trix_overload'] == pytest.approx(1.4) and s['trix_dead'] == 0.25
+    assert s['trix_entropy'] == pytest.approx((0.6 * math.log(1 / 0.6) + 0.4 * math.log(5)) / math.log(4))
+    assert s['ternary_minus'] + s['ternary_zero'] + s['ternary_plus'] == pytest.approx(1)
+
+
+def test_int8_rounds_to_127_levels_of_the_largest_magnitude_and_passes_the_gradient():
+    x = torch.tensor([[1.0, -0.5, 0.003, 0.0], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    y = Int8.apply(x)
+    torch.testing.assert_close(y.detach()[0] * 127, torch.tensor([127.0, -64.0, 0.0, 0.0]))
+    assert y[1].abs().max() == 0
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(2, 4))
+
+
+def test_under_autocast_codes_and_routes_are_those_of_fp32():
+    layer, x = trix(d=64, h=32), torch.randn(1, 100, 64)
+    seen = []
+    for enabled in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            y = layer(x)
+        seen.append((layer.counts, y.float()))
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert (seen[0][1] - seen[1][1]).abs().max() < 0.05 * seen[0][1].abs().max()

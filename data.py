@@ -212,7 +212,7 @@ class TokenData:
         return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
     def rows(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0):
-        """(batch_size,) int64: the windows of one micro-step. A step's batch_rows sequences are dealt to micro-steps and ranks."""
+        """(batch_size,) int64: the windows of one micro-step: a step's batch_rows rows are dealt to micro-steps and ranks."""
         number = step * batch_rows + (micro * world + rank) * batch_size + np.arange(batch_size)
         epoch, i = np.divmod(number, self.n_windows)  # every window once an epoch
         key = mix(mix(np.array([seed]).astype(np.uint64) + GAMMA) + epoch.astype(np.uint64))
@@ -223,7 +223,7 @@ class TokenData:
         return self.gather('train', self.rows(step, micro, batch_size, batch_rows, rank, world, seed))
 
     def val_windows(self, eval_tokens=0):
-        """(n,) int64: the fixed windows of an evaluation on about eval_tokens (0: all), spread evenly over the validation split."""
+        """(n,) int64: the windows of every evaluation on about eval_tokens (0: all), spread evenly over the split."""
         n = self.n_val_windows
         count = min(n, max(1, eval_tokens // self.block_size)) if eval_tokens else n
         return np.arange(count) * n // count

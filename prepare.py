@@ -185,7 +185,9 @@ def c_docstrings(name):
         doc = docstring(thing, indent + '    ')
         return [f'\n{indent}def {key}{signature}:', *doc] if doc else []
 
-    public = lambda owner: sorted((key, thing) for key, thing in vars(owner).items() if not key.startswith('_'))
+    def public(owner):
+        return sorted((key, thing) for key, thing in vars(owner).items() if not key.startswith('_'))
+
     methods = (types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType, staticmethod)
     lines = docstring(module)
     for key, thing in public(module):
@@ -193,7 +195,8 @@ def c_docstrings(name):
             lines += function(key, thing)
         elif isinstance(thing, type):
             lines += [f'\nclass {key}:', *docstring(thing, '    ')]
-            lines += [line for key, method in public(thing) if isinstance(method, methods) for line in function(key, method, '    ')]
+            for name, method in public(thing):
+                lines += function(name, method, '    ') if isinstance(method, methods) else []
     return '\n'.join(lines) + '\n'
 
 
@@ -272,7 +275,7 @@ def batches(documents, config):
 
 
 def train_tokenizer(texts, vocab_size):
-    """The content of tokenizer.json: a byte-level BPE whose ranks are the 256 bytes, then the tokens in the order of their merges."""
+    """The content of tokenizer.json: a byte-level BPE, ranks are the 256 bytes and then the tokens as they were merged."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 characters by which the library writes bytes
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -310,8 +313,8 @@ def encode_corpus(stream, work, config):
         if time.time() - said > 5:
             said = time.time()
             tokens, size = (sum(getattr(bin, key) for bin in bins.values()) for key in ('tokens', 'bytes'))
-            print(f"  {counts['train'] + counts['val']:,} documents, {size / 1e6:.1f} MB, {tokens / (said - start):,.0f} tokens/s",
-                  flush=True)
+            done = counts['train'] + counts['val']
+            print(f'  {done:,} documents, {size / 1e6:.1f} MB, {tokens / (said - start):,.0f} tokens/s', flush=True)
     return counts, {split: [bin.close()] for split, bin in bins.items()}
 
 
@@ -326,7 +329,12 @@ def encoded(stream, work, num_proc):
         with ProcessPoolExecutor(num_proc, spawn, start_worker, (work,)) as pool:
             ahead = deque()
             for batch in stream:
-                ahead.append(pool.submit(encode, batch))
+                # A worker is born with its parent's signal mask: Ctrl-C is the parent's to handle.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    ahead.append(pool.submit(encode, batch))
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 if len(ahead) == 2 * num_proc:
                     yield ahead.popleft().result()
             while ahead:
@@ -336,8 +344,7 @@ def encoded(stream, work, num_proc):
 
 
 def start_worker(work):
-    """A worker leaves Ctrl-C to its parent and doesn't outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker doesn't outlive its parent."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     open_tokenizer(work)

@@ -1,0 +1,14 @@
+# The dense twin of trix_tiny: 1.6M parameters, the same but for a GELU FFN of width 4 n_embd. Same tokens, same order.
+ffn = 'gelu'
+n_layer, n_head, n_embd = 3, 4, 128
+block_size, vocab_size = 256, 8192
+
+dataset = 'pylib'
+batch_size = 16
+batch_tokens = 16 * 256
+max_steps = 5_000_000 // batch_tokens
+learning_rate = 1e-3
+warmup_steps = 60
+
+eval_interval = save_interval = sample_interval = 122
+sample_prompts = '|def '

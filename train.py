@@ -106,15 +106,15 @@ def find_data(config):
 
 
 def find_checkpoint(config, data):
-    """The state to resume from, or None to start afresh. UserError if it can't be continued with this config and data."""
+    """(path, state) to resume from, or (None, None) to start afresh. UserError if it can't go on with this config and data."""
     out = Path(config.out_dir)
     if not config.resume:
         if (out / 'metrics.jsonl').exists() or checkpoint.steps(out / 'checkpoints'):
             raise UserError(f'{out} already holds a run: go on with it by --resume=auto, or start another by --out_dir={out}-2')
-        return None
+        return None, None
     if config.resume == 'auto' and not checkpoint.steps(out / 'checkpoints'):
         print(f'--resume=auto: no checkpoint in {out}, starting at step 0')
-        return None
+        return None, None
     path, state = checkpoint.find(out if config.resume == 'auto' else config.resume)
     saved = state['config']
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
@@ -131,7 +131,7 @@ def find_checkpoint(config, data):
     for key, (old, new) in changed.items():
         if key not in ('resume', 'out_dir'):
             print(f'  changed: {key} {old} -> {new}')
-    return state
+    return path, state
 
 
 def make_optimizer(model, config, device):
@@ -197,7 +197,7 @@ def main(argv):
     device, dtype, why = hardware.resolve(config.device, config.dtype)
     use_compile, why_compile = hardware.choose_compile(config.compile, device)
     data = find_data(config)
-    state = find_checkpoint(config, data)
+    origin, state = find_checkpoint(config, data)
     out, encoding = Path(config.out_dir), load_tokenizer(data.tokenizer)
     lengths, windows = token_bytes(encoding), data.val_windows(config.eval_tokens)
 
@@ -208,7 +208,7 @@ def main(argv):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, best_step, skipped, seconds = 0, math.inf, 0, 0, 0.0
     if state:
-        checkpoint.load_weights(model, state, config.resume)
+        checkpoint.load_weights(model, state, origin)
         optimizer.load_state_dict(state['optimizer'])
         scaler.load_state_dict(state['scaler'])
         torch.set_rng_state(state['rng']['cpu'])

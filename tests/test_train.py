@@ -1,0 +1,362 @@
+"""A run: it learns, survives kills bit by bit, says what is wrong, and leaves nothing behind that it should not."""
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import prepare
+import sample
+import train
+from configurator import UserError
+from data import TokenData
+from model import GPT
+
+ROOT = Path(__file__).parent.parent
+SMALL = ['--vocab_size=300', '--block_size=16', '--n_layer=1', '--n_head=2', '--n_embd=16', '--ffn=trix', '--trix_tiles=4',
+         '--device=cpu', '--batch_size=4', '--batch_tokens=128', '--warmup_steps=4', '--learning_rate=1e-2', '--dropout=0.1',
+         '--eval_interval=5', '--eval_tokens=256', '--sample_interval=10', '--save_interval=4', '--log_interval=1']
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    """A directory of tokens from 60 kB of made-up sentences."""
+    draw, folder = random.Random(0), tmp_path_factory.mktemp('corpus')
+    words = [''.join(draw.choices('abcdefghij', k=draw.randint(2, 7))) for _ in range(80)]
+    for i in range(60):
+        (folder / f'{i:02d}.txt').write_text('. '.join(' '.join(draw.choices(words, k=8)) for _ in range(20)))
+    out = folder / 'tokens'
+    prepare.main([f'--dataset=text:{folder}/*.txt', '--vocab_size=300', f'--out={out}', '--val_ratio=0.2', '--num_proc=1'])
+    return out
+
+
+def arguments(corpus, out, *more):
+    return [*SMALL, f'--dataset={corpus}', f'--out_dir={out}', '--max_steps=40', *more]
+
+
+def start(argv, before=None):
+    """train.main(argv) in a fork, which starts at once: torch is here already. Its output goes to a file."""
+    def child():
+        console = os.open(f'{argv_out(argv)}.console', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(console, 1), os.dup2(console, 2)
+        sys.stdout = sys.stderr = open(1, 'w', buffering=1, closefd=False)
+        sys.argv = ['train.py', *argv]
+        if before:
+            before()
+        import configurator
+        configurator.run(train.main)
+    process = multiprocessing.get_context('fork').Process(target=child)
+    process.start()
+    return process
+
+
+def argv_out(argv):
+    return next(word.partition('=')[2] for word in reversed(argv) if word.startswith('--out_dir='))
+
+
+def finish(argv, before=None):
+    """Exit code and output of a run."""
+    process = start(argv, before)
+    process.join(60)
+    return process.exitcode, Path(f'{argv_out(argv)}.console').read_text()
+
+
+def lines(run, kind):
+    return [line for line in map(json.loads, (Path(run) / 'metrics.jsonl').read_text().splitlines()) if line['kind'] == kind]
+
+
+def losses(run):
+    return [(kind, line['step'], line['loss'], line.get('grad_norm')) for kind in ('train', 'eval') for line in lines(run, kind)]
+
+
+@pytest.fixture(scope='module')
+def whole(corpus, tmp_path_factory):
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp('whole') / 'run'
+    code, said = finish(arguments(corpus, out))
+    assert code == 0, said
+    return out
+
+
+def assert_same_run(out, whole):
+    assert losses(out) == losses(whole)
+    assert (out / 'samples.jsonl').read_text() == (whole / 'samples.jsonl').read_text()
+    (_, a), (_, b) = checkpoint.find(out), checkpoint.find(whole)
+    assert a['step'] == b['step'] == 40 and a['best'] == b['best']
+    for key in b['model']:
+        assert torch.equal(a['model'][key], b['model'][key]), key
+    for i, state in b['optimizer']['state'].items():
+        assert all(torch.equal(a['optimizer']['state'][i][key], value) for key, value in state.items())
+
+
+# ---- it trains
+
+def test_a_run_learns_and_leaves_what_the_design_says(whole):
+    train_lines, evals = lines(whole, 'train'), lines(whole, 'eval')
+    assert [line['step'] for line in train_lines] == list(range(1, 41))
+    assert abs(evals[0]['loss'] - math.log(300)) < 0.3 and evals[-1]['loss'] < evals[0]['loss'] - 0.7
+    assert evals[-1]['perplexity'] == pytest.approx(math.exp(evals[-1]['loss']))
+    keys = {'step', 'tokens', 'loss', 'lr', 'wd', 'grad_norm', 'tokens_per_s', 'mfu', 'mem_gb', 'loader_wait', 'trix_overload'}
+    assert keys <= set(train_lines[0]) and train_lines[-1]['tokens'] == 40 * 128
+    status = json.loads((whole / 'status.json').read_text())
+    assert (status['state'], status['step']) == ('finished', 40)
+    assert json.loads((whole / 'config.json').read_text())['n_embd'] == 16
+    assert {line['step'] for line in map(json.loads, (whole / 'samples.jsonl').read_text().splitlines())} == {0, 10, 20, 30, 40}
+    assert 'python' in (whole / 'log.txt').read_text() and not list(whole.rglob('*.tmp'))
+
+
+def test_bits_per_byte_follow_from_the_bytes_of_the_targets(whole, corpus):
+    data = TokenData(corpus, 16, 300)
+    encoding = train.load_tokenizer(corpus)
+    _, y = data.val_batch(data.val_windows(256))
+    size = sum(len(encoding.decode_single_token_bytes(t)) for t in y.flatten().tolist() if t != encoding.eot_token)
+    line = lines(whole, 'eval')[-1]
+    assert line['bits_per_byte'] == pytest.approx(line['loss'] * y.size / math.log(2) / size)
+
+
+def test_accumulated_micro_steps_equal_one_large_batch(corpus, tmp_path, whole):
+    code, said = finish(arguments(corpus, tmp_path / 'run', '--batch_size=8', '--dropout=0', '--max_steps=6'))
+    code2, said2 = finish(arguments(corpus, tmp_path / 'two', '--batch_size=2', '--dropout=0', '--max_steps=6'))
+    assert (code, code2) == (0, 0), said + said2
+    for a, b in zip(losses(tmp_path / 'run'), losses(tmp_path / 'two')):
+        assert a[2] == pytest.approx(b[2], abs=2e-5)
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = train.load(['--max_steps=110', '--warmup_steps=10', '--learning_rate=1.0', '--min_lr_ratio=0.1'])
+    rate = [train.learning_rate(step, config) for step in range(111)]
+    assert rate[0] == pytest.approx(0.1) and rate[9] == rate[10] == 1.0
+    assert rate[60] == pytest.approx(0.55) and rate[110] == pytest.approx(0.1)
+    config.schedule = 'constant'
+    assert train.learning_rate(109, config) == 1.0
+
+
+def test_weight_decay_is_on_matrices_only():
+    config = train.load(['--n_embd=16', '--ffn=trix', '--norm=layernorm', '--bias=1', '--vocab_size=300'])
+    model = GPT(config.pick(train.GPTConfig))
+    decayed, rest = train.make_optimizer(model, config, torch.device('cpu')).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed['weight_decay'] == 0.1 and rest['weight_decay'] == 0
+    assert {names[id(p)].split('.')[-1] for p in rest['params']} == {'weight', 'bias'} and all(p.dim() == 1 for p in rest['params'])
+    assert 'blocks.0.ffn.up' in {names[id(p)] for p in decayed['params']}
+
+
+def test_activation_checkpointing_trains_the_same(corpus, tmp_path, whole):
+    code, said = finish(arguments(corpus, tmp_path / 'run', '--activation_checkpointing'))
+    assert code == 0, said
+    assert losses(tmp_path / 'run') == losses(whole)
+
+
+# ---- it survives
+
+def test_resume_is_bit_exact_after_10_sigkills(corpus, tmp_path, whole):
+    argv, draw = arguments(corpus, tmp_path / 'run', '--resume=auto', '--save_interval=1'), random.Random(1)
+    kills = while_saving = 0
+    for attempt in range(60):
+        process = start(argv)
+        if kills < 10:  # every other time while a checkpoint is being written
+            folder, deadline = tmp_path / 'run' / 'checkpoints', time.time() + draw.uniform(0.15, 0.8)
+            while time.time() < deadline or attempt % 2 and not list(folder.glob('*.tmp')) and process.is_alive():
+                time.sleep(0.0005)
+            while_saving += bool(list(folder.glob('*.tmp')))
+            process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode != -signal.SIGKILL:
+            break
+    assert process.exitcode == 0, Path(f'{tmp_path}/run.console').read_text()
+    assert kills >= 5 and while_saving >= 2
+    assert_same_run(tmp_path / 'run', whole)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75_and_the_resumed_run_is_bit_exact(corpus, tmp_path, whole, number):
+    out = tmp_path / 'run'
+    argv = arguments(corpus, out, '--resume=auto', '--save_interval=0')
+    process = start(argv)
+    while not (out / 'metrics.jsonl').exists() or len((out / 'metrics.jsonl').read_text().splitlines()) < 12:
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    process.join(10)
+    assert process.exitcode == 75
+    path, state = checkpoint.find(out)
+    assert 0 < state['step'] < 40 and json.loads((out / 'status.json').read_text())['state'] == 'interrupted'
+    assert str(path) in Path(f'{out}.console').read_text()
+    code, said = finish([*argv, '--save_interval=4'])
+    assert code == 0 and f'resuming from {path}' in said and 'changed: save_interval 0 -> 4' in said
+    assert_same_run(out, whole)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(corpus, tmp_path, whole):
+    out = tmp_path / 'run'
+    assert finish(arguments(corpus, out))[0] == 0
+    for path in checkpoint.steps(out / 'checkpoints')[-2:]:
+        content = bytearray(path.read_bytes())
+        if path.name == 'step_0000040.pt':
+            path.write_bytes(content[:len(content) // 2])
+        else:  # one flipped bit in a tensor
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+    code, said = finish(arguments(corpus, out, '--resume=auto', '--keep=0'))
+    assert code == 0, said
+    assert 'skipped:' in said and 'step_0000040.pt: truncated' in said and 'fails its checksum' in said
+    assert_same_run(out, whole)
+
+
+def test_a_resumed_run_can_have_a_new_directory(corpus, tmp_path, whole):
+    first = checkpoint.steps(whole / 'checkpoints')[0]
+    code, said = finish(arguments(corpus, tmp_path / 'other', f'--resume={first}'))
+    assert code == 0, said
+    (_, a), (_, b) = checkpoint.find(tmp_path / 'other'), checkpoint.find(whole)
+    assert all(torch.equal(a['model'][key], b['model'][key]) for key in b['model'])
+
+
+def test_a_run_is_never_overwritten(corpus, whole):
+    before = (whole / 'metrics.jsonl').read_bytes()
+    code, said = finish(arguments(corpus, whole))
+    assert code == 2 and 'already holds a run' in said and '--resume=auto' in said
+    assert (whole / 'metrics.jsonl').read_bytes() == before
+
+
+def test_retention_keeps_the_newest_the_best_and_the_mandatory(corpus, tmp_path, whole):
+    out = tmp_path / 'run'
+    assert finish(arguments(corpus, out, '--keep=2', '--mandatory_steps=7,12', '--eval_interval=0'))[0] == 0
+    assert [path.name for path in checkpoint.steps(out / 'checkpoints')] == [f'step_{s:07d}.pt' for s in (7, 12, 36, 40)]
+    checkpoint.retain(out / 'checkpoints', 1, {12})
+    assert [path.name for path in checkpoint.steps(out / 'checkpoints')] == ['step_0000012.pt', 'step_0000040.pt']
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_good(corpus, tmp_path):
+    out = tmp_path / 'run'
+    assert finish(arguments(corpus, out, '--max_steps=8'))[0] == 0
+    size = (out / 'checkpoints/step_0000008.pt').stat().st_size
+
+    def nearly_full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    code, said = finish(arguments(corpus, out, '--resume=auto', '--max_steps=16'), nearly_full)
+    assert code == 2 and 'could not be written (File too large)' in said and 'step_0000008.pt is the newest good' in said, said
+    assert 'Traceback' not in said and not list(out.rglob('*.tmp'))
+    assert checkpoint.find(out)[1]['step'] == 8
+
+
+def test_non_finite_steps_are_skipped_recorded_and_end_the_run_with_exit_code_3(corpus, tmp_path):
+    out = tmp_path / 'run'
+
+    def poison():
+        backward, count = torch.Tensor.backward, iter(range(10**6))
+
+        def poisoned(loss, *args, **kwargs):
+            step = next(count) // 2
+            return backward(loss * math.nan if step == 6 or step >= 20 else loss, *args, **kwargs)
+        torch.Tensor.backward = poisoned
+    code, said = finish(arguments(corpus, out, '--max_skipped=3'), poison)
+    assert code == 3, said
+    events = lines(out, 'event')
+    assert [event['step'] for event in events] == [7, 21, 22, 23] and len(sum(events[0]['windows'], [])) == 8
+    assert 'step_0000020.pt' in said.splitlines()[-1]
+    state = checkpoint.find(out)[1]
+    assert state['step'] == 20 and all(value.isfinite().all() for value in state['model'].values())
+    assert json.loads((out / 'status.json').read_text())['state'] == 'diverged'
+
+
+# ---- it refuses: one clear line, exit code 2, nothing left behind
+
+@pytest.mark.parametrize('words, message', [
+    (['--learnig_rate=1'], "unknown key 'learnig_rate', did you mean 'learning_rate'?"),
+    (['--n_layer=two'], "--n_layer='two': expected int"),
+    (['--n_embd=30', '--n_head=4'], 'n_embd=30 is not divisible by n_head=4'),
+    (['--vocab_size=70000'], 'vocab_size=70000 is over 65,536'),
+    (['--batch_tokens=100'], 'the nearest are 64 or 128'),
+    (['--device=cuda:7'], '--device=cuda:7'),
+    (['--device=tpu'], 'expected auto, cpu, cuda'),
+    (['--dtype=float16'], 'float16 needs a GPU'),
+    (['--compile=maybe'], 'expected auto, true or false'),
+    (['--dataset=nonsense'], 'no prepared data'),
+    (['--vocab_size=299'], 'has a vocabulary of 300, the model only 299'),
+    (['--block_size=100000', '--batch_tokens=0'], 'fewer than one window'),
+    (['--resume=missing.pt'], 'no such run or checkpoint'),
+    (['--ffn=swish'], "ffn='swish' is not one of gelu, relu2, swiglu, trix, none"),
+    (['--trix_top_k=9'], 'trix_top_k=9 is more than trix_tiles=4'),
+    (['config/missing.py'], 'config/missing.py: no such file'),
+])
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(corpus, tmp_path, words, message):
+    code, said = finish(arguments(corpus, tmp_path / 'run', *words))
+    assert code == 2 and message in said.splitlines()[-1] and 'Traceback' not in said
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_misspelt_key_in_a_file_is_named_with_its_file_on_a_real_command_line(tmp_path):
+    (tmp_path / 'my.py').write_text('learnig_rate = 1e-3\nn_embd = 30\n')
+    done = subprocess.run([sys.executable, ROOT / 'train.py', tmp_path / 'my.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"{tmp_path}/my.py: unknown key 'learnig_rate', did you mean 'learning_rate'?",
+                                        'n_embd=30 is not divisible by n_head=4']
+    assert os.listdir(tmp_path) == ['my.py']
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused(corpus, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match="file/run: can't be written"), contextlib.redirect_stdout(io.StringIO()):
+        train.main(arguments(corpus, tmp_path / 'file' / 'run'))
+
+
+def test_resuming_with_another_architecture_shows_the_difference(corpus, whole):
+    code, said = finish(arguments(corpus, whole, '--resume=auto', '--n_embd=32', '--ffn=gelu'))
+    assert code == 2
+    assert "n_embd is 16 in the checkpoint, 32 in the config" in said and 'ffn is trix in the checkpoint, gelu' in said
+
+
+def test_resuming_on_changed_data_is_refused(corpus, tmp_path, whole):
+    other = tmp_path / 'tokens'
+    prepare.main([f'--dataset=text:{corpus.parent}/[0-4]*.txt', '--vocab_size=300', f'--out={other}', '--val_ratio=0.2', '--num_proc=1'])
+    code, said = finish(arguments(other, whole, '--resume=auto'))
+    assert code == 2 and 'another tokenizer' in said
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch executed',)
+
+
+@pytest.mark.parametrize('damage, message', [
+    ('pickle', 'refused, it holds Python objects'),
+    ('truncated', 'truncated, or not a checkpoint'),
+    ('text', 'truncated, or not a checkpoint'),
+    ('foreign', 'not a checkpoint of this project'),
+    ('version', 'checkpoint version 99'),
+    ('shapes', 'of another architecture: blocks.0.mixer.q_proj.weight'),
+    ('config', 'n_embd=15 is not divisible'),
+    ('types', 'its config has values of the wrong type'),
+])
+def test_a_bad_checkpoint_is_refused_in_one_line_and_never_executed(tmp_path, monkeypatch, whole, damage, message):
+    monkeypatch.chdir(tmp_path)
+    good, state = checkpoint.find(whole)
+    bad = tmp_path / 'bad.pt'
+    if damage == 'pickle':
+        torch.save({**state, 'best': Evil()}, bad)
+    elif damage == 'truncated':
+        bad.write_bytes(good.read_bytes()[:-1000])
+    elif damage == 'text':
+        bad.write_text('hello')
+    else:
+        change = {'foreign': {'format': 'other'}, 'version': {'version': 99}, 'config': {'config': {**state['config'], 'n_embd': 15}},
+                  'types': {'config': {**state['config'], 'n_embd': 'wide'}},
+                  'shapes': {'model': {**state['model'], 'blocks.0.mixer.q_proj.weight': torch.zeros(3, 3)}}}[damage]
+        torch.save({**state, **change}, bad)
+    with pytest.raises(UserError) as refused:
+        sample.main([str(bad), '--device=cpu'])
+    assert message in str(refused.value) and '\n' not in str(refused.value)
+    assert not (tmp_path / 'executed').exists()

@@ -262,14 +262,14 @@ class TriX(nn.Module):
         sparse = self.execution == 'sparse' or self.execution == 'auto' and x.device.type == 'cpu'
         return (self.sparse if sparse else self.dense)(x, up, down, tiles, gates).view(shape)
 
-    def hidden(self, h):  # (..., h) pre-activations -> (..., h)
-        h = rms(F.relu(h).square())
+    def hidden(self, z, gates):  # pre-activations (..., h), gates (..., 1) -> (..., h)
+        h = GatedHidden.apply(z, gates)
         return Int8.apply(h) if self.int8 else h
 
     def dense(self, x, up, down, tiles, gates):
         weight = torch.zeros(len(x), len(up), device=x.device).scatter(1, tiles, gates)  # (N, E), 0 where not chosen
-        h = F.linear(x, up.flatten(0, 1)).view(len(x), len(up), -1)  # (N, E, h)
-        h = self.hidden(h) * weight.unsqueeze(-1)
+        z = F.linear(x, up.flatten(0, 1)).view(len(x), len(up), -1)  # (N, E, h)
+        h = self.hidden(z, weight.unsqueeze(-1))
         return F.linear(h.flatten(1), down.transpose(0, 1).flatten(1))  # (N, C)
 
     def sparse(self, x, up, down, tiles, gates):
@@ -277,9 +277,9 @@ class TriX(nn.Module):
         order = tiles.flatten().argsort(stable=True)  # (N k,): sorted by tile -> by token
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         sizes = torch.bincount(tiles.flatten(), minlength=len(up)).tolist()  # one transfer to the host for all tiles
-        h = self.hidden(grouped_linear(Spread.apply(x, order, back, k), up, sizes))  # (N k, h), sorted by tile
-        h = h * Spread.apply(gates.view(-1, 1), order, back, 1)
-        return Gather.apply(grouped_linear(h, down, sizes), order, back, k)
+        z = GroupedLinear.apply(Spread.apply(x, order, back, k), up, sizes)  # (N k, h), sorted by tile
+        h = self.hidden(z, Spread.apply(gates.view(-1, 1), order, back, 1))
+        return Gather.apply(GroupedLinear.apply(h, down, sizes), order, back, k)
 
     @torch.no_grad()
     def statistics(self):
@@ -338,8 +338,49 @@ class Gather(torch.autograd.Function):
         return spread(grad, *ctx.saved_tensors, ctx.k), None, None, None
 
 
-def grouped_linear(x, weights, sizes):  # (N, in) sorted by group, (E, out, in), rows of each group -> (N, out)
-    return torch.cat([F.linear(rows, weight) for rows, weight in zip(x.split(sizes), weights.unbind()) if len(rows)])
+class GatedHidden(torch.autograd.Function):
+    """gate * RMSNorm(relu(z)^2), (..., h) and (..., 1) -> (..., h), in half the passes over memory of the plain formula."""
+
+    @staticmethod
+    def forward(ctx, z, gate):
+        r = z.float().clamp(min=0)
+        u = r.square()
+        inverse = (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt_()
+        u.mul_(inverse)
+        ctx.save_for_backward(r, u, inverse, gate)
+        return (u * gate).type_as(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        r, u, inverse, gate = ctx.saved_tensors
+        d_gate = (grad * u).sum(-1, keepdim=True)
+        dz = (grad * gate).addcmul_(u, gate * d_gate / -u.size(-1)).mul_(r).mul_(2 * inverse)
+        return dz.type_as(grad), d_gate
+
+
+class GroupedLinear(torch.autograd.Function):
+    """x (N, in), sorted by group, weights (E, out, in), sizes: rows of each group -> (N, out), each group by its own weight."""
+
+    @staticmethod
+    def forward(ctx, x, weights, sizes):
+        if torch.is_autocast_enabled(x.device.type):
+            low = torch.get_autocast_dtype(x.device.type)
+            x, weights = x.to(low), weights.to(low)
+        ctx.save_for_backward(x, weights)
+        ctx.sizes = sizes
+        out = x.new_empty(len(x), weights.size(1))
+        for rows, weight, to in zip(x.split(sizes), weights, out.split(sizes)):
+            torch.mm(rows, weight.T, out=to)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weights = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), torch.empty_like(weights)
+        for e, (rows, g, to) in enumerate(zip(x.split(ctx.sizes), grad.split(ctx.sizes), dx.split(ctx.sizes))):
+            torch.mm(g, weights[e], out=to)
+            torch.mm(g.T, rows, out=dw[e])
+        return dx, dw, None
 
 
 MIXERS = {'attention': Attention}

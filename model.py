@@ -4,7 +4,7 @@
     model  = GPT(GPTConfig(ffn='trix'))
     logits = model(idx)                   # (B, T) int64 -> (B, T, vocab_size)
     loss   = model(idx, targets)          # mean cross-entropy in nats, fp32; never holds all logits; target -1 is ignored
-    logits = model(part, cache=cache)     # cache = model.new_cache(); the values of the full forward, position by position
+    logits = model(part, cache=cache)     # cache = model.new_cache(B); the values of the full forward, position by position
 
 A block is pre-norm with the residual outside: x + mixer(norm(x)), then x + ffn(norm(x)). To add one, write a class that
 maps (B, T, C) to (B, T, C) and name it in MIXERS or FFNS.
@@ -118,13 +118,13 @@ class Int8(torch.autograd.Function):
 class KVCache:
     """Keys and values of one attention layer for up to block_size positions; `pos` counts those that are filled."""
 
-    def __init__(self, block_size):
-        self.block_size, self.pos, self.k, self.v = block_size, 0, None, None
+    def __init__(self, B, block_size):
+        self.B, self.block_size, self.pos, self.k, self.v = B, block_size, 0, None, None
 
     def append(self, k, v):  # (B, n_kv_head, T, hs) each -> all positions so far, (B, n_kv_head, pos + T, hs)
-        B, nh, T, hs = k.shape
-        if self.k is None:
-            self.k, self.v = k.new_empty(B, nh, self.block_size, hs), v.new_empty(B, nh, self.block_size, hs)
+        _, nh, T, hs = k.shape
+        if self.k is None:  # not earlier: under autocast the dtype is known only now
+            self.k, self.v = (k.new_empty(self.B, nh, self.block_size, hs) for _ in 'kv')
         self.k[:, :, self.pos:self.pos + T], self.v[:, :, self.pos:self.pos + T] = k, v
         self.pos += T
         return self.k[:, :, :self.pos], self.v[:, :, :self.pos]
@@ -148,8 +148,8 @@ class Attention(nn.Module):
             self.register_buffer('cos', angle.cos(), persistent=False)  # (block_size, hs / 2)
             self.register_buffer('sin', angle.sin(), persistent=False)
 
-    def new_cache(self):
-        return KVCache(self.block_size)
+    def new_cache(self, B):
+        return KVCache(B, self.block_size)
 
     def rotate(self, x, start):  # (B, nh, T, hs); pairs are (i, i + hs/2), the layout of Llama checkpoints
         cos, sin = self.cos[start:start + x.size(2)], self.sin[start:start + x.size(2)]
@@ -459,9 +459,9 @@ class GPT(nn.Module):
                 last = name.endswith(('o_proj.weight', 'down_proj.weight', '.down'))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02)
 
-    def new_cache(self):
-        """One empty cache a layer, for `model(idx, cache=cache)`."""
-        return [block.mixer.new_cache() for block in self.blocks]
+    def new_cache(self, B):
+        """One empty cache a layer for B sequences, for `model(idx, cache=cache)`."""
+        return [block.mixer.new_cache(B) for block in self.blocks]
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T): the mean loss in nats, a scalar."""

@@ -40,8 +40,8 @@ class TrainConfig:
     warmup_steps: int = 100  # steps of linear warm-up
     schedule: str = 'cosine'  # cosine or constant, after the warm-up
     weight_decay: float = 0.1  # on matrices; norms, biases and other vectors have none
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95
+    beta1: float = 0.9  # AdamW: decay of the mean of the gradients
+    beta2: float = 0.95  # AdamW: decay of the mean of their squares
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     eval_interval: int = 100  # steps between validations; like every interval, 0 switches it off
     eval_tokens: int = 65_536  # tokens of a validation, always the same windows (0: all of the split)

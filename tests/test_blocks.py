@@ -110,13 +110,13 @@ def test_logits_of_a_prefix_are_the_prefix_of_the_logits(name):
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward(name, parts):
     model, idx = build(name).eval(), tokens(3, T)
-    cache = model.new_cache()
+    cache = model.new_cache(3)
     got = torch.cat([model(part, cache=cache) for part in idx.split(parts, 1)], 1)
     assert_close(got, model(idx))
 
 
 def test_a_context_over_block_size_is_refused():
-    model, cache = build('gelu'), build('gelu').new_cache()
+    model, cache = build('gelu'), build('gelu').new_cache(1)
     with pytest.raises(AssertionError, match='33 positions, but block_size is 32'):
         model(tokens(1, T + 1))
     model(tokens(1, T), cache=cache)

@@ -1,0 +1,173 @@
+"""Sampling and evaluation need a run directory or a checkpoint file, and nothing else."""
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import evaluate
+import prepare
+import sample
+import train
+from configurator import UserError
+from data import TokenData, load_tokenizer
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """(run directory, data directory) of a model that knows a few words."""
+    folder, draw = tmp_path_factory.mktemp('sample'), random.Random(0)
+    words = ['red', 'green', 'blue', 'straße', 'éclair', '日本']
+    for i in range(40):
+        (folder / f'{i:02d}.txt').write_text(' '.join(draw.choices(words, k=150)))
+    data, out = folder / 'tokens', folder / 'run'
+    prepare.main([f'--dataset=text:{folder}/*.txt', '--vocab_size=280', f'--out={data}', '--val_ratio=0.2', '--num_proc=1'])
+    train.main([f'--dataset={data}', f'--out_dir={out}', '--vocab_size=288', '--block_size=32', '--n_layer=1', '--n_head=2',
+                '--n_embd=32', '--max_steps=60', '--warmup_steps=5', '--learning_rate=1e-2', '--batch_size=8', '--device=cpu',
+                '--eval_interval=30', '--eval_tokens=0', '--sample_interval=0', '--save_interval=60'])
+    return out, data
+
+
+def model_of(**keys):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=16, **keys)).eval()
+
+
+def test_greedy_generation_is_the_argmax_of_the_full_forward():
+    model, idx = model_of(ffn='trix'), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    got = torch.stack(list(sample.generate(model, idx, 40, 10, temperature=0)), 1)
+    for _ in range(10):
+        idx = torch.cat((idx, model(idx)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(got, idx[:, 3:])
+
+
+def test_generation_goes_on_beyond_the_context_from_its_last_half():
+    model, idx = model_of(), torch.tensor([[1, 2, 3]])
+    got = torch.cat(list(sample.generate(model, idx, 40, 20, temperature=0)))
+    text = torch.cat((idx[0], got))
+    assert len(got) == 20
+    # The cache is full after 16 positions; the 17th token of the text is the last that sees all before it.
+    assert text[17] == model(text[None, 9:17])[0, -1].argmax()
+    assert text[16] == model(text[None, :16])[0, -1].argmax()
+
+
+def test_a_long_prompt_is_cut_to_its_last_context():
+    model, idx = model_of(), torch.randint(40, (1, 50))
+    token = next(sample.generate(model, idx, 40, 1, temperature=0))
+    assert token == model(idx[:, -16:])[0, -1].argmax()
+
+
+def test_generation_leaves_the_mode_and_the_global_random_state_alone():
+    model = model_of().train()
+    before = torch.get_rng_state()
+    list(sample.generate(model, torch.tensor([[1]]), 40, 3))
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize('keys, expected', [
+    (dict(temperature=1.0, top_k=0, top_p=1.0), [0.5, 0.3, 0.15, 0.05]),
+    (dict(temperature=1.0, top_k=2, top_p=1.0), [0.625, 0.375, 0, 0]),
+    (dict(temperature=1.0, top_k=0, top_p=0.75), [0.625, 0.375, 0, 0]),
+    (dict(temperature=1.0, top_k=0, top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+    (dict(temperature=0.5, top_k=0, top_p=1.0), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+    (dict(temperature=0, top_k=0, top_p=1.0), [1, 0, 0, 0]),
+    (dict(temperature=1.0, top_k=0, top_p=1e-9), [1, 0, 0, 0]),
+], ids=str)
+def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(keys, expected):
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4)
+    drawn = sample.choose(logits, **keys, generator=torch.Generator().manual_seed(0))
+    share = drawn.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(share[[1, 3, 0, 2]], torch.tensor(expected, dtype=torch.float), atol=0.015, rtol=0)
+
+
+def test_characters_are_streamed_whole(trained):
+    encoding, said = load_tokenizer(trained[1]), []
+    text = 'a日本ß'
+    ids = [byte for byte in text.encode()]  # single bytes are the first 256 ids
+    assert sample.stream(encoding, ids, said.append) == len(ids)
+    assert ''.join(said) == text and all('\ufffd' not in part for part in said)
+
+
+def test_a_checkpoint_alone_is_enough(trained, tmp_path, capsys):
+    run, data = trained
+    newest = checkpoint.steps(run / 'checkpoints')[-1]
+    alone = shutil.copy(newest, tmp_path / 'model.pt')
+    capsys.readouterr()
+    outputs = []
+    for source, seed in ((alone, 1), (run, 1), (alone, 2)):
+        sample.main([str(source), '--prompt=red green', '--num=2', '--max_new_tokens=30', f'--seed={seed}', '--device=cpu'])
+        outputs.append(capsys.readouterr())
+    assert outputs[0].out == outputs[1].out != outputs[2].out
+    assert outputs[0].out.startswith('--- 1\nred green') and '--- 2\nred green' in outputs[0].out
+    assert 'tokens/s' in outputs[0].err
+    words = outputs[0].out.split()
+    assert sum(word in ('red', 'green', 'blue', 'straße', 'éclair', '日本') for word in words) > len(words) / 3
+
+
+def test_sampling_stops_at_the_end_of_a_document(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sample, 'choose', lambda logits, *_: torch.tensor([279]))  # the end-of-text token
+    capsys.readouterr()
+    sample.main([str(trained[0]), '--prompt=x', '--device=cpu'])
+    assert capsys.readouterr().out == 'x\n'
+    sample.main([str(trained[0]), '--prompt=x', '--device=cpu', '--stop=false', '--max_new_tokens=2'])
+    assert capsys.readouterr().out == 'x<|endoftext|><|endoftext|>\n'
+
+
+def test_padding_of_the_vocabulary_is_never_sampled(trained):
+    model, state = checkpoint.load_model(trained[0], 'cpu')
+    assert model.config.vocab_size == 288 and load_tokenizer(state['tokenizer']).n_vocab == 280
+    with torch.no_grad():
+        model.lm_head.weight[280:] = 100 * model.norm(model.wte.weight[:1])
+    tokens = torch.cat(list(sample.generate(model, torch.tensor([[1]]), 280, 50, temperature=2.0)))
+    assert tokens.max() < 280
+
+
+@pytest.mark.parametrize('words, message', [
+    ([], 'name a run directory'), (['nowhere'], 'nowhere: no such run'), (['x', '--top_p=0'], 'top_p=0.0 must lie in (0, 1]'),
+    (['x', '--num=0'], 'num=0 must be at least 1'), (['x', '--tempreature=1'], "did you mean 'temperature'"),
+])
+def test_a_mistake_is_one_line(words, message):
+    with pytest.raises(UserError) as refused:
+        sample.main(words)
+    assert message in str(refused.value) and '\n' not in str(refused.value)
+
+
+def test_evaluate_ends_with_one_json_object_that_a_hand_computation_confirms(trained, capsys):
+    run, path = trained
+    evaluate.main([str(run), '--device=cpu', '--batch_size=3'])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    model, state = checkpoint.load_model(run, 'cpu')
+    data, encoding = TokenData(path, 32, 288), load_tokenizer(path)
+    x, y = map(torch.from_numpy, data.val_batch(data.val_windows()))
+    with torch.no_grad():
+        nats = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction='sum').item()
+    size = sum(len(encoding.decode_single_token_bytes(t)) for t in y.flatten().tolist() if t != 279)
+    assert result['tokens'] == y.numel() and result['step'] == 60
+    assert result['loss'] == pytest.approx(nats / y.numel(), rel=1e-5)
+    assert result['perplexity'] == pytest.approx(math.exp(result['loss']))
+    assert result['bits_per_byte'] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_evaluate_refuses_data_of_another_tokenizer(trained, tmp_path):
+    other = tmp_path / 'tokens'
+    prepare.main([f'--dataset=text:{trained[1].parent}/[0-2]*.txt', '--vocab_size=280', f'--out={other}', '--val_ratio=0.2', '--num_proc=1'])
+    with pytest.raises(UserError, match='is not the one that'):
+        evaluate.main([str(trained[0]), f'--data={other}', '--device=cpu'])
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'evaluate.py', 'prepare.py', 'bench.py'])
+def test_every_command_has_help_that_explains_every_knob(script):
+    done = subprocess.run([sys.executable, ROOT / script, '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and f'python {script}' in done.stdout
+    knobs = [line for line in done.stdout.splitlines() if line.startswith('  --')]
+    assert len(knobs) >= 6 and all(len(line.split()) > 4 for line in knobs)  # key, type, default, words

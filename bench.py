@@ -77,19 +77,18 @@ def compare(times, reference):
     return rows
 
 
-def report(title, rows, config):
-    """Print rows as a table and write them to results/<title>.json with what is needed to measure them again."""
-    shown = [list(rows[0])] + [[f'{v:.4g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else str(v)
+def report(title, rows, config, options=''):
+    """Print rows as a Markdown table and keep them in results/<title>.json with what is needed to measure them again."""
+    table = [list(rows[0])] + [[f'{v:.4g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else v
                                 for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown)]
-    print(f'\n{title}')
-    for row in shown:
-        print('  ' + '  '.join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ['-' * width for width in widths])
+    print('\n' + '\n'.join('| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in table) + '\n')
     commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     (ROOT / 'results').mkdir(exist_ok=True)
     with open(ROOT / 'results' / f'{title}.json', 'w') as file:
-        json.dump({'command': f'python bench.py {title}', 'machine': machine(config), 'torch': torch.__version__, 'commit': commit,
-                   'date': date.today().isoformat(), 'rows': rows}, file, indent=1)
+        json.dump({'command': f'python bench.py {title}{options}', 'machine': machine(config), 'torch': torch.__version__,
+                   'commit': commit, 'date': date.today().isoformat(), 'rows': rows}, file, indent=1)
         file.write('\n')
 
 
@@ -247,7 +246,7 @@ def peers(config):
                 times[name] += speeds[4:steps]  # the first steps warm up, nanoGPT's first is an evaluation, too
                 memory[name] = max(memory[name], usage.ru_maxrss / 1e6)
     rows = compare({name: seconds[:min(map(len, times.values()))] for name, seconds in times.items()}, 'nanoGPT')
-    report('peers', [{**row, 'tokens/s': 16 * 256 / row['seconds'], 'peak GB': memory[row['name']]} for row in rows], config)
+    report('peers', [{**row, 'tokens/s': 16 * 256 / row['seconds'], 'peak GB': memory[row['name']]} for row in rows], config, ' --nanogpt=PATH')
 
 
 COMMANDS = {'blocks': blocks, 'head': head, 'quality': quality, 'peers': peers}

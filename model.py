@@ -384,8 +384,13 @@ class GroupedLinear(torch.autograd.Function):
 
 
 MIXERS = {'attention': Attention}
-FFNS = {'gelu': lambda config: MLP(config, gelu), 'relu2': lambda config: MLP(config, relu2), 'swiglu': SwiGLU,
-        'trix': TriX, 'none': lambda config: None}
+FFNS = {
+    'gelu': lambda config: MLP(config, gelu),
+    'relu2': lambda config: MLP(config, relu2),
+    'swiglu': SwiGLU,
+    'trix': TriX,
+    'none': lambda config: None,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

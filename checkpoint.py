@@ -20,7 +20,7 @@ from configurator import UserError, typed
 from model import GPT, GPTConfig
 
 VERSION = 1
-KEYS = ('model', 'optimizer', 'step', 'config', 'tokenizer')  # what a checkpoint must have to be one of ours
+KINDS = {'model': dict, 'optimizer': dict, 'step': int, 'config': dict, 'tokenizer': dict, 'data': dict}  # that every one has
 
 
 @contextlib.contextmanager
@@ -77,8 +77,10 @@ def load(path, map_location='cpu'):
         raise UserError(f'{path}: damaged ({type(error).__name__})')
     if not isinstance(state, dict) or state.get('format') != 'nanotrix-checkpoint':
         raise UserError(f'{path}: not a checkpoint of this project')
-    if state.get('version') != VERSION or any(key not in state for key in KEYS):
+    if state.get('version') != VERSION:
         raise UserError(f'{path}: checkpoint version {state.get("version")}, this code reads version {VERSION}')
+    if wrong := [key for key, kind in KINDS.items() if not isinstance(state.get(key), kind)]:
+        raise UserError(f'{path}: broken: no valid {", ".join(wrong)} in it')
     return state
 
 
@@ -138,9 +140,11 @@ def load_model(run, device):
     return model.eval(), state
 
 
-def retain(directory, keep, forever):
-    """Delete all but the newest `keep` checkpoints (0: none is deleted) and those whose step is in `forever`."""
-    names = {f'step_{step:07d}.pt' for step in forever}
-    for path in steps(directory)[:-keep] if keep else []:
-        if path.name not in names:
+def retain(newest, keep, forever):
+    """After saving `newest`: delete all but the last `keep` checkpoints up to it (0: none is deleted) and those whose step
+    is in `forever`. A later one can only be damaged, left by the run that this one resumed, and is soon written over."""
+    kept = {f'step_{step:07d}.pt' for step in forever}
+    older = [path for path in steps(newest.parent) if path.name <= newest.name]
+    for path in older[:-keep] if keep else []:
+        if path.name not in kept:
             path.unlink(missing_ok=True)

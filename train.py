@@ -6,6 +6,7 @@
 
 Exit codes: 0 finished, 2 a mistake in the call or an input, 3 diverged, 75 interrupted (saved; try again with --resume=auto).
 """
+import contextlib
 import json
 import math
 import os
@@ -107,15 +108,20 @@ def find_data(config):
 
 def find_checkpoint(config, data):
     """(path, state) to resume from, or (None, None) to start afresh. UserError if it can't go on with this config and data."""
-    out = Path(config.out_dir)
+    out, source = Path(config.out_dir), Path(config.out_dir if config.resume == 'auto' else config.resume)
+    there = checkpoint.steps(out / 'checkpoints')
+    own = config.resume and out.resolve() in (source.resolve(), *source.resolve().parents)
+    if not own and (there or (out / 'metrics.jsonl').exists()):
+        raise UserError(f'{out} already holds a run: go on with it by --resume=auto, or start another by --out_dir={out}-2')
     if not config.resume:
-        if (out / 'metrics.jsonl').exists() or checkpoint.steps(out / 'checkpoints'):
-            raise UserError(f'{out} already holds a run: go on with it by --resume=auto, or start another by --out_dir={out}-2')
         return None, None
-    if config.resume == 'auto' and not checkpoint.steps(out / 'checkpoints'):
+    if config.resume == 'auto' and not there:
         print(f'--resume=auto: no checkpoint in {out}, starting at step 0')
         return None, None
-    path, state = checkpoint.find(out if config.resume == 'auto' else config.resume)
+    path, state = checkpoint.find(source)
+    if path == source and own and path.name < there[-1].name:
+        raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
+                        f'or from here in another directory by --out_dir={out}-2')
     saved = state['config']
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
     model_keys = {field.name for field in fields(GPTConfig)}
@@ -167,12 +173,20 @@ class Log:
         self.append(name, json.dumps(values, allow_nan=True))
 
     def append(self, name, text):
-        with open(self.out / name, 'a') as file:
+        with self.writing(name), open(self.out / name, 'a') as file:
             file.write(text + '\n')
 
     def status(self, **values):
-        with checkpoint.replacing(self.out / 'status.json') as file:
+        with self.writing('status.json'), checkpoint.replacing(self.out / 'status.json') as file:
             file.write(json.dumps({**values, 'pid': os.getpid(), 'time': time.time()}).encode())
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f'{self.out / name}: can\'t be written ({error.strerror}): make room there and go on with '
+                            '--resume=auto, or choose another --out_dir')
 
     def cut(self, step):
         """Drop what a resumed run will say again: training after `step`, validation and samples from `step` on."""
@@ -221,17 +235,15 @@ def main(argv):
     micro_steps = config.batch_tokens // (config.batch_size * config.block_size)
     batch_rows = config.batch_tokens // config.block_size
     per_token, peak = model.flops_per_token(), hardware.peak_flops(device, dtype)
-    try:
+    log = Log(out)
+    with log.writing(''):
         (out / 'checkpoints').mkdir(parents=True, exist_ok=True)
-        log = Log(out)
-        log.cut(step if config.resume else 0)
+        log.cut(step)
         for stale in [*out.glob('*.tmp'), *(out / 'checkpoints').glob('*.tmp')]:  # of a run that was killed
             stale.unlink()
         with checkpoint.replacing(out / 'config.json') as file:
             file.write(json.dumps(config.as_dict(), indent=1).encode())
-        log.say(f'on {why}; {why_compile}')
-    except OSError as error:
-        raise UserError(f'{out}: can\'t be written ({error.strerror}): choose another --out_dir')
+    log.say(f'on {why}; {why_compile}')
     for kind, total, used in model.parameter_table():
         log.say(f'  {kind:10s} {total:12,} parameters' + (f', of which a token uses {used:,}' if used != total else ''))
     log.say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {per_token / 1e6:.1f} MFLOP a token; '
@@ -256,7 +268,7 @@ def main(argv):
             'seconds': seconds, 'config': config.as_dict(), 'tokenizer': data.tokenizer,
             'data': {'path': str(data.path), 'fingerprint': data.fingerprint},
             'rng': {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None}})
-        checkpoint.retain(path.parent, config.keep, {best_step, *config.mandatory_steps})
+        checkpoint.retain(path, config.keep, {best_step, *config.mandatory_steps})
         return path
 
     def draw_samples():
@@ -275,7 +287,7 @@ def main(argv):
         log.status(state=state, step=step, max_steps=config.max_steps, tokens=step * config.batch_tokens, best=best,
                    best_step=best_step, checkpoint=str(saved) if saved else None, **more)
 
-    last_loss, saved = None, next(reversed(checkpoint.steps(out / 'checkpoints')), None)
+    last_loss, saved = None, origin
     batches = Prefetcher(batch, ((s, m) for s in range(step, config.max_steps) for m in range(micro_steps)))
     since, waited, mark = 0, 0.0, time.perf_counter()  # steps and loader seconds since the last log line, its time
     status('running')
@@ -327,7 +339,8 @@ def main(argv):
         if finite:
             scaler.step(optimizer)
             scaler.update()
-        statistics = model.statistics() if config.log_interval and (step + 1) % config.log_interval == 0 else {}
+        logged = config.log_interval and ((step + 1) % config.log_interval == 0 or step + 1 == config.max_steps)
+        statistics = model.statistics() if logged else {}
         model.update_balance(1e-2 if step < config.warmup_steps else 1e-3)
         optimizer.zero_grad(set_to_none=True)
         skipped = 0 if finite else skipped + 1
@@ -342,7 +355,7 @@ def main(argv):
                         if saved else 'diverged before the first checkpoint: lower the learning rate')
                 sys.exit(3)
 
-        if config.log_interval and step % config.log_interval == 0:
+        if logged:
             hardware.synchronize(device)
             span = time.perf_counter() - mark
             seconds, mark = seconds + span, mark + span

@@ -259,6 +259,17 @@ def test_compiled_model_gives_the_same_loss_and_gradients(name):
         assert_close(q.grad, p.grad, 1e-4)
 
 
+@pytest.mark.parametrize('name', ['gelu', 'swiglu', 'trix', 'trix_all'])
+def test_under_autocast_the_loss_is_that_of_fp32_and_everything_learns(name):
+    idx, model = tokens(4, T + 1), build(name)
+    expected = model(idx[:, :-1], idx[:, 1:]).item()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=0.03)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
 @every_block
 def test_flops_per_token_equal_those_that_torch_counts(name):
     model, idx = build(name).eval(), tokens(2, T)

@@ -3,6 +3,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,12 @@ def trained(tmp_path_factory):
         (folder / f'{i:02d}.txt').write_text(' '.join(draw.choices(words, k=150)))
     data, out = folder / 'tokens', folder / 'run'
     prepare.main([f'--dataset=text:{folder}/*.txt', '--vocab_size=280', f'--out={data}', '--val_ratio=0.2', '--num_proc=1'])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     train.main([f'--dataset={data}', f'--out_dir={out}', '--vocab_size=288', '--block_size=32', '--n_layer=1', '--n_head=2',
                 '--n_embd=32', '--max_steps=60', '--warmup_steps=5', '--learning_rate=1e-2', '--batch_size=8', '--device=cpu',
                 '--eval_interval=30', '--eval_tokens=0', '--sample_interval=0', '--save_interval=60'])
+    for number, handler in handlers.items():  # a run takes them; pytest wants its Ctrl-C back
+        signal.signal(number, handler)
     return out, data
 
 

@@ -162,23 +162,30 @@ def test_activation_checkpointing_trains_the_same(corpus, tmp_path, whole):
 # ---- it survives
 
 def test_resume_is_bit_exact_after_10_sigkills(corpus, tmp_path, whole):
+    """At random moments of the run; every other time while a checkpoint is being written."""
     argv, draw = arguments(corpus, tmp_path / 'run', '--resume=auto', '--save_interval=1'), random.Random(1)
-    kills = while_saving = 0
-    for attempt in range(60):
-        process = start(argv)
-        if kills < 10:  # every other time while a checkpoint is being written
-            folder, deadline = tmp_path / 'run' / 'checkpoints', time.time() + draw.uniform(0.15, 0.8)
-            while time.time() < deadline or attempt % 2 and not list(folder.glob('*.tmp')) and process.is_alive():
-                time.sleep(0.0005)
-            while_saving += bool(list(folder.glob('*.tmp')))
-            process.kill()
+    folder, killed_while_saving, reached = tmp_path / 'run' / 'checkpoints', 0, []
+    for kill in range(10):
+        process, when = start(argv), draw.randrange(1, 4)  # lines of metrics.jsonl from now on
+        target = len(losses_so_far(tmp_path / 'run')) + when
+        while len(losses_so_far(tmp_path / 'run')) < target and process.is_alive():
+            time.sleep(0.001)
+        while kill % 2 and not list(folder.glob('*.tmp')) and process.is_alive():
+            time.sleep(0.0002)
+        killed_while_saving += bool(list(folder.glob('*.tmp')))
+        time.sleep(0 if kill % 2 else draw.uniform(0, 0.02))
+        process.kill()
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
-        if process.exitcode != -signal.SIGKILL:
-            break
-    assert process.exitcode == 0, Path(f'{tmp_path}/run.console').read_text()
-    assert kills >= 5 and while_saving >= 2
+        assert process.exitcode == -signal.SIGKILL, 'the run was over before the kill'
+        reached.append(len(losses_so_far(tmp_path / 'run')))
+    assert killed_while_saving >= 3 and len(set(reached)) > 5
+    code, said = finish(argv)
+    assert code == 0, said
     assert_same_run(tmp_path / 'run', whole)
+
+
+def losses_so_far(run):
+    return (run / 'metrics.jsonl').read_bytes().splitlines() if (run / 'metrics.jsonl').exists() else []
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -223,6 +230,24 @@ def test_a_resumed_run_can_have_a_new_directory(corpus, tmp_path, whole):
     assert all(torch.equal(a['model'][key], b['model'][key]) for key in b['model'])
 
 
+def test_going_back_in_a_run_needs_another_directory(corpus, tmp_path, whole):
+    first, last = checkpoint.steps(whole / 'checkpoints')[0], checkpoint.steps(whole / 'checkpoints')[-1]
+    code, said = finish(arguments(corpus, whole, f'--resume={first}'))
+    assert code == 2 and f'has a later checkpoint, {last.name}' in said
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'metrics.jsonl').write_text('')
+    code, said = finish(arguments(corpus, tmp_path / 'other', f'--resume={first}'))
+    assert code == 2 and 'already holds a run' in said
+
+
+def test_the_last_step_is_logged_and_an_interval_of_0_is_off(corpus, tmp_path):
+    words = ['--log_interval=4', '--eval_interval=0', '--sample_interval=0', '--save_interval=0', '--max_steps=6']
+    assert finish(arguments(corpus, tmp_path / 'run', *words))[0] == 0
+    assert [line['step'] for line in lines(tmp_path / 'run', 'train')] == [4, 6]
+    assert not lines(tmp_path / 'run', 'eval') and not (tmp_path / 'run/samples.jsonl').exists()
+    assert not checkpoint.steps(tmp_path / 'run/checkpoints')
+
+
 def test_a_run_is_never_overwritten(corpus, whole):
     before = (whole / 'metrics.jsonl').read_bytes()
     code, said = finish(arguments(corpus, whole))
@@ -234,7 +259,7 @@ def test_retention_keeps_the_newest_the_best_and_the_mandatory(corpus, tmp_path,
     out = tmp_path / 'run'
     assert finish(arguments(corpus, out, '--keep=2', '--mandatory_steps=7,12', '--eval_interval=0'))[0] == 0
     assert [path.name for path in checkpoint.steps(out / 'checkpoints')] == [f'step_{s:07d}.pt' for s in (7, 12, 36, 40)]
-    checkpoint.retain(out / 'checkpoints', 1, {12})
+    checkpoint.retain(out / 'checkpoints/step_0000040.pt', 1, {12})
     assert [path.name for path in checkpoint.steps(out / 'checkpoints')] == ['step_0000012.pt', 'step_0000040.pt']
 
 
@@ -340,6 +365,7 @@ class Evil:
     ('shapes', 'of another architecture: blocks.0.mixer.q_proj.weight'),
     ('config', 'n_embd=15 is not divisible'),
     ('types', 'its config has values of the wrong type'),
+    ('nothing', 'no valid config, tokenizer'),
 ])
 def test_a_bad_checkpoint_is_refused_in_one_line_and_never_executed(tmp_path, monkeypatch, whole, damage, message):
     monkeypatch.chdir(tmp_path)
@@ -353,6 +379,7 @@ def test_a_bad_checkpoint_is_refused_in_one_line_and_never_executed(tmp_path, mo
         bad.write_text('hello')
     else:
         change = {'foreign': {'format': 'other'}, 'version': {'version': 99}, 'config': {'config': {**state['config'], 'n_embd': 15}},
+                  'nothing': {'config': None, 'tokenizer': [1]},
                   'types': {'config': {**state['config'], 'n_embd': 'wide'}},
                   'shapes': {'model': {**state['model'], 'blocks.0.mixer.q_proj.weight': torch.zeros(3, 3)}}}[damage]
         torch.save({**state, **change}, bad)

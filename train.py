@@ -148,6 +148,16 @@ def make_optimizer(model, config, device):
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=device.type != 'mps')
 
 
+def random_state(device):
+    return {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None}
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state['cpu'].cpu())
+    if device.type == 'cuda' and state['cuda'] is not None:
+        torch.cuda.set_rng_state(state['cuda'].cpu(), device)
+
+
 def learning_rate(step, config):
     """Rate of optimizer step `step` (from 0): linear warm-up, then cosine down to min_lr_ratio, or constant."""
     if step < config.warmup_steps:
@@ -225,9 +235,7 @@ def main(argv):
         checkpoint.load_weights(model, state, origin)
         optimizer.load_state_dict(state['optimizer'])
         scaler.load_state_dict(state['scaler'])
-        torch.set_rng_state(state['rng']['cpu'])
-        if device.type == 'cuda' and state['rng']['cuda'] is not None:
-            torch.cuda.set_rng_state(state['rng']['cuda'].cpu(), device)
+        set_random_state(state['rng'], device)
         step, best, best_step, skipped, seconds = (state[key] for key in ('step', 'best', 'best_step', 'skipped', 'seconds'))
         del state
     compiled = torch.compile(model) if use_compile else model
@@ -267,7 +275,7 @@ def main(argv):
             'step': step, 'tokens': step * config.batch_tokens, 'best': best, 'best_step': best_step, 'skipped': skipped,
             'seconds': seconds, 'config': config.as_dict(), 'tokenizer': data.tokenizer,
             'data': {'path': str(data.path), 'fingerprint': data.fingerprint},
-            'rng': {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None}})
+            'rng': random_state(device)})
         checkpoint.retain(path, config.keep, {best_step, *config.mandatory_steps})
         return path
 
@@ -321,7 +329,7 @@ def main(argv):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        loss = torch.zeros((), device=device)
+        loss, before = torch.zeros((), device=device), random_state(device)
         for micro in range(micro_steps):
             x, y = next(batches)
             with hardware.autocast(device, dtype):
@@ -330,8 +338,9 @@ def main(argv):
             loss += part.detach()
             if asked:
                 break
-        if asked:
-            continue  # the step is not whole: it is done again after the resume
+        if asked:  # the step is not whole: it is done again, with the same dropout, after the resume
+            set_random_state(before, device)
+            continue
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         last_loss, norm = loss.item(), norm.item()  # the one wait for the device in a step
@@ -341,7 +350,7 @@ def main(argv):
             scaler.update()
         logged = config.log_interval and ((step + 1) % config.log_interval == 0 or step + 1 == config.max_steps)
         statistics = model.statistics() if logged else {}
-        model.update_balance(1e-2 if step < config.warmup_steps else 1e-3)
+        model.update_balance((1e-2 if step < config.warmup_steps else 1e-3) if finite else 0.0)
         optimizer.zero_grad(set_to_none=True)
         skipped = 0 if finite else skipped + 1
         step, since = step + 1, since + 1

@@ -206,6 +206,22 @@ def test_a_signal_saves_and_exits_75_and_the_resumed_run_is_bit_exact(corpus, tm
     assert_same_run(out, whole)
 
 
+def test_a_signal_between_micro_steps_repeats_the_step_with_the_same_dropout(corpus, tmp_path, whole):
+    def interrupt():
+        backward, count = torch.Tensor.backward, iter(range(10**6))
+
+        def interrupting(loss, *args, **kwargs):
+            backward(loss, *args, **kwargs)
+            if next(count) == 14:  # the first of the two micro-steps of step 7
+                os.kill(os.getpid(), signal.SIGTERM)
+        torch.Tensor.backward = interrupting
+    argv = arguments(corpus, tmp_path / 'run', '--resume=auto')
+    assert finish(argv, interrupt)[0] == 75
+    assert checkpoint.find(tmp_path / 'run')[1]['step'] == 7
+    assert finish(argv)[0] == 0
+    assert_same_run(tmp_path / 'run', whole)
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(corpus, tmp_path, whole):
     out = tmp_path / 'run'
     assert finish(arguments(corpus, out))[0] == 0

@@ -33,7 +33,7 @@ import warnings
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import chain, islice
@@ -101,6 +101,8 @@ def prepare(config, out):
         stream = batches(documents, config)
         head = list(islice(stream, TOKENIZER_BATCHES))
         sample = [text for _, texts in head for text in texts['train']]
+        if not any(texts['val'] for _, texts in head) and not sample:
+            raise UserError(f'{config.dataset}: the corpus is empty, no document has any text')
         if not sample:
             raise UserError(f'{config.dataset}: no text for the train split: more documents, or a smaller --val_ratio')
         print(f'tokenizer: training {config.vocab_size} tokens on {len(sample):,} documents', flush=True)
@@ -404,7 +406,7 @@ def is_prepared(out, request):
 @contextmanager
 def workspace(out):
     """A directory beside `out`, gone when the work ends, however it ends. Those of killed preparations go as well."""
-    work = out.with_name(f'.{out.name}.tmp-{os.getpid()}')
+    work, made = out.with_name(f'.{out.name}.tmp-{os.getpid()}'), not out.parent.exists()
     out.parent.mkdir(parents=True, exist_ok=True)
     for other in out.parent.glob(f'.{glob.escape(out.name)}.tmp-*'):
         pid = other.name.rpartition('-')[2]
@@ -415,6 +417,9 @@ def workspace(out):
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # not empty if all went well
+                out.parent.rmdir()
 
 
 def is_alive(pid):

@@ -309,7 +309,7 @@ def test_docstrings_of_c_are_the_same_in_every_run():
     ({'dataset': 'text:{tmp}/none'}, '{tmp}/none: no such file'),
     ({'dataset': 'text:{tmp}/*.none'}, '{tmp}/*.none: no such file'),
     ({'dataset': 'text:{tmp}/empty'}, '{tmp}/empty: no such file'),
-    ({'dataset': 'text:{tmp}/blank.txt'}, 'text:{tmp}/blank.txt: no text for the train split'),
+    ({'dataset': 'text:{tmp}/blank.txt'}, 'text:{tmp}/blank.txt: the corpus is empty'),
     ({'dataset': 'text:{tmp}/broken.jsonl'}, '{tmp}/broken.jsonl:2: broken line: Expecting'),
     ({'dataset': 'text:{tmp}/list.jsonl'}, "{tmp}/list.jsonl:1: broken line: no text in a field 'text', which --text_field"),
     ({'dataset': 'text:{tmp}/surrogate.jsonl'}, '{tmp}/surrogate.jsonl:1: broken line:'),
@@ -337,7 +337,7 @@ def test_mistakes_are_refused_in_one_line_and_leave_nothing(tmp_path, options, m
     (tmp_path / 'surrogate.jsonl').write_text(r'{"text": "\ud800"}')
     (tmp_path / 'latin.txt').write_bytes(b'\xef\xbb\xbf' + b'line\n' * 4000 + b'abc\xe9def')
     before = sorted(tmp_path.rglob('*'))
-    options = {'out': '{tmp}/out'} | options
+    options = {'out': '{tmp}/data/out'} | options
     options = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in options.items()}
     with pytest.raises(UserError) as error:
         prepare.main(arguments(tmp_path / 'c.jsonl', **options))

@@ -1,0 +1,54 @@
+"""What the README shows is true."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+
+
+def test_ci_calls_the_test_command_of_the_readme():
+    command = re.search(r'\*\*Test\*\* everything:\n\n```sh\n(.*?)\n```', README).group(1)
+    assert command == 'pip install -r requirements.txt -r requirements-dev.txt && python -m pytest'
+    assert f'\n{command}\n' in (ROOT / '.ci' / 'run').read_text()
+
+
+def test_every_file_in_the_table_exists_and_every_script_is_in_the_table():
+    table = set(re.findall(r'^\| `([\w/.]+)` \|', README, re.M))
+    assert all((ROOT / name).exists() for name in table)
+    assert {path.name for path in ROOT.glob('*.py')} <= table
+
+
+def test_every_knob_that_the_readme_names_is_one():
+    shown = subprocess.run([sys.executable, ROOT / 'train.py', '--help'], capture_output=True, text=True).stdout
+    known = set(re.findall(r'^  --(\w+)', shown, re.M))
+    named = set(re.findall(r'--(\w+)', re.search(r'## The knobs that matter(.*?)\n## ', README, re.S).group(1)))
+    assert len(named) > 20 and named - known <= {'help', 'out'}
+
+
+def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_path):
+    (tmp_path / 'tests').mkdir()
+    for name in ('model.py', 'pytest.ini', 'tests/test_blocks.py', 'tests/conftest.py'):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / 'block.diff').write_text(re.search(r'```diff\n(.*?)```', README, re.S).group(1))
+    subprocess.run(['git', 'apply', 'block.diff'], cwd=tmp_path, check=True)
+    tests = 'reglu and (later_embedding or cached_decoding or every_parameter or starts_at)'
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-k', tests], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and '7 passed' in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize('title', ['peers', 'blocks'])
+def test_every_number_of_the_tables_is_in_the_results(title):
+    results = json.loads((ROOT / 'results' / f'{title}.json').read_text())
+    table = re.search(rf'`python bench.py {title}[^`]*`.*?\n\n(\|.*?)\n\n', README, re.S).group(1).splitlines()
+    keys = [cell.strip() for cell in table[0].strip('|').split('|')]
+    assert len(table) == len(results['rows']) + 2
+    for line, row in zip(table[2:], results['rows']):
+        cells = dict(zip(keys, (cell.strip() for cell in line.strip('|').split('|'))))
+        for key, cell in cells.items():
+            value = row[key]
+            assert cell == (value if isinstance(value, str) else f'{value:,}' if isinstance(value, int) else f'{value:.4g}'), key

@@ -449,9 +449,10 @@ def test_interrupted_preparation_cleans_up(large, tmp_path, number, code):
 
 
 WITH_WORKERS = '''
-import multiprocessing, os, prepare, sys, time, configurator
+import multiprocessing, os, prepare, signal, sys, time, configurator
 if __name__ == '__main__':
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has us ignore it
     prepare.BATCH, prepare.TOKENIZER_BATCHES = 3000, 3
     original = prepare.batches
     def batches(*arguments):

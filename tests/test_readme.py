@@ -41,7 +41,7 @@ def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_p
     assert done.returncode == 0 and '7 passed' in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize('title', ['peers', 'blocks'])
+@pytest.mark.parametrize('title', ['quality', 'peers', 'blocks'])
 def test_every_number_of_the_tables_is_in_the_results(title):
     results = json.loads((ROOT / 'results' / f'{title}.json').read_text())
     table = re.search(rf'`python bench.py {title}[^`]*`.*?\n\n(\|.*?)\n\n', README, re.S).group(1).splitlines()

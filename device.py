@@ -12,7 +12,7 @@ import torch
 from configurator import UserError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-PEAK_TFLOPS = {  # dense bf16/fp16 tensor-core peaks from the vendors' data sheets, by a part of the device's name
+PEAK_TFLOPS = {  # dense bf16/fp16 tensor-core peaks as the vendors state them; check yours before you quote an MFU; by a part of the device's name
     'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'B200': 2250, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10G': 70, 'A10': 125,
     'V100': 125, 'T4': 65, 'RTX 5090': 210, 'RTX 4090': 165, 'RTX 3090': 71, 'RTX A6000': 155,
 }
@@ -65,7 +65,7 @@ def choose_compile(setting, device):
     if setting != 'auto':
         raise UserError(f'--compile={setting}: expected auto, true or false')
     if device.type != 'cuda':
-        return False, f'compile off: it does not pay on {device.type} for short runs (--compile=true to try)'
+        return False, f'compile off: not measured on {device.type} yet (--compile=true to try)'
     if torch.cuda.get_device_capability(device) < (7, 0):
         return False, 'compile off: the GPU is older than Triton supports'
     return True, 'compile on: the first steps take a minute'

@@ -57,7 +57,7 @@ class TrainConfig:
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, bfloat16 or float16
     compile: str = 'auto'  # torch.compile: auto, true or false
-    activation_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
+    activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time
     resume: str = ''  # auto: go on from the newest good checkpoint in out_dir, if any; or a checkpoint or run to go on from
 
     def problems(self):

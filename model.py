@@ -10,12 +10,13 @@ A block is pre-norm with the residual outside: x + mixer(norm(x)), then x + ffn(
 maps (B, T, C) to (B, T, C) and name it in MIXERS or FFNS.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 
@@ -28,19 +29,29 @@ class GPTConfig:
     n_kv_head: int = 0  # key/value heads, shared by n_head / n_kv_head queries each (0: n_head)
     n_embd: int = 128  # width of the residual stream
     d_ff: int = 0  # hidden width of a dense FFN (0: 4 n_embd; swiglu: 8/3 n_embd, up to a multiple of 32)
-    ffn: str = 'gelu'  # gelu, relu2, swiglu, trix or none
-    mixer: str = 'attention'  # attention
+    ffn: str = 'gelu'  # gelu, relu2, swiglu, trix, bitnet (a ternary swiglu), resonance or none
+    mixer: str = 'attention'  # attention or resonance
+    linear: str = 'dense'  # dense, or bitnet: every matrix of the blocks is ternary
     norm: str = 'rmsnorm'  # rmsnorm or layernorm
     positions: str = 'rotary'  # rotary, learned or none
     qk_norm: bool = False  # RMS-normalise queries and keys, which bounds the attention logits
     tie_embeddings: bool = True  # one matrix for the token embedding and the head
     bias: bool = False  # biases in linear layers and LayerNorm
     dropout: float = 0.0  # after the embedding, on attention weights and on both branches
+    attention_every: int = 0  # attention in every n-th layer of a resonance model (0: in none)
+    num_frequencies: int = 64  # damped oscillators of a resonance layer
+    chunk_size: int = 65_536  # positions that a resonance layer convolves at a time: speed and memory, not the function
+    sub_norm: bool = True  # RMSNorm before the last matrix of a bitnet block (false: the plain Llama layout)
     trix_tiles: int = 8  # tiles of a TriX FFN
     trix_top_k: int = 2  # tiles a token is sent to
     trix_hidden: int = 0  # hidden units of a tile (0: n_embd)
     trix_shared: bool = False  # one more tile that is always on
-    act_bits: int = 0  # 8: activations that enter a ternary product are rounded to int8, per token (0: not)
+    trix_router: str = 'signature'  # signature, or a baseline: hash (of the token, fixed) or first (always the first tiles)
+    act_bits: int = 0  # 8: activations that enter a TriX tile are rounded to int8, per token (bitnet's always are)
+
+    def mixers(self):
+        """The mixer of each layer, by name."""
+        return ['attention' if self.attention_every and (i + 1) % self.attention_every == 0 else self.mixer for i in range(self.n_layer)]
 
     def problems(self):
         """Impossible settings, one line each; empty if the model can be built."""
@@ -48,10 +59,10 @@ class GPTConfig:
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 found.append(f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}')
-        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'trix_tiles', 'trix_top_k'):
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'num_frequencies', 'chunk_size', 'trix_tiles', 'trix_top_k'):
             if getattr(self, key) < 1:
                 found.append(f'{key}={getattr(self, key)} must be at least 1')
-        for key in ('n_kv_head', 'd_ff', 'trix_hidden'):
+        for key in ('n_kv_head', 'd_ff', 'trix_hidden', 'attention_every'):
             if getattr(self, key) < 0:
                 found.append(f'{key}={getattr(self, key)} must not be negative')
         if not 0 <= self.dropout < 1:
@@ -62,15 +73,25 @@ class GPTConfig:
             return found
         if self.vocab_size > 65_536:
             found.append(f'vocab_size={self.vocab_size} is over 65,536: token bins hold 16 bits a token')
-        if self.n_embd % self.n_head:
-            found.append(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
-        elif self.positions == 'rotary' and (self.n_embd // self.n_head) % 2:
-            found.append(f'rotary positions need an even head size, n_embd / n_head is {self.n_embd // self.n_head}')
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            found.append(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
+        mixers = self.mixers()
+        if 'attention' in mixers:
+            if self.n_embd % self.n_head:
+                found.append(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
+            elif self.positions == 'rotary' and (self.n_embd // self.n_head) % 2:
+                found.append(f'rotary positions need an even head size, n_embd / n_head is {self.n_embd // self.n_head}')
+            if self.n_kv_head and self.n_head % self.n_kv_head:
+                found.append(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
+        elif self.qk_norm:
+            found.append('qk_norm=True needs an attention layer, and there is none')
+        if self.attention_every and self.mixer == 'attention':
+            found.append(f'attention_every={self.attention_every} is for mixer=resonance: with mixer=attention every layer has attention')
+        elif self.attention_every > self.n_layer:
+            found.append(f'attention_every={self.attention_every} is more than n_layer={self.n_layer}: no layer would have attention')
+        if self.dropout and ('resonance' in mixers or self.ffn == 'resonance'):
+            found.append(f'dropout={self.dropout} with resonance: a spectrum can\'t be dropped causally; use dropout=0')
         if self.ffn == 'trix' and self.trix_top_k > self.trix_tiles:
             found.append(f'trix_top_k={self.trix_top_k} is more than trix_tiles={self.trix_tiles}')
-        if self.act_bits and self.ffn != 'trix':
+        if self.act_bits and self.ffn not in ('trix', 'bitnet') and self.linear != 'bitnet':
             found.append(f'act_bits={self.act_bits} needs a ternary block: ffn=trix')
         return found
 
@@ -78,25 +99,61 @@ class GPTConfig:
 # ----------------------------------------------------------------------------------------------------------------------
 # Ternary weights (BitNet b1.58, arXiv:2402.17764)
 
-class Ternary(torch.autograd.Function):
-    """Latent weights -> (scale * codes, codes); the gradient of the first goes straight through to the latent weights."""
+def ternary_codes(weight, dims=None):
+    """Latent weights -> (codes in {-1, 0, 1}, scale = mean |weight| over dims, kept as size 1), both fp32."""
+    weight = weight.detach().float()  # in bf16 0.2 % of the codes would flip
+    scale = weight.abs().mean(dims or tuple(range(weight.dim())), keepdim=True).clamp(min=1e-5)
+    return (weight / scale).round_().clamp_(-1, 1), scale
+
+
+class OncePerStep:
+    """make(weight), made anew only when the weight has changed: once an optimizer step, not once a micro-step or token.
+
+    Autograd's version counter tells of changes in place, but not of those by a fused optimizer or through `.data`. So any
+    step of a torch.optim optimizer counts as a change, and so does (on the CPU, where looking is cheap) a change of
+    any of some sixty weights. A compiled model makes it anew every time, fused with what follows."""
+    steps = 0  # optimizer steps in this process
+
+    def __init__(self, make):
+        self.make, self.seen, self.key, self.value = make, None, None, None
+
+    def __call__(self, weight):
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return self.make(weight)
+        key = (self.steps, weight._version, weight.data_ptr(), weight.dtype, torch.is_inference_mode_enabled())
+        probe = weight.detach().flatten()[::weight.numel() // 64 + 1] if weight.device.type == 'cpu' else None
+        if key != self.key or probe is not None and not torch.equal(probe, self.probe):
+            self.key, self.value, self.probe = key, self.make(weight), probe if probe is None else probe.clone()
+            self.seen = weight.detach()  # held, so that no other weight can come to the same address
+        return self.value
+
+
+def count_step(*_):
+    OncePerStep.steps += 1
+
+
+register_optimizer_step_post_hook(count_step)
+
+
+class StraightThrough(torch.autograd.Function):
+    """The value that stands for the latent weights; their gradient is that of the value."""
 
     @staticmethod
-    def forward(ctx, weight, dims):
-        codes, scale = ternary_codes(weight, dims)
-        ctx.mark_non_differentiable(codes)
-        return codes * scale, codes
+    def forward(ctx, weight, value):
+        return value.view_as(value)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad):
         return grad, None
 
 
-def ternary_codes(weight, dims):
-    """Latent weights -> (codes in {-1, 0, 1}, scale = mean |weight| over dims, kept as size 1), both fp32."""
-    weight = weight.detach().float()  # in bf16 0.2 % of the codes would flip
-    scale = weight.abs().mean(dims, keepdim=True).clamp(min=1e-5)
-    return (weight / scale).round_().clamp_(-1, 1), scale
+def ternary_statistics(weight, codes, scale, before):
+    """Where the codes stand. before: the int8 codes at the last call, or None -> (statistics, int8 codes now)."""
+    now = codes.to(torch.int8)
+    return {'ternary_minus': (codes < 0).float().mean().item(), 'ternary_zero': (codes == 0).float().mean().item(),
+            'ternary_plus': (codes > 0).float().mean().item(), 'ternary_scale': scale.mean().item(),
+            'ternary_flips': None if before is None else (now != before).float().mean().item(),
+            'ternary_fence': (((weight.detach() / scale).abs() - 0.5).abs() < 0.05).float().mean().item()}, now
 
 
 class Int8(torch.autograd.Function):
@@ -104,12 +161,70 @@ class Int8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        scale = 127 / x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
-        return ((x * scale).round().clamp(-128, 127) / scale).type_as(x)
+        codes, scale = int8_codes(x)
+        return (codes / scale).type_as(x)
 
     @staticmethod
     def backward(ctx, grad):
         return grad
+
+
+def int8_codes(x):
+    """x (..., C) -> (codes, whole numbers in [-127, 127], as fp32, and their scale (..., 1)): x is about codes / scale."""
+    x = x.float()
+    scale = 127 / torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_(min=1e-5)
+    return (x * scale).round_(), scale
+
+
+class BitProduct(torch.autograd.Function):
+    """x (..., in) rounded to int8 codes, times ternary codes (out, in), times both scales; straight-through gradients.
+
+    The product of the codes is a whole number below 127 in < 2^24, exact in any order of summing. The int8 codes, not x,
+    are kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, codes, scale):
+        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        q, s = int8_codes(x)
+        codes = codes.to(low)
+        ctx.save_for_backward(q.to(torch.int8), s, codes, scale)
+        return F.linear(q.to(low), codes).mul_((scale / s).to(low))
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, s, codes, scale = ctx.saved_tensors
+        dx = (grad @ codes).mul_(scale.to(grad.dtype))
+        dw = grad.flatten(0, -2).T @ (q / s).to(grad.dtype).flatten(0, -2)
+        return dx, dw.float(), None, None
+
+
+class BitLinear(nn.Linear):
+    """Linear layer with ternary weights and int8 activations; `sub_norm` puts a parameter-free RMSNorm before it."""
+
+    def __init__(self, n_in, n_out, bias, sub_norm):
+        super().__init__(n_in, n_out, bias=bias)
+        self.sub_norm, self.codes, self.logged, self.use = sub_norm, OncePerStep(ternary_codes), None, None
+
+    def forward(self, x):
+        x = rms(x) if self.sub_norm else x
+        if self.training:
+            self.use = x.detach().flatten(0, -2)[:16].clone()  # a few tokens, for the statistics
+        y = BitProduct.apply(x, self.weight, *self.codes(self.weight))
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def statistics(self):
+        found, self.logged = ternary_statistics(self.weight, *self.codes(self.weight), self.logged)
+        return {**found, 'act_utilisation': None if self.use is None else int8_codes(self.use)[0].abs().mean().item() / 127}
+
+
+def linear(config, n_in, n_out, last=False):
+    """A matrix of a block, as config.linear says; `last` marks the one before the residual stream."""
+    if config.linear == 'bitnet':
+        return BitLinear(n_in, n_out, config.bias, sub_norm=last and config.sub_norm)
+    return nn.Linear(n_in, n_out, bias=config.bias)
+
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,10 +253,10 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.block_size, self.dropout, self.qk_norm = config.block_size, config.dropout, config.qk_norm
         hs = config.n_embd // config.n_head
-        self.q_proj = nn.Linear(config.n_embd, self.n_head * hs, bias=config.bias)
-        self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * hs, bias=config.bias)
-        self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * hs, bias=config.bias)
-        self.o_proj = nn.Linear(self.n_head * hs, config.n_embd, bias=config.bias)
+        self.q_proj = linear(config, config.n_embd, self.n_head * hs)
+        self.k_proj = linear(config, config.n_embd, self.n_kv_head * hs)
+        self.v_proj = linear(config, config.n_embd, self.n_kv_head * hs)
+        self.o_proj = linear(config, self.n_head * hs, config.n_embd, last=True)
         self.rotary = config.positions == 'rotary'
         if self.rotary:
             angle = torch.outer(torch.arange(config.block_size).float(), 10_000.0 ** (-torch.arange(0, hs, 2) / hs))
@@ -150,6 +265,9 @@ class Attention(nn.Module):
 
     def new_cache(self, B):
         return KVCache(B, self.block_size)
+
+    def flops_per_token(self, T):  # forward, beside the matrices
+        return 4 * self.o_proj.in_features * T
 
     def rotate(self, x, start):  # (B, nh, T, hs); pairs are (i, i + hs/2), the layout of Llama checkpoints
         cos, sin = self.cos[start:start + x.size(2)], self.sin[start:start + x.size(2)]
@@ -177,6 +295,187 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
+class Resonance(nn.Module):
+    """A bank of damped oscillators, applied by FFT: y = q * (h (*) u + D u), u = k v, causal by construction.
+
+    z = W x (3C) goes through a causal depthwise convolution of width 4 and is split into q, k, v. The K modes of a layer,
+    lambda_k = exp(-exp(nu_k) + i theta_k), are shared by its channels; channel c weighs them by
+    a_kc = magnitude e^(i phase): h_c[t] = Re sum_k a_kc lambda_k^t, t >= 0. The convolution costs O(T log T), decoding
+    O(C K) a token whatever the context, and the matrices are those of attention, 4 C^2. (Gates and short filter as in
+    Hyena, arXiv:2302.10866; decaying modes as in LRU, arXiv:2303.06349.) In the mixer's or in the FFN's place.
+    """
+    width = 4  # of the short filter
+
+    def __init__(self, config):
+        super().__init__()
+        C, K = config.n_embd, config.num_frequencies
+        self.block_size, self.chunk_size = config.block_size, config.chunk_size
+        self.in_proj = linear(config, C, 3 * C)
+        self.out_proj = linear(config, C, C, last=True)
+        self.short = nn.Parameter(torch.empty(self.width, 3 * C))  # tap j weighs the position j back
+        self.nu, self.theta = nn.Parameter(torch.empty(K)), nn.Parameter(torch.empty(K))
+        self.magnitude, self.phase = nn.Parameter(torch.empty(K, C)), nn.Parameter(torch.empty(K, C))
+        self.D = nn.Parameter(torch.empty(C))
+
+    def init_weights(self):
+        """Time constants tau from 2 to block_size, log-spaced, one turn in each; the energy of h is 1/2 a channel."""
+        K = len(self.nu)
+        tau = torch.logspace(math.log10(2), math.log10(max(self.block_size, 2)), K)
+        with torch.no_grad():
+            self.nu.copy_(-tau.log())
+            self.theta.copy_(2 * math.pi / tau)
+            self.magnitude.normal_().mul_((2 / (K * tau)).sqrt()[:, None].to(self.magnitude.device))
+            self.phase.uniform_(-math.pi, math.pi)
+            self.short.normal_(std=0.02)[0] += 1
+            nn.init.ones_(self.D)
+            nn.init.normal_(self.in_proj.weight, std=self.in_proj.in_features ** -0.5)  # q, k and v multiply: of size 1
+
+    def powers(self, start, n):
+        """lambda^t for t = start ... start + n - 1: (n, K) complex64, to 1e-7 at any t."""
+        # exponents in fp64 (which MPS lacks), for two tables of about sqrt(n) entries; their outer product in fp32
+        where = 'cpu' if self.nu.device.type == 'mps' else self.nu.device
+        log = torch.complex(-self.nu.to(where, torch.float64).exp(), self.theta.to(where, torch.float64))
+        m = math.isqrt(n - 1) + 1
+        step = torch.arange(m, device=where, dtype=torch.float64)[:, None]
+        fine, coarse = (step * log).exp(), ((step * m + start) * log).exp()
+        fine, coarse = (t.to(torch.complex64).to(self.nu.device) for t in (fine, coarse))
+        return (coarse[:, None] * fine).flatten(0, 1)[:n]
+
+    def amplitudes(self):  # (K, C) complex64
+        return torch.complex(self.magnitude * self.phase.cos(), self.magnitude * self.phase.sin())
+
+    def convolve(self, u):  # (B, T, C) fp32 -> (B, T, C): h (*) u
+        B, T, C = u.shape
+        S, a = min(self.chunk_size, T), self.amplitudes()
+        powers = self.powers(0, S + 1)
+        h = real_product(powers[:S], a)  # (S, C)
+        if S == T:
+            return CausalConvolution.apply(u, h)
+        n = -(-T // S)  # chunks, the last one padded
+        u = F.pad(u, (0, 0, 0, n * S - T)).view(B * n, S, C)
+        y = CausalConvolution.apply(u, h)  # what a chunk does to itself
+        back = powers[:S].flip(0)  # the state after a chunk: sum over its positions of lambda^(S - 1 - t) u_t
+        gain = (torch.cat((back.real, back.imag), 1).T @ u).view(B, n, -1, C)  # (B, n, 2K, C)
+        state, states = torch.zeros_like(gain[:, 0]), []
+        turn = powers[S, :, None]
+        for j in range(n):  # into each chunk comes the state of all before it
+            states.append(state)
+            re, im = state.chunk(2, 1)
+            state = gain[:, j] + torch.cat((re * turn.real - im * turn.imag, re * turn.imag + im * turn.real), 1)
+        state = torch.complex(*torch.stack(states, 1).flatten(0, 1).chunk(2, 1))  # (B n, K, C)
+        return (y + real_product(powers[1:], a * state)).reshape(B, n * S, C)[:, :T]
+
+    def new_cache(self, B):
+        return ResonanceCache(B, self)
+
+    def flops_per_token(self, T):  # forward, beside the matrices: two FFTs, and the state into and out of each chunk
+        S, (K, C) = min(self.chunk_size, T), self.magnitude.shape
+        n, chunks = fft_size(2 * S - 1), -(-T // S)
+        return C * chunks / T * (5 * n * math.log2(n) + (8 * K * S if S < T else 0))
+
+    def forward(self, x, cache=None):
+        z = self.in_proj(x)  # (B, T, 3C)
+        if cache:
+            z = cache.with_recent(z)
+        q, k, v = ShortFilter.apply(z, self.short.type_as(z))[:, -x.size(1):].chunk(3, -1)
+        with torch.autocast(x.device.type, enabled=False):  # half-precision FFTs fail or overflow
+            u = k.float() * v.float()
+            y = cache.convolve(u) if cache else self.convolve(u)
+            y = (q.float() * torch.addcmul(y, self.D, u)).type_as(z)
+        return self.out_proj(y)
+
+
+class ResonanceCache:
+    """Recurrent state of a resonance layer, s <- lambda s + u, in fp64: the size and the time of a step do not depend on
+    the context. Without gradients. `recent`: what the short filter still looks at."""
+
+    @torch.no_grad()
+    def __init__(self, B, layer):
+        real = torch.float32 if layer.nu.device.type == 'mps' else torch.float64  # fp32 would drift to 1e-4 at 32k
+        nu, theta, magnitude, phase = (p.detach().to(real) for p in (layer.nu, layer.theta, layer.magnitude, layer.phase))
+        self.layer, self.fresh = layer, True
+        self.log = torch.complex(-nu.exp(), theta)  # (K,), of lambda
+        self.weight = torch.stack((magnitude * phase.cos(), -magnitude * phase.sin()), -1)  # (K, C, 2): Re(a s) = their sum
+        self.state = torch.zeros(B, *magnitude.shape, dtype=self.log.dtype, device=nu.device)  # (B, K, C)
+        self.recent = torch.zeros(B, layer.width - 1, layer.short.size(1), device=nu.device)
+
+    def with_recent(self, z):  # (B, T, 3C) -> (B, 3 + T, 3C)
+        z = torch.cat((self.recent.type_as(z), z.detach()), 1)
+        self.recent = z[:, -self.recent.size(1):].clone()
+        return z
+
+    @torch.no_grad()
+    def convolve(self, u):  # (B, T, C), the next positions -> their h (*) u
+        if u.size(1) == 1:
+            self.fresh = False
+            self.state.mul_(self.log.exp()[:, None]).add_(u)
+            return (torch.view_as_real(self.state) * self.weight).sum((1, 3))[:, None].float()
+        y = self.layer.convolve(u)
+        if not self.fresh:  # what came before these positions
+            past = torch.view_as_complex(self.weight).conj() * self.state  # (B, K, C), a s
+            y = y + real_product(self.layer.powers(1, u.size(1)), past.to(torch.complex64))
+        self.fresh = False
+        for part in u.to(self.weight.dtype).split(1024, 1):
+            steps = torch.arange(part.size(1), -1, -1, device=u.device, dtype=part.dtype)
+            powers = (steps[:, None] * self.log).exp()  # (n + 1, K), lambda^n ... lambda^0
+            gain = torch.cat((powers[1:].real, powers[1:].imag), 1).T @ part  # (B, 2K, C)
+            self.state = self.state * powers[0, :, None] + torch.complex(*gain.chunk(2, 1))
+        return y
+
+
+class CausalConvolution(torch.autograd.Function):
+    """u (B, T, C), h (T, C) -> y[:, t] = sum over s <= t of h[t - s] u[:, s]: FFTs of at least 2T - 1, so that nothing wraps
+    around. u and h are kept for backward, their spectra are not."""
+
+    @staticmethod
+    def forward(ctx, u, h):
+        ctx.save_for_backward(u, h)
+        n = fft_size(2 * len(h) - 1)
+        return torch.fft.irfft(torch.fft.rfft(u, n, dim=1).mul_(torch.fft.rfft(h, n, dim=0)), n, dim=1)[:, :len(h)]
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, h = ctx.saved_tensors
+        n = fft_size(2 * len(h) - 1)
+        g, du, dh = torch.fft.rfft(grad, n, dim=1), None, None
+        if ctx.needs_input_grad[1]:
+            dh = torch.fft.irfft((torch.fft.rfft(u, n, dim=1).conj() * g).sum(0), n, dim=0)[:len(h)]
+        if ctx.needs_input_grad[0]:
+            du = torch.fft.irfft(g.mul_(torch.fft.rfft(h, n, dim=0).conj()), n, dim=1)[:, :len(h)]
+        return du, dh
+
+
+def fft_size(n):
+    """The smallest 2^a, 3 2^a or 5 2^a that is at least n: sizes that every FFT library is fast at."""
+    return min(base << max(0, (-(-n // base) - 1).bit_length()) for base in (1, 3, 5))
+
+
+def real_product(a, b):  # complex (..., n, K) and (..., K, C) -> Re(a b), by one real product
+    return torch.cat((a.real, -a.imag), -1) @ torch.cat((b.real, b.imag), -2)
+
+
+class ShortFilter(torch.autograd.Function):
+    """z (B, T, C), w (n, C) -> sum over j of w[j] z[:, t - j], zeros before the start."""
+
+    @staticmethod
+    def forward(ctx, z, w):
+        ctx.save_for_backward(z, w)
+        y = z * w[0]
+        for j in range(1, min(len(w), z.size(1))):
+            y[:, j:].addcmul_(z[:, :-j], w[j])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, w = ctx.saved_tensors
+        dz, dw = grad * w[0], torch.zeros_like(w)
+        dw[0] = (grad * z).sum((0, 1))
+        for j in range(1, min(len(w), z.size(1))):
+            dz[:, :-j].addcmul_(grad[:, j:], w[j])
+            dw[j] = (grad[:, j:] * z[:, :-j]).sum((0, 1))
+        return dz, dw
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # FFNs: (B, T, C) -> (B, T, C), position by position
 
@@ -186,8 +485,8 @@ class MLP(nn.Module):
     def __init__(self, config, act):
         super().__init__()
         self.act, hidden = act, config.d_ff or 4 * config.n_embd
-        self.up_proj = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.down_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.up_proj = linear(config, config.n_embd, hidden)
+        self.down_proj = linear(config, hidden, config.n_embd, last=True)
 
     def forward(self, x):
         return self.down_proj(self.act(self.up_proj(x)))
@@ -207,9 +506,9 @@ class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden = config.d_ff or -(-8 * config.n_embd // 3 // 32) * 32
-        self.gate_proj = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.up_proj = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.down_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.gate_proj = linear(config, config.n_embd, hidden)
+        self.up_proj = linear(config, config.n_embd, hidden)
+        self.down_proj = linear(config, hidden, config.n_embd, last=True)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -234,18 +533,34 @@ class TriX(nn.Module):
         self.n_routed, self.shared, self.int8 = E, config.trix_shared, config.act_bits == 8
         self.up = nn.Parameter(torch.empty(E + self.shared, h, config.n_embd))  # a shared tile is the last one
         self.down = nn.Parameter(torch.empty(E + self.shared, config.n_embd, h))
+        self.codes, self.logged = {'up': OncePerStep(tile_codes), 'down': OncePerStep(tile_codes)}, {}
+        self.router, self.idx = config.trix_router, None  # idx (B, T): the tokens, for the hash baseline alone
+        if self.router == 'hash':  # k different tiles a token, drawn once
+            self.register_buffer('table', torch.rand(config.vocab_size, E).argsort(-1)[:, :self.k].contiguous())
         self.register_buffer('balance', torch.zeros(E))
         self.register_buffer('load', torch.zeros(E), persistent=False)  # tokens a tile got since the last optimizer step
+        self.register_buffer('seen', torch.zeros(E), persistent=False)  # and since the last look at the statistics
         self.counts = None  # (E,) tokens a tile got in the latest training forward
 
-    def route(self, x, up, codes):  # (N, C), (E + shared, h, C) twice -> tiles (N, k + shared) int64, gates alike in fp32
+    def weights(self):
+        """-> up, down as the codes have them, and the signature of each tile, (E + shared, C)."""
+        (up, signature), (down, _) = self.codes['up'](self.up), self.codes['down'](self.down)
+        return StraightThrough.apply(self.up, up), StraightThrough.apply(self.down, down), signature
+
+    def route(self, x, up, signature):  # (N, C), (E + shared, h, C), (E + shared, C) -> tiles (N, k + shared), gates alike in fp32
+        up, signature = up[:self.n_routed], signature[:self.n_routed]
         with torch.autocast(x.device.type, enabled=False):
-            mean = up[:self.n_routed].mean(1)  # (E, C)
-            slope = mean / mean.detach().abs().mean(-1, keepdim=True).clamp(min=1e-8)
-            sign = codes[:self.n_routed].sum(1).sign()  # of integers: exact, unlike that of the mean
-            signature = slope + (sign - slope).detach()  # the sign, with the gradient of the scaled mean
+            if torch.is_grad_enabled():  # the gradient of the sign is that of the mean over its size
+                mean = up.mean(1)  # (E, C)
+                signature = StraightThrough.apply(mean / mean.detach().abs().mean(-1, keepdim=True).clamp(min=1e-8), signature)
             scores = F.linear(x.float(), signature) / math.sqrt(self.n_embd)  # (N, E)
-            tiles = (scores.detach() + self.balance).topk(self.k, -1).indices
+            if self.router == 'signature':
+                tiles = (scores.detach() + self.balance).topk(self.k, -1).indices
+            elif self.router == 'first':
+                tiles = torch.arange(self.k, device=x.device).expand(len(x), -1)
+            else:
+                assert self.idx is not None and self.idx.numel() == len(x), 'hash routing needs idx, as GPT.forward sets it'
+                tiles = self.table[self.idx.flatten()]
             gates = 2 / self.k * scores.gather(-1, tiles).sigmoid()
         if self.training:
             self.counts = torch.zeros_like(self.load).scatter_add_(0, tiles.flatten(), torch.ones_like(gates).flatten())
@@ -255,12 +570,15 @@ class TriX(nn.Module):
 
     def forward(self, x):
         shape, x = x.shape, x.flatten(0, 1)  # (N, C)
-        (up, codes), (down, _) = Ternary.apply(self.up, (1, 2)), Ternary.apply(self.down, (1, 2))
-        tiles, gates = self.route(x, up, codes)
+        up, down, signature = self.weights()
+        tiles, gates = self.route(x, up, signature)
         if self.int8:
             x = Int8.apply(x)
         sparse = self.execution == 'sparse' or self.execution == 'auto' and x.device.type == 'cpu'
         return (self.sparse if sparse else self.dense)(x, up, down, tiles, gates).view(shape)
+
+    def flops_per_token(self, T):  # forward, beside the matrices: the scores
+        return 2 * self.n_routed * self.n_embd
 
     def hidden(self, z, gates):  # pre-activations (..., h), gates (..., 1) -> (..., h)
         h = GatedHidden.apply(z, gates)
@@ -283,14 +601,16 @@ class TriX(nn.Module):
 
     @torch.no_grad()
     def statistics(self):
-        """How even the load of the last optimizer step was, and where the codes stand."""
-        load = self.load / self.load.sum().clamp(min=1)
-        codes = torch.cat([ternary_codes(w, (1, 2))[0].flatten() for w in (self.up, self.down)])
+        """How even the load was since the last call, and where the codes stand."""
+        load, found = self.seen / self.seen.sum().clamp(min=1), []
+        self.seen.zero_()
+        for name in ('up', 'down'):
+            codes, scale = ternary_codes(getattr(self, name), (1, 2))
+            part, self.logged[name] = ternary_statistics(getattr(self, name), codes, scale, self.logged.get(name))
+            found.append(part)
         return {'trix_overload': (load.max() * len(load) - 1).item(),
                 'trix_entropy': (-(load * load.clamp(min=1e-9).log()).sum() / math.log(max(len(load), 2))).item(),
-                'trix_dead': (load == 0).float().mean().item(),
-                'ternary_minus': (codes < 0).float().mean().item(), 'ternary_zero': (codes == 0).float().mean().item(),
-                'ternary_plus': (codes > 0).float().mean().item()}
+                'trix_dead': (load == 0).float().mean().item(), **average(found)}
 
     @torch.no_grad()
     def update_balance(self, rate):
@@ -298,7 +618,18 @@ class TriX(nn.Module):
             dist.all_reduce(self.load)
         self.balance += rate * (self.load.mean() - self.load).sign()
         self.balance -= self.balance.mean()
+        self.seen += self.load
         self.load.zero_()
+
+
+def tile_codes(weight):
+    """Latent tiles (E, m, n) -> (scale * codes, signs of the column sums (E, n))."""
+    codes, scale = ternary_codes(weight, (1, 2))
+    return codes * scale, codes.sum(1).sign()  # of whole numbers: exact, unlike the sum of scaled ones
+
+
+def average(found):  # [{key: number or None}] -> {key: mean, None where one is}
+    return {key: None if any(f[key] is None for f in found) else sum(f[key] for f in found) / len(found) for key in found[0]}
 
 
 def spread(x, order, back, k):  # (N, C) -> (N k, C): every row k times, in the order of the tiles
@@ -383,12 +714,14 @@ class GroupedLinear(torch.autograd.Function):
         return dx, dw, None
 
 
-MIXERS = {'attention': Attention}
+MIXERS = {'attention': Attention, 'resonance': Resonance}
 FFNS = {
     'gelu': lambda config: MLP(config, gelu),
     'relu2': lambda config: MLP(config, relu2),
     'swiglu': SwiGLU,
     'trix': TriX,
+    'bitnet': lambda config: SwiGLU(replace(config, linear='bitnet')),
+    'resonance': Resonance,
     'none': lambda config: None,
 }
 
@@ -413,32 +746,42 @@ class LayerNorm(nn.Module):
 
 
 NORMS = {'rmsnorm': lambda config: nn.RMSNorm(config.n_embd, eps=1e-6), 'layernorm': LayerNorm}
-CHOICES = {'mixer': MIXERS, 'ffn': FFNS, 'norm': NORMS, 'positions': ('rotary', 'learned', 'none')}
+CHOICES = {'mixer': MIXERS, 'ffn': FFNS, 'linear': ('dense', 'bitnet'), 'norm': NORMS, 'positions': ('rotary', 'learned', 'none'),
+           'trix_router': ('signature', 'hash', 'first')}
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, mixer):
         super().__init__()
-        self.mixer_norm, self.mixer = NORMS[config.norm](config), MIXERS[config.mixer](config)
+        self.mixer_norm, self.mixer = NORMS[config.norm](config), MIXERS[mixer](config)
         self.ffn = FFNS[config.ffn](config)
         self.ffn_norm = NORMS[config.norm](config) if self.ffn else None
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
-        x = x + self.drop(self.mixer(self.mixer_norm(x), cache))
+    def forward(self, x, caches=(None, None)):
+        x = x + self.drop(self.mixer(self.mixer_norm(x), caches[0]))
         if self.ffn:
-            x = x + self.drop(self.ffn(self.ffn_norm(x)))
+            y = self.ffn_norm(x)
+            x = x + self.drop(self.ffn(y, caches[1]) if caches[1] else self.ffn(y))
         return x
+
+
+class Cache:
+    """What a model remembers of B sequences, `pos` positions so far: keys and values, or states of oscillators, by layer."""
+
+    def __init__(self, B, blocks):
+        self.B, self.pos = B, 0
+        self.layers = [[part.new_cache(B) if hasattr(part, 'new_cache') else None for part in (block.mixer, block.ffn)] for block in blocks]
 
 
 class GPT(nn.Module):
     """A stack of blocks between a token embedding and a head.
 
     Initialisation:
-      embeddings, head                    N(0, 0.02), so that the loss starts at ln(vocab_size)
-      matrices of the blocks              N(0, 0.02)
-      o_proj, down_proj, down (last ones) N(0, 0.02 / sqrt(2 n_layer)), so that the residual stream keeps its scale
-      norms 1, biases 0, TriX balance 0
+      embeddings, head                    N(0, 0.02), at widths C over 900 N(0, 0.6 / sqrt(C)): the loss starts at ln(vocab_size)
+      matrices of the blocks              N(0, 0.02), in_proj of a resonance layer N(0, 1 / sqrt(C))
+      o_proj, down_proj, out_proj, down   N(0, 0.02 / sqrt(2 n_layer)), so that the residual stream keeps its scale
+      norms 1, biases 0, TriX balance 0; the oscillators: Resonance.init_weights
     """
 
     def __init__(self, config):
@@ -449,7 +792,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == 'learned' else None
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers())
         self.norm = NORMS[config.norm](config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -460,27 +803,38 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 (nn.init.zeros_ if name.endswith('bias') else nn.init.ones_)(p)
+            elif name.startswith(('wte', 'wpe', 'lm_head')):
+                nn.init.normal_(p, std=min(0.02, 0.6 / math.sqrt(self.config.n_embd)))
             else:
-                last = name.endswith(('o_proj.weight', 'down_proj.weight', '.down'))
+                last = name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight', '.down'))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02)
+        for module in self.modules():
+            if isinstance(module, Resonance):
+                module.init_weights()
 
     def new_cache(self, B):
-        """One empty cache a layer for B sequences, for `model(idx, cache=cache)`."""
-        return [block.mixer.new_cache(B) for block in self.blocks]
+        """An empty cache for B sequences, for `model(idx, cache=cache)`: decoding, without gradients."""
+        return Cache(B, self.blocks)
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T): the mean loss in nats, a scalar."""
-        start, T = cache[0].pos if cache else 0, idx.size(1)
+        start, T = cache.pos if cache else 0, idx.size(1)
         assert start + T <= self.config.block_size, f'{start + T} positions, but block_size is {self.config.block_size}'
+        assert not cache or len(idx) == cache.B, f'{len(idx)} sequences, but the cache was made for {cache.B}'
         x = self.wte(idx)  # (B, T, C)
         if self.wpe:
             x = x + self.wpe.weight[start:start + T]
         x = self.drop(x)
+        if self.config.trix_router == 'hash':
+            for trix in self.trix_layers():
+                trix.idx = idx
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, cache[i] if cache else None)
+                x = block(x, cache.layers[i]) if cache else block(x)
+        if cache:
+            cache.pos += T
         if self.training and torch.is_grad_enabled():
             for trix in self.trix_layers():  # here, because activation checkpointing runs a block twice
                 trix.load += trix.counts
@@ -498,10 +852,15 @@ class GPT(nn.Module):
             trix.update_balance(rate)
 
     def statistics(self):
-        """What the blocks have to say about the last optimizer step: the worst layer's overload, means of the rest."""
-        layers = [trix.statistics() for trix in self.trix_layers()]
-        return {key: max(s[key] for s in layers) if key == 'trix_overload' else sum(s[key] for s in layers) / len(layers)
-                for key in (layers[0] if layers else ())}
+        """What the blocks have to say about the time since the last call: the worst layer's overload, means of the rest."""
+        found = [module.statistics() for module in self.modules() if hasattr(module, 'statistics') and module is not self]
+        keys = dict.fromkeys(key for f in found for key in f)
+        worst = {'trix_overload': max(f['trix_overload'] for f in found if 'trix_overload' in f)} if self.trix_layers() else {}
+        return {**{key: average([{key: f[key]} for f in found if key in f])[key] for key in keys}, **worst}
+
+    def decayed(self):
+        """The parameters that weight decay is for: matrices. Not norms, biases, or what describes an oscillator."""
+        return [p for name, p in self.named_parameters() if p.dim() > 1 and not name.endswith(('magnitude', 'phase'))]
 
     # ---- counts
 
@@ -512,22 +871,32 @@ class GPT(nn.Module):
             part = name.split('.')[2] if name.startswith('blocks.') else name.split('.')[0]
             kind = {'wte': 'head' if self.config.tie_embeddings else 'embedding', 'wpe': 'embedding',
                     'lm_head': 'head', 'mixer': 'mixer', 'ffn': 'ffn'}.get(part, 'norm')
-            used = p.numel()
-            if name.endswith(('.up', '.down')):  # (tiles, ., .)
-                used = used // p.size(0) * (self.config.trix_top_k + self.config.trix_shared)
             kinds[kind][0] += p.numel()
-            kinds[kind][1] += used
+            kinds[kind][1] += self.used(name, p)
         return [(kind, *counts) for kind, counts in kinds.items()]
+
+    def used(self, name, p):
+        """How many weights of a parameter a token uses."""
+        if name.endswith(('.up', '.down')):  # (tiles, ., .)
+            return p.numel() // p.size(0) * (self.config.trix_top_k + self.config.trix_shared)
+        return p.numel()
 
     def flops_per_token(self, T=None):
         """Forward + backward FLOPs a token at context length T, as the field counts them (PaLM, arXiv:2204.02311,
-        appendix B): 6 a used matrix weight and 12 n_embd T an attention layer, the causal half not taken off."""
+        appendix B): 6 a used matrix weight and 12 n_embd T an attention layer, the causal half not taken off; 2.5 n log2 n
+        a real FFT of n. What does not grow with the batch (filters, ternary codes) is left out."""
         T, c = T or self.config.block_size, self.config
-        table = {kind: used for kind, _, used in self.parameter_table()}
-        biases = sum(p.numel() for name, p in self.named_parameters() if name.endswith('proj.bias'))
-        matrices = table['mixer'] + table['ffn'] - biases + c.vocab_size * c.n_embd
-        routing = c.n_layer * c.trix_tiles * c.n_embd if c.ffn == 'trix' else 0
-        return 6 * (matrices + routing) + 12 * c.n_layer * c.n_embd * T
+        matrices = c.vocab_size * c.n_embd + sum(self.used(name, p) for name, p in self.named_parameters()
+                                                 if name.endswith(('proj.weight', '.up', '.down')))
+        mixing = sum(part.flops_per_token(T) for block in self.blocks for part in (block.mixer, block.ffn)
+                     if hasattr(part, 'flops_per_token'))
+        return 6 * matrices + 3 * mixing
+
+    def packed_bytes(self):
+        """Bytes with ternary codes in 2 bits, their scales in fp32, everything else in bf16; buffers left out."""
+        ternary = {id(p): 1 for m in self.modules() if isinstance(m, BitLinear) for p in [m.weight]}
+        ternary |= {id(p): len(p) for trix in self.trix_layers() for p in (trix.up, trix.down)}
+        return sum(-(-p.numel() // 4) + 4 * ternary[id(p)] if id(p) in ternary else 2 * p.numel() for p in self.parameters())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

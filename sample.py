@@ -59,7 +59,7 @@ def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_
     cache, part = model.new_cache(len(idx)), idx[:, -size:]
     try:
         for _ in range(max_new_tokens):
-            if cache[0].pos + part.size(1) > size:
+            if cache.pos + part.size(1) > size:
                 cache, part = model.new_cache(len(idx)), idx[:, -(size // 2 or 1):]
             token = choose(model(part, cache=cache)[:, -1, :n_vocab], temperature, top_k, top_p, generator)
             yield token

@@ -141,10 +141,11 @@ def find_checkpoint(config, data):
 
 
 def make_optimizer(model, config, device):
-    """AdamW, weight decay on matrices only."""
-    params = list(model.parameters())
-    groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': config.weight_decay},
-              {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+    """AdamW; which parameters decay, the model says."""
+    decayed = model.decayed()
+    names = {id(p) for p in decayed}
+    groups = [{'params': decayed, 'weight_decay': config.weight_decay},
+              {'params': [p for p in model.parameters() if id(p) not in names], 'weight_decay': 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=device.type != 'mps')
 
 
@@ -349,8 +350,8 @@ def main(argv):
             scaler.step(optimizer)
             scaler.update()
         logged = config.log_interval and ((step + 1) % config.log_interval == 0 or step + 1 == config.max_steps)
-        statistics = model.statistics() if logged else {}
         model.update_balance((1e-2 if step < config.warmup_steps else 1e-3) if finite else 0.0)
+        statistics = model.statistics() if logged else {}
         optimizer.zero_grad(set_to_none=True)
         skipped = 0 if finite else skipped + 1
         step, since = step + 1, since + 1

@@ -329,7 +329,7 @@ def test_non_finite_steps_are_skipped_recorded_and_end_the_run_with_exit_code_3(
     (['--vocab_size=299'], 'has a vocabulary of 300, the model only 299'),
     (['--block_size=100000', '--batch_tokens=0'], 'fewer than one window'),
     (['--resume=missing.pt'], 'no such run or checkpoint'),
-    (['--ffn=swish'], "ffn='swish' is not one of gelu, relu2, swiglu, trix, none"),
+    (['--ffn=swish'], "ffn='swish' is not one of gelu, relu2, swiglu, trix, bitnet, resonance, none"),
     (['--trix_top_k=9'], 'trix_top_k=9 is more than trix_tiles=4'),
     (['config/missing.py'], 'config/missing.py: no such file'),
 ])

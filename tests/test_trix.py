@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig, Int8, Ternary, TriX, ternary_codes
+from model import GPT, GPTConfig, Int8, TriX, ternary_codes
 
 
 def trix(tiles=6, k=2, d=16, h=12, **keys):
@@ -13,6 +13,11 @@ def trix(tiles=6, k=2, d=16, h=12, **keys):
     for p in layer.parameters():
         torch.nn.init.normal_(p)
     return layer
+
+
+def routing(layer):
+    up, _, signature = layer.weights()
+    return up, signature
 
 
 def by_hand(layer, x):
@@ -83,7 +88,7 @@ def test_every_tile_that_got_tokens_learns_and_no_other():
 
 def test_up_learns_through_the_gate_alone():
     layer, x = trix(), torch.randn(1, 64, 16).flatten(0, 1)
-    tiles, gates = layer.route(x, *Ternary.apply(layer.up, (1, 2)))
+    tiles, gates = layer.route(x, *routing(layer))
     gates.sum().backward()
     got = torch.zeros(6, dtype=torch.bool).scatter(0, tiles.flatten(), True)
     assert ((layer.up.grad.abs().amax((1, 2)) > 0) == got).all()
@@ -91,7 +96,7 @@ def test_up_learns_through_the_gate_alone():
 
 def test_the_gate_gradient_is_that_of_the_scaled_mean():
     layer, x = trix(k=6), torch.randn(5, 16)
-    _, gates = layer.route(x, *Ternary.apply(layer.up, (1, 2)))
+    _, gates = layer.route(x, *routing(layer))
     gates.sum().backward()
     latent = ternary_codes(layer.up, (1, 2))[0].requires_grad_()
     mean, a = latent.mean(1), ternary_codes(layer.up, (1, 2))[1]
@@ -103,9 +108,9 @@ def test_the_gate_gradient_is_that_of_the_scaled_mean():
 
 def test_balance_chooses_but_never_weighs():
     layer, x = trix(tiles=2, k=1), torch.randn(200, 16)
-    tiles, gates = layer.route(x, *Ternary.apply(layer.up, (1, 2)))
+    tiles, gates = layer.route(x, *routing(layer))
     layer.balance[:] = torch.tensor([50.0, -50.0])
-    forced, weights = layer.route(x, *Ternary.apply(layer.up, (1, 2)))
+    forced, weights = layer.route(x, *routing(layer))
     assert (forced == 0).all() and (tiles == 1).any()
     score = x @ ternary_codes(layer.up, (1, 2))[0][0].sum(0).sign() / 4
     torch.testing.assert_close(weights[:, 0], 2 * score.sigmoid())
@@ -139,16 +144,19 @@ def test_load_is_summed_over_micro_steps_and_cleared_by_the_update():
         model(idx, idx)  # without a gradient nothing counts
     model.eval()(idx, idx)
     assert [layer.load.sum().item() for layer in model.trix_layers()] == [3 * 32 * 2] * 2
-    assert model.statistics()['trix_overload'] >= 0
     model.update_balance(1e-3)
+    assert model.statistics()['trix_overload'] >= 0
     assert all(layer.load.sum() == 0 for layer in model.trix_layers())
     assert all(layer.balance.abs().max() > 0 for layer in model.trix_layers())
 
 
 def test_statistics_of_a_known_load():
     layer = trix(tiles=4, k=1)
-    layer.load[:] = torch.tensor([60.0, 20.0, 20.0, 0.0])
+    for load in ([50.0, 20.0, 10.0, 0.0], [10.0, 0.0, 10.0, 0.0]):  # two steps
+        layer.load[:] = torch.tensor(load)
+        layer.update_balance(0.0)
     s = layer.statistics()
+    assert layer.statistics()['trix_overload'] == -1, 'nothing since the last look'
     assert s['trix_overload'] == pytest.approx(1.4) and s['trix_dead'] == 0.25
     assert s['trix_entropy'] == pytest.approx((0.6 * math.log(1 / 0.6) + 0.4 * math.log(5)) / math.log(4))
     assert s['ternary_minus'] + s['ternary_zero'] + s['ternary_plus'] == pytest.approx(1)

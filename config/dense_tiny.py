@@ -1,4 +1,5 @@
-# The dense twin of trix_tiny: 1.6M parameters, the same but for a GELU FFN of width 4 n_embd. Same tokens, same order.
+# The dense twin of trix_tiny: 1,639,296 parameters, the same but for a GELU FFN of width 4 n_embd. The same tokens in the
+# same order.
 ffn = 'gelu'
 n_layer, n_head, n_embd = 3, 4, 128
 block_size, vocab_size = 256, 8192

@@ -1,0 +1,20 @@
+# BitNet b1.58 95M trainer (source E): 95,367,936 parameters, 70,778,880 of them ternary.
+# Weights, gradients and AdamW: 1.53 GB at 16 bytes a parameter; activations come on top.
+# Its dense twin on the same tokens in the same order: `--linear=dense` (usual learning rates are 3 to 6 times lower for it).
+linear, ffn, norm, positions = 'bitnet', 'swiglu', 'rmsnorm', 'rotary'
+n_layer, n_head, n_kv_head, n_embd = 8, 12, 6, 768
+d_ff = 3072
+block_size, vocab_size = 1024, 32_000  # the context is our choice
+
+dataset = 'fineweb_edu'
+batch_size = 8
+batch_tokens = 4 * batch_size * block_size  # 61,035 updates; batches of 1M tokens would leave 1,907
+max_steps = 2_000_000_000 // batch_tokens  # about 20 tokens a parameter (arXiv:2203.15556): our choice
+learning_rate = 1.5e-3
+warmup_steps = 2000  # the source's 375 were meant for batches of 1M tokens
+weight_decay = 0.1
+beta1, beta2 = 0.9, 0.95
+
+log_interval = 100
+eval_interval = save_interval = sample_interval = 1000
+eval_tokens = 524_288

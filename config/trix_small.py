@@ -1,0 +1,17 @@
+# The middle size of the TriX plan (source A): 12,061,952 parameters.
+# Weights, gradients and AdamW: 0.193 GB at 16 bytes a parameter; activations come on top.
+# Its dense twin on the same tokens in the same order: `--ffn=gelu` (or `--ffn=swiglu`).
+ffn = 'trix'
+n_layer, n_head, n_embd = 6, 4, 256
+block_size, vocab_size = 256, 16_384
+trix_tiles, trix_top_k, trix_hidden = 8, 2, n_embd
+
+dataset = 'fineweb_edu'
+batch_size = 32
+batch_tokens = 64 * 256  # 3,051 updates from 50M tokens
+max_steps = 50_000_000 // batch_tokens
+learning_rate = 6e-4
+warmup_steps = 100
+
+eval_interval = save_interval = sample_interval = 305  # 5M tokens
+eval_tokens = 262_144

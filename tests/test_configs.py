@@ -1,0 +1,160 @@
+"""Every file in config/ is what it says: it loads, has the stated size and the shape of its source, and trains."""
+import ast
+import contextlib
+import io
+import json
+import math
+import random
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare
+import train
+from model import GPT, GPTConfig
+
+FOLDER = Path(__file__).parent.parent / 'config'
+GPT2 = dict(vocab_size=50_257, norm='layernorm', positions='learned', ffn='gelu', bias=True, dropout=0.1, tie_embeddings=True,
+            weight_decay=0.1)
+RESONANCE = dict(mixer='resonance', ffn='swiglu', block_size=32_768, vocab_size=50_257, tie_embeddings=True,
+                 dataset='shards:data/shards', activation_checkpointing=True, beta1=0.9, beta2=0.95, grad_clip=1.0)
+DIMENSIONS = {  # what the sources fix; budget: tokens, batch: (sequences of a micro-step, micro-steps)
+    'trix_tiny': dict(ffn='trix', n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256, learning_rate=1e-3,
+                      budget=5_000_000, dataset='pylib'),
+    'dense_tiny': dict(ffn='gelu', n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256, learning_rate=1e-3,
+                       budget=5_000_000, dataset='pylib'),
+    'trix_small': dict(ffn='trix', n_embd=256, n_head=4, n_layer=6, vocab_size=16_384, block_size=256, learning_rate=6e-4,
+                       budget=50_000_000, dataset='fineweb_edu'),
+    'trix_medium': dict(ffn='trix', n_embd=512, n_head=8, n_layer=8, vocab_size=32_000, block_size=512, learning_rate=3e-4,
+                        budget=500_000_000, dataset='fineweb_edu'),
+    'resonance_small': dict(RESONANCE, n_embd=768, num_frequencies=64, n_layer=6, batch=(4, 8)),
+    'resonance_medium': dict(RESONANCE, n_embd=1024, num_frequencies=128, n_layer=12, batch=(4, 8)),
+    'resonance_large': dict(RESONANCE, n_embd=2048, num_frequencies=256, n_layer=16, batch=(2, 16)),
+    'resonance_xlarge': dict(RESONANCE, n_embd=4096, num_frequencies=512, n_layer=24, batch=(1, 32)),
+    'resonance_32k': dict(RESONANCE, n_embd=1024, num_frequencies=128, n_layer=8, chunk_size=256, batch=(4, 4)),
+    'wikitext_tiny': dict(GPT2, n_embd=256, n_head=4, n_layer=4, d_ff=1024, block_size=256, dataset='wikitext2'),
+    'wikitext_small': dict(GPT2, n_embd=512, n_head=8, n_layer=6, d_ff=2048, block_size=512, dataset='wikitext103'),
+    'wikitext_medium': dict(GPT2, n_embd=768, n_head=12, n_layer=12, d_ff=3072, block_size=1024, dataset='wikitext103'),
+    'bitnet_95m': dict(linear='bitnet', ffn='swiglu', norm='rmsnorm', positions='rotary', tie_embeddings=True, vocab_size=32_000,
+                       n_layer=8, n_embd=768, n_head=12, n_kv_head=6, d_ff=3072, dataset='fineweb_edu', weight_decay=0.1,
+                       beta1=0.9, beta2=0.95, learning_rate=1.5e-3, warmup_steps=2000, log_interval=100),
+}
+EXACT = {'bitnet_95m': 95_367_936, 'wikitext_medium': 124_439_808}  # known from elsewhere: the source, GPT-2 small
+each_preset = pytest.mark.parametrize('name', DIMENSIONS)
+
+
+def file_of(name):
+    return FOLDER / f'{name}.py'
+
+
+def load(name, *words):
+    return train.load([str(file_of(name)), *words])
+
+
+def tokens(*shape, vocab_size):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+# ---- the files
+
+def test_every_preset_is_in_the_table():
+    assert {path.stem for path in FOLDER.iterdir() if path.is_file()} == set(DIMENSIONS)
+
+
+@each_preset
+def test_a_file_is_short_and_holds_only_assignments(name):
+    text = file_of(name).read_text()
+    assert 5 <= len(text.splitlines()) <= 25 and all(isinstance(node, ast.Assign) for node in ast.parse(text).body)
+    assert text[0] == '#' and max(map(len, text.splitlines())) <= 130
+
+
+@each_preset
+def test_it_is_true_to_its_source(name):
+    config = load(name)
+    shown = {**config.as_dict(), 'budget': config.max_steps * config.batch_tokens,
+             'batch': (config.batch_size, config.batch_tokens // (config.batch_size * config.block_size))}
+    wanted = dict(DIMENSIONS[name])
+    if 'budget' in wanted:  # to within an optimizer step, and as many steps as training needs
+        assert 0 <= wanted.pop('budget') - shown['budget'] < config.batch_tokens and config.max_steps >= 700
+    assert {key: shown[key] for key in wanted} == wanted
+    assert 0.01 < config.warmup_steps / config.max_steps <= 0.1
+
+
+@each_preset
+def test_the_flags_in_its_comments_are_accepted(name):
+    for word in re.findall(r'`(--[^`]*)`', file_of(name).read_text()):
+        load(name, word)
+
+
+# ---- the size
+
+@each_preset
+def test_the_numbers_in_its_comments_are_the_true_ones(name):
+    config, text = load(name), file_of(name).read_text()
+    with torch.device('meta'):
+        count = sum(p.numel() for p in GPT(config.pick(GPTConfig)).parameters())
+    assert count == EXACT.get(name, count)
+    assert re.findall(r'[\d,]+(?= parameters)', text) == [f'{count:,}'], f'it has {count:,} parameters'
+    for shown in re.findall(r'([\d.]+) GB at 16 bytes a parameter', text):  # fp32 weights, gradients, two moments
+        assert shown == f'{16 * count / 1e9:.3g}', f'{16 * count / 1e9:.3g} GB'
+    for shown in re.findall(r'keeps ([\d.]+) GB of block', text):
+        inputs = config.n_layer * config.batch_size * config.block_size * config.n_embd * 4 / 1e9
+        assert shown == f'{inputs:.3g}', f'{inputs:.3g} GB'
+
+
+# ---- it trains
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    """A directory of tokens from 20 kB of made-up words."""
+    draw, folder = random.Random(0), tmp_path_factory.mktemp('corpus')
+    words = [''.join(draw.choices('abcdefghij', k=draw.randint(2, 7))) for _ in range(80)]
+    for i in range(40):
+        (folder / f'{i:02d}.txt').write_text(' '.join(draw.choices(words, k=100)))
+    out = folder / 'tokens'
+    prepare.main([f'--dataset=text:{folder}/*.txt', '--vocab_size=300', f'--out={out}', '--val_ratio=0.2', '--num_proc=1'])
+    return out
+
+
+@pytest.fixture
+def handlers():
+    """The signal handlers that a run in this process replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def shrunk(config):
+    """Words that make the model, the context and the batch tiny and leave every other setting of the preset as it is."""
+    sizes = dict(vocab_size=300, block_size=16, n_layer=2, n_embd=16, n_head=2, n_kv_head=1, d_ff=32, trix_hidden=16,
+                 num_frequencies=4, chunk_size=4, batch_size=2, batch_tokens=2 * 2 * 16)
+    return [f'--{key}={size}' for key, size in sizes.items() if getattr(config, key)]  # 0 means: as the width says
+
+
+@each_preset
+def test_an_optimizer_step_of_it(corpus, tmp_path, handlers, name):
+    words = [*shrunk(load(name)), f'--dataset={corpus}', f'--out_dir={tmp_path}/run', '--device=cpu', '--dtype=float32', '--max_steps=1',
+             '--log_interval=1', '--eval_interval=0', '--sample_interval=0', '--save_interval=0']
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([str(file_of(name)), *words])
+    line, = map(json.loads, (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines())
+    assert (line['kind'], line['step'], line['tokens']) == ('train', 1, 64)
+    assert abs(line['loss'] - math.log(300)) < 0.3 and math.isfinite(line['grad_norm'])
+
+
+@each_preset
+def test_its_loss_starts_at_ln_vocab_at_its_true_width(name):
+    """With all heads and frequencies, but two layers (one of the widest) and, above width 1024, a small vocabulary."""
+    config = load(name).pick(GPTConfig)
+    config.n_layer = 2 if config.n_embd <= 2048 else 1
+    config.vocab_size = config.vocab_size if config.n_embd <= 1024 else 512
+    torch.manual_seed(0)
+    model, T = GPT(config).eval(), min(config.block_size, 512)
+    idx, targets = tokens(2, 1, T, vocab_size=config.vocab_size)
+    with torch.no_grad():
+        loss = model(idx, targets).item()
+    assert abs(loss - math.log(config.vocab_size)) < 0.3

@@ -527,9 +527,10 @@ class TriX(nn.Module):
     2 sigmoid(s_e) / k * down_e(RMSNorm(relu(up_e x)^2)). `balance` chooses and never weighs: it is moved once an
     optimizer step towards even load (loss-free balancing, arXiv:2408.15664). No token is ever dropped.
 
-    The two executions are one function: masked-dense (every tile, two matrix products) and sparse (tokens sorted by tile).
+    The three executions are one function: 'dense' (every tile, masked: two matrix products), and with tokens sorted by tile
+    'loop' (a product a tile, the fastest on a CPU) and 'grouped' (F.grouped_mm; nothing waits for the host).
     """
-    execution = 'auto'  # 'dense' or 'sparse' force one of them
+    execution = 'auto'  # or one of the three
 
     def __init__(self, config):
         super().__init__()
@@ -577,10 +578,19 @@ class TriX(nn.Module):
         shape, x = x.shape, x.flatten(0, 1)  # (N, C)
         up, down, signature = self.weights()
         tiles, gates = self.route(x, up, signature)
-        if self.int8:
-            x = Int8.apply(x)
-        sparse = self.execution == 'sparse' or self.execution == 'auto' and x.device.type == 'cpu'
-        return (self.sparse if sparse else self.dense)(x, up, down, tiles, gates).view(shape)
+        x = Int8.apply(x) if self.int8 else x
+        how = self.execution if self.execution != 'auto' else self.fastest(x)
+        y = self.dense(x, up, down, tiles, gates) if how == 'dense' else self.sparse(x, up, down, tiles, gates, how == 'grouped')
+        return y.view(shape)
+
+    def fastest(self, x):
+        if x.device.type == 'cpu':
+            return 'loop'
+        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        aligned = self.up.size(1) % 8 == self.n_embd % 8 == 0  # rows of 16 bytes
+        if x.device.type == 'cuda' and hasattr(F, 'grouped_mm') and low == torch.bfloat16 and aligned:
+            return 'grouped' if torch.cuda.get_device_capability(x.device) >= (8, 0) else 'dense'
+        return 'dense'
 
     def flops_per_token(self, T):  # forward, beside the matrices: the scores
         return 2 * self.n_routed * self.n_embd
@@ -595,11 +605,12 @@ class TriX(nn.Module):
         h = self.hidden(z, weight.unsqueeze(-1))
         return F.linear(h.flatten(1), down.transpose(0, 1).flatten(1))  # (N, C)
 
-    def sparse(self, x, up, down, tiles, gates):
-        k = tiles.size(1)
-        order = tiles.flatten().argsort(stable=True)  # (N k,): sorted by tile -> by token
+    def sparse(self, x, up, down, tiles, gates, grouped):
+        k, tiles = tiles.size(1), tiles.flatten()
+        order = tiles.argsort(stable=True)  # (N k,): sorted by tile -> by token
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        sizes = torch.bincount(tiles.flatten(), minlength=len(up)).tolist()  # one transfer to the host for all tiles
+        sizes = torch.zeros(len(up), dtype=torch.int32, device=x.device).scatter_add_(0, tiles, torch.ones_like(tiles, dtype=torch.int32))
+        sizes = sizes.cumsum(0, dtype=torch.int32) if grouped else sizes.tolist()  # one transfer to the host for all tiles, or none
         z = GroupedLinear.apply(Spread.apply(x, order, back, k), up, sizes)  # (N k, h), sorted by tile
         h = self.hidden(z, Spread.apply(gates.view(-1, 1), order, back, 1))
         return Gather.apply(GroupedLinear.apply(h, down, sizes), order, back, k)
@@ -695,7 +706,9 @@ class GatedHidden(torch.autograd.Function):
 
 
 class GroupedLinear(torch.autograd.Function):
-    """x (N, in), sorted by group, weights (E, out, in), sizes: rows of each group -> (N, out), each group by its own weight."""
+    """x (N, in), sorted by group, weights (E, out, in) -> (N, out), each group by its own weight.
+
+    sizes: a list, the rows of each group, for a loop; or an int32 tensor, where each group ends, for F.grouped_mm."""
 
     @staticmethod
     def forward(ctx, x, weights, sizes):
@@ -704,6 +717,8 @@ class GroupedLinear(torch.autograd.Function):
             x, weights = x.to(low), weights.to(low)
         ctx.save_for_backward(x, weights)
         ctx.sizes = sizes
+        if torch.is_tensor(sizes):
+            return F.grouped_mm(x, weights.transpose(1, 2), offs=sizes)
         out = x.new_empty(len(x), weights.size(1))
         for rows, weight, to in zip(x.split(sizes), weights, out.split(sizes)):
             torch.mm(rows, weight.T, out=to)
@@ -711,9 +726,14 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weights = ctx.saved_tensors
+        (x, weights), sizes = ctx.saved_tensors, ctx.sizes
+        if torch.is_tensor(sizes):
+            grad = grad.to(x.dtype).contiguous()
+            empty = sizes == F.pad(sizes[:-1], (1, 0))  # some GPUs leave rubbish there (pytorch issue 172439)
+            dw = F.grouped_mm(grad.T, x, offs=sizes).masked_fill_(empty[:, None, None], 0)
+            return F.grouped_mm(grad, weights, offs=sizes), dw, None
         dx, dw = torch.empty_like(x), torch.empty_like(weights)
-        for e, (rows, g, to) in enumerate(zip(x.split(ctx.sizes), grad.split(ctx.sizes), dx.split(ctx.sizes))):
+        for e, (rows, g, to) in enumerate(zip(x.split(sizes), grad.split(sizes), dx.split(sizes))):
             torch.mm(g, weights[e], out=to)
             torch.mm(g.T, rows, out=dw[e])
         return dx, dw, None
@@ -839,6 +859,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
+        self._ddp_params_and_buffers_to_ignore = [  # a process counts its own tokens: DDP must not copy rank 0's over them
+            f'{name}.{buffer}' for name, trix in self.named_modules() if isinstance(trix, TriX) for buffer in ('load', 'seen')]
         self.init_weights()
 
     def init_weights(self):

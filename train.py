@@ -300,6 +300,7 @@ def main(argv):
     batches = Prefetcher(batch, ((s, m) for s in range(step, config.max_steps) for m in range(micro_steps)))
     since, waited, mark = 0, 0.0, time.perf_counter()  # steps and loader seconds since the last log line, its time
     status('running')
+    model.statistics()  # flip rates count from here
     while True:
         # ---- at the top, `step` steps are done: validate, sample, save
         last = step >= config.max_steps

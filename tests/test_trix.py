@@ -1,8 +1,15 @@
 """What TriX promises beyond what every block does."""
+import contextlib
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from model import GPT, GPTConfig, Int8, TriX, ternary_codes
 
@@ -39,8 +46,8 @@ def by_hand(layer, x):
 
 
 @pytest.mark.parametrize('keys', [{}, {'k': 1}, {'k': 6}, {'trix_shared': True}], ids=str)
-@pytest.mark.parametrize('execution', ['dense', 'sparse'])
-def test_both_executions_equal_the_formula(keys, execution):
+@pytest.mark.parametrize('execution', ['dense', 'loop', 'grouped'])
+def test_all_executions_equal_the_formula(keys, execution):
     layer, x = trix(**keys), torch.randn(2, 7, 16)
     layer.balance += torch.linspace(-1, 1, 6)
     layer.execution = execution
@@ -48,15 +55,16 @@ def test_both_executions_equal_the_formula(keys, execution):
 
 
 @pytest.mark.parametrize('keys', [{}, {'k': 1}, {'trix_shared': True, 'act_bits': 8}], ids=str)
-def test_gradients_of_both_executions_agree(keys):
+def test_gradients_of_all_executions_agree(keys):
     grads = []
-    for execution in ('dense', 'sparse'):
+    for execution in ('dense', 'loop', 'grouped'):
         layer, x = trix(**keys), torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
         layer.execution = execution
         layer(x).square().sum().backward()
         grads.append((x.grad, layer.up.grad, layer.down.grad))
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
 
 
 def test_codes_are_ternary_with_one_scale_a_tile():
@@ -76,10 +84,11 @@ def test_weights_learn_straight_through_the_ternary_codes():
         assert (layer.down.grad != 0).float().mean() > 0.99  # no mask: weights with code 0 learn, too
 
 
-def test_every_tile_that_got_tokens_learns_and_no_other():
+@pytest.mark.parametrize('execution', ['dense', 'loop', 'grouped'])
+def test_every_tile_that_got_tokens_learns_and_no_other(execution):
     layer = trix()
     layer.balance[4] -= 100.0
-    layer.execution = 'sparse'
+    layer.execution = execution
     layer(torch.randn(4, 40, 16)).square().sum().backward()
     got = layer.counts > 0
     assert got.tolist() == [True] * 4 + [False, True]
@@ -180,3 +189,78 @@ def test_under_autocast_codes_and_routes_are_those_of_fp32():
         seen.append((layer.counts, y.float()))
     assert torch.equal(seen[0][0], seen[1][0])
     assert (seen[0][1] - seen[1][1]).abs().max() < 0.05 * seen[0][1].abs().max()
+
+
+# ---- routing baselines
+
+def test_the_first_router_is_a_dense_ffn_of_the_first_tiles():
+    layer, x = trix(trix_router='first'), torch.randn(2, 7, 16)
+    layer(x)
+    assert layer.counts.tolist() == [14, 14, 0, 0, 0, 0]
+
+
+def test_the_hash_router_sends_a_token_always_to_the_same_tiles_and_spreads_tokens_evenly():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=2000, block_size=64, n_layer=2, n_embd=32, ffn='trix', trix_router='hash'))
+    layer = model.trix_layers()[0]
+    assert (layer.table.sort(-1).values.diff() > 0).all(), 'k different tiles'
+    idx = torch.randint(2000, (8, 64))
+    model(idx, idx).backward()
+    assert torch.equal(layer.counts, torch.bincount(layer.table[idx].flatten(), minlength=8).float())
+    assert layer.counts.max() / layer.counts.mean() < 1.3
+    again = GPT(model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.trix_layers()[0].table, layer.table) and torch.equal(again(idx), model(idx))
+
+
+def test_gates_are_those_of_the_signatures_whatever_the_router():
+    layer, x = trix(k=6, trix_router='first'), torch.randn(1, 5, 16)
+    other = trix(k=6)
+    torch.testing.assert_close(layer(x), other(x))
+
+
+# ---- several processes, several micro-steps
+
+def two_steps(micro_steps, rank, world, wrap=lambda model: model, no_sync=False):
+    """Two optimizer steps on the part of the batches that is this rank's -> the model."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_embd=32, ffn='trix'))
+    wrapped = wrap(model)
+    for step in range(2):
+        idx = torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(step))
+        parts = idx.chunk(micro_steps * world)[rank * micro_steps:(rank + 1) * micro_steps]
+        for micro, part in enumerate(parts):
+            with wrapped.no_sync() if no_sync and micro + 1 < micro_steps else contextlib.nullcontext():
+                (wrapped(part[:, :-1], part[:, 1:]) / micro_steps).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.5 * p.grad
+                p.grad = None
+        model.update_balance(0.1)
+    return model
+
+
+def as_rank(rank, out):  # the body of each process of the next test
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    for no_sync in (True, False):
+        model = two_steps(2, rank, 2, torch.nn.parallel.DistributedDataParallel, no_sync)
+        torch.save({**model.state_dict(), **{f'seen{i}': t.seen for i, t in enumerate(model.trix_layers())}}, f'{out}/{rank}{no_sync}.pt')
+
+
+def test_two_processes_with_two_micro_steps_train_and_balance_as_one_process(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'OMP_NUM_THREADS': '1',
+           'PYTHONPATH': os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))}
+    ranks = [subprocess.Popen([sys.executable, '-c', f'import test_trix; test_trix.as_rank({rank}, {str(tmp_path)!r})'], env=env)
+             for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    expected = two_steps(1, 0, 1)
+    for no_sync in (True, False):
+        for rank in (0, 1):
+            got = torch.load(tmp_path / f'{rank}{no_sync}.pt', weights_only=True)
+            for name, value in expected.state_dict().items():
+                torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6, msg=lambda m: f'{name} {rank} {no_sync}: {m}')
+            for i, layer in enumerate(expected.trix_layers()):
+                assert torch.equal(got[f'seen{i}'], layer.seen) and layer.seen.sum() == 2 * 128 * 2, 'every token counts once'

@@ -1,0 +1,182 @@
+"""What resonance promises beyond what every block does: exact filters, chunks that change nothing, decoding at 32k."""
+import math
+
+import pytest
+import torch
+
+from model import GPT, CausalConvolution, GPTConfig, Resonance, fft_size
+
+
+def resonance(T=64, C=6, K=5, **keys):
+    torch.manual_seed(0)
+    layer = Resonance(GPTConfig(block_size=T, n_embd=C, num_frequencies=K, mixer='resonance', **keys))
+    layer.init_weights()
+    torch.nn.init.normal_(layer.out_proj.weight, std=C ** -0.5)
+    return layer
+
+
+def filter_by_hand(layer, T):
+    """h (T, C) = Re sum over k of a_kc lambda_k^t, in complex128, power by power."""
+    nu, theta, magnitude, phase = (p.detach().double() for p in (layer.nu, layer.theta, layer.magnitude, layer.phase))
+    modes, a = torch.complex(-nu.exp(), theta), magnitude * torch.exp(1j * phase)
+    return torch.stack([((modes * t).exp()[:, None] * a).sum(0).real for t in range(T)])
+
+
+def close(a, b, tolerance=1e-5):
+    return (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_the_block_equals_its_formula_one_position_at_a_time():
+    layer, x = resonance(), torch.randn(2, 20, 6)
+    h, z, w = filter_by_hand(layer, 20), layer.in_proj(x).double(), layer.short.double()
+    z = torch.stack([sum(w[j] * z[:, t - j] for j in range(4) if t >= j) for t in range(20)], 1)
+    q, k, v = z.chunk(3, -1)
+    u = k * v
+    y = torch.stack([q[:, t] * (sum(h[t - s] * u[:, s] for s in range(t + 1)) + layer.D * u[:, t]) for t in range(20)], 1)
+    assert close(layer(x), y @ layer.out_proj.weight.double().T)
+
+
+def test_powers_are_right_to_1e_7_at_32k():
+    layer = resonance(T=32_768, K=16)
+    with torch.no_grad():
+        layer.theta.uniform_(0, math.pi)  # as it may be learnt: fast oscillations that last
+    t = torch.arange(32_768, dtype=torch.float64)[:, None]
+    exact = (t * torch.complex(-layer.nu.detach().double().exp(), layer.theta.detach().double())).exp()
+    assert (layer.powers(0, 32_768) - exact).abs().max() < 5e-7
+    assert (layer.powers(1000, 50) - exact[1000:1050]).abs().max() < 5e-7
+    naive = torch.polar((-t.float() * layer.nu.exp()).exp(), t.float() * layer.theta)
+    assert (naive - exact).abs().max() > 1e-4, 'in fp32 exponents the phase is lost'
+
+
+@torch.no_grad()
+def test_oscillators_start_with_log_spaced_time_constants_and_energy_one_half():
+    layer = resonance(T=4096, C=400, K=32)
+    tau = (-layer.nu).exp()
+    torch.testing.assert_close(tau[[0, -1]], torch.tensor([2.0, 4096.0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(tau[1:] / tau[:-1], torch.full((31,), 2048 ** (1 / 31)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(layer.theta, 2 * math.pi / tau)
+    assert layer.powers(1, 1).abs().max() < 1
+    assert filter_by_hand(layer, 4096).square().sum(0).mean() == pytest.approx(0.5, rel=0.25)
+
+
+def test_every_mode_decays_whatever_is_learnt():
+    layer = resonance()
+    with torch.no_grad():
+        layer.nu.normal_(std=3)
+        layer.theta.normal_(std=30)
+    assert (layer.powers(0, 2)[1].abs() < 1).all()
+
+
+@pytest.mark.parametrize('T, S', [(64, 16), (61, 16), (64, 1), (37, 36), (64, 63), (5, 7)])
+def test_chunks_change_neither_the_function_nor_its_gradients(T, S):
+    whole, parts = resonance(), resonance(chunk_size=S)
+    xs = [torch.randn(3, T, 6, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in 'ab']
+    ys = [layer(x) for layer, x in zip((whole, parts), xs)]
+    assert close(ys[1], ys[0])
+    for y in ys:
+        y.square().sum().backward()
+    assert close(xs[1].grad, xs[0].grad, 1e-4)
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters()):
+        assert b.grad.abs().max() > 0 and close(b.grad, a.grad, 1e-4), name
+
+
+def test_gradients_equal_those_of_the_direct_sum():
+    torch.manual_seed(0)
+    u, h = torch.randn(2, 13, 3).requires_grad_(), torch.randn(13, 3).requires_grad_()
+    fast = CausalConvolution.apply(u, h)
+    slow = torch.stack([sum(h[t - s] * u[:, s] for s in range(t + 1)) for t in range(13)], 1)
+    weight = torch.randn_like(slow)
+    assert close(fast, slow)
+    for a, b in zip(torch.autograd.grad((fast * weight).sum(), (u, h)), torch.autograd.grad((slow * weight).sum(), (u, h))):
+        assert close(a, b)
+
+
+def test_fft_sizes_are_enough_and_fast():
+    for n in range(1, 3000):
+        size = fft_size(n)
+        assert n <= size <= max(1.34 * n, n + 1)
+        while size % 2 == 0:
+            size //= 2
+        assert size in (1, 3, 5)
+
+
+def test_only_real_parameters_and_no_weight_decay_on_oscillators():
+    model = GPT(GPTConfig(n_embd=32, vocab_size=50, mixer='resonance', ffn='resonance', num_frequencies=4))
+    assert not any(p.is_complex() for p in [*model.parameters(), *model.buffers()])
+    kept = {id(p) for p in model.decayed()}
+    without = {name.rsplit('.')[-1] for name, p in model.named_parameters() if id(p) not in kept}
+    assert without == {'nu', 'theta', 'magnitude', 'phase', 'D', 'weight'}  # weight: of the norms
+    assert all(p.dim() == 1 for name, p in model.named_parameters() if id(p) not in kept and name.endswith('weight'))
+
+
+@pytest.mark.parametrize('chunk_size', [65_536, 2048])
+@torch.no_grad()
+def test_at_32k_tokens_nothing_leaks_and_decoding_equals_the_full_forward(chunk_size):
+    torch.manual_seed(0)
+    T = 32_768
+    model = GPT(GPTConfig(block_size=T, vocab_size=64, n_layer=2, n_embd=16, num_frequencies=8, mixer='resonance', ffn='swiglu',
+                          chunk_size=chunk_size)).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.mul_(3)  # logits that depend on everything
+    idx = torch.randint(64, (1, T))
+    full = model(idx)
+    changed = idx.clone()
+    changed[:, 20_000:] = (changed[:, 20_000:] + 1) % 64
+    other = model(changed)
+    assert close(other[:, :20_000], full[:, :20_000])
+    assert (other - full)[:, 20_000:].abs().max() > 0.1 * full.abs().max()
+
+    cache, parts = model.new_cache(1), [30_000, 1, 2700, *[1] * 67]
+    got = torch.cat([model(part, cache=cache) for part in idx.split(parts, 1)], 1)
+    assert close(got, full)
+    assert close(got[:, -67:], full[:, -67:])
+
+
+@torch.no_grad()
+def test_the_cache_does_not_grow_with_the_context():
+    model = GPT(GPTConfig(block_size=4096, vocab_size=64, n_layer=1, n_embd=16, num_frequencies=8, mixer='resonance', ffn='none')).eval()
+    cache, sizes = model.new_cache(2), []
+    for n in (1, 10, 4000):
+        model(torch.randint(64, (2, n)), cache=cache)
+        state = cache.layers[0][0]
+        sizes.append(sum(t.numel() * t.element_size() for t in vars(state).values() if torch.is_tensor(t)))
+    assert len(set(sizes)) == 1 and cache.pos == 4011
+
+
+def test_a_cache_for_another_batch_is_refused():
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_embd=16, mixer='resonance', ffn='none'))
+    with pytest.raises(AssertionError, match='3 sequences, but the cache was made for 2'):
+        model(torch.zeros(3, 4, dtype=torch.long), cache=model.new_cache(2))
+
+
+def test_hybrids_have_attention_in_every_nth_layer():
+    assert GPTConfig(mixer='resonance', attention_every=3, n_layer=7).mixers() == [
+        'resonance', 'resonance', 'attention', 'resonance', 'resonance', 'attention', 'resonance']
+
+
+@pytest.mark.parametrize('keys, problem', [
+    (dict(chunk_size=0), 'chunk_size=0 must be at least 1'),
+    (dict(num_frequencies=0), 'num_frequencies=0 must be at least 1'),
+    (dict(dropout=0.1), "dropout=0.1 with resonance"),
+    (dict(dropout=0.1, mixer='attention', ffn='resonance'), 'dropout=0.1 with resonance'),
+    (dict(attention_every=2, mixer='attention'), 'attention_every=2 is for mixer=resonance'),
+    (dict(attention_every=9, n_layer=8), 'attention_every=9 is more than n_layer=8'),
+    (dict(attention_every=-1), 'attention_every=-1 must not be negative'),
+    (dict(qk_norm=True), 'qk_norm=True needs an attention layer'),
+    (dict(attention_every=2, n_embd=30, n_head=4), 'n_embd=30 is not divisible by n_head=4'),
+    (dict(mixer='attention', n_head=4, n_kv_head=3), 'n_head=4 is not divisible by n_kv_head=3'),
+    (dict(linear='ternary'), "linear='ternary' is not one of dense, bitnet"),
+    (dict(ffn='trix', trix_top_k=9), 'trix_top_k=9 is more than trix_tiles=8'),
+    (dict(ffn='trix', trix_router='learned'), "trix_router='learned' is not one of signature, hash, first"),
+    (dict(act_bits=8, ffn='gelu'), 'act_bits=8 needs a ternary block'),
+])
+def test_what_makes_no_sense_is_refused_by_name(keys, problem):
+    found = GPTConfig(**{**dict(mixer='resonance'), **keys}).problems()
+    assert len(found) == 1 and problem in found[0]
+
+
+def test_learned_positions_shorter_than_the_context_are_refused():
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_embd=16, mixer='resonance', ffn='none', positions='learned'))
+    with pytest.raises(AssertionError, match='17 positions, but block_size is 16'):
+        model(torch.zeros(1, 17, dtype=torch.long))

@@ -544,6 +544,7 @@ class TriX(nn.Module):
         if self.router == 'hash':  # k different tiles a token, drawn once
             self.register_buffer('table', torch.rand(config.vocab_size, E).argsort(-1)[:, :self.k].contiguous())
         self.register_buffer('balance', torch.zeros(E))
+        self.register_buffer('pace', torch.zeros(E))  # the latest change of the balance
         self.register_buffer('load', torch.zeros(E), persistent=False)  # tokens a tile got since the last optimizer step
         self.register_buffer('seen', torch.zeros(E), persistent=False)  # and since the last look at the statistics
         self.counts = None  # (E,) tokens a tile got in the latest training forward
@@ -630,10 +631,16 @@ class TriX(nn.Module):
 
     @torch.no_grad()
     def update_balance(self, rate):
+        """balance += u sign(mean(load) - load), a u for each tile: doubled while its sign stays, up to 0.5, halved when it turns,
+        down to `rate` (as in Rprop, Riedmiller and Braun 1993), so that it keeps up with fast changes and then is still."""
         if dist.is_initialized():
             dist.all_reduce(self.load)
-        self.balance += rate * (self.load.mean() - self.load).sign()
-        self.balance -= self.balance.mean()
+        if rate:
+            sign = (self.load.mean() - self.load).sign()
+            u = self.pace.abs() * torch.where(sign == self.pace.sign(), 2.0, 0.5)
+            self.pace = u.clamp(rate, max(rate, 0.5)) * sign
+            self.balance += self.pace
+            self.balance -= self.balance.mean()
         self.seen += self.load
         self.load.zero_()
 

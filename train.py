@@ -351,7 +351,7 @@ def main(argv):
             scaler.step(optimizer)
             scaler.update()
         logged = config.log_interval and ((step + 1) % config.log_interval == 0 or step + 1 == config.max_steps)
-        model.update_balance((1e-2 if step < config.warmup_steps else 1e-3) if finite else 0.0)
+        model.update_balance(1e-3 if finite else 0.0)
         statistics = model.statistics() if logged else {}
         optimizer.zero_grad(set_to_none=True)
         skipped = 0 if finite else skipped + 1

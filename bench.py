@@ -1,13 +1,15 @@
 """Everything that is measured and compared. Ratios come from interleaved repeats in one run; results go to results/.
 
-    python bench.py                          # blocks and head: what this machine makes of them, in two minutes
-    python bench.py blocks                   # training throughput of every FFN at trix_tiny's shape, as a ratio to gelu
+    python bench.py                          # blocks --quick and head: what this machine makes of them, in five minutes
+    python bench.py blocks                   # training steps of every block at 9M, 21M and 70M parameters (six minutes)
+    python bench.py context                  # attention against resonance, 512 to 32,768 tokens of context (eight minutes)
     python bench.py head                     # the loss: chunked, torch's fused one and the plain formula
     python bench.py quality                  # trix_tiny, dense_tiny and a bigram table at equal tokens, three seeds (an hour)
     python bench.py peers --nanogpt=PATH     # a checkout of nanoGPT: its model and loop against ours
 """
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -16,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, process
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -30,15 +33,21 @@ from checkpoint import load_model
 from configurator import UserError, load, run
 from data import TokenData, load_tokenizer, token_bytes
 from evaluate import validate
-from model import FFNS, GPT, GPTConfig, chunked_cross_entropy
+from model import GPT, GPTConfig, chunked_cross_entropy
 
 ROOT = Path(__file__).parent
+RESULTS = ROOT / 'results'
+SHAPES = [(GPTConfig(n_embd=width, n_layer=layers, n_head=heads, vocab_size=32_000, tie_embeddings=False), batch, part)
+          for width, layers, heads, batch, part in ((128, 4, 4, 16, 2), (256, 6, 8, 16, 3), (512, 12, 8, 8, 5))]  # 1 / part of the repeats
+CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096)
 
 
 @dataclass
 class BenchConfig:
-    command: str = ''  # blocks, head, quality or peers (empty: blocks and head); may stand without --command=
-    repeats: int = 15  # timed repeats of each candidate, after two that don't count
+    command: str = ''  # blocks, context, head, quality or peers (empty: blocks --quick and head); may stand without --command=
+    repeats: int = 15  # timed repeats of each candidate (blocks and context: a half to a fifteenth of it, the longer a step the fewer)
+    quick: bool = False  # blocks and context: at most two repeats, contexts up to 4096
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
@@ -52,44 +61,51 @@ class BenchConfig:
         return found
 
 
-def interleaved(candidates, repeats, device):
-    """{name: function} -> {name: seconds of each repeat}, the candidates in turn so that drift hits all alike."""
-    times = {name: [] for name in candidates}
-    for repeat in range(-2, repeats):
-        for name, function in candidates.items():
-            hardware.synchronize(device)
-            start = time.perf_counter()
-            function()
-            hardware.synchronize(device)
-            if repeat >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
+def timed(function, device):
+    hardware.synchronize(device)
+    start = time.perf_counter()
+    function()
+    hardware.synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(candidates, repeats, warmup=2):
+    """{name: function that returns seconds} -> {name: seconds of each repeat}, the candidates in turn so that drift hits all
+    alike. Before that, `warmup` rounds that don't count."""
+    rounds = [{name: function() for name, function in candidates.items()} for _ in range(warmup + repeats)]
+    return {name: [seconds[name] for seconds in rounds[warmup:]] for name in candidates}
 
 
 def compare(times, reference):
-    """Rows of {name, seconds (median), spread (quartiles over the median), ratio}: the speed against `reference`, as the
-    median over repeats of the ratio within a repeat."""
+    """Rows of {name, seconds (median), spread (quartiles over the median), ratio, low, high}: the speed against `reference`
+    within a repeat, its median and quartiles over the repeats."""
     rows = []
     for name, seconds in times.items():
-        low, middle, high = np.percentile(seconds, (25, 50, 75))
-        ratio = statistics.median(b / a for a, b in zip(seconds, times[reference]))
-        rows.append({'name': name, 'seconds': float(middle), 'spread': float((high - low) / middle), 'ratio': ratio})
+        low, middle, high = map(float, np.percentile(seconds, (25, 50, 75)))
+        ratio = np.percentile([b / a for a, b in zip(seconds, times[reference])], (50, 25, 75))
+        rows.append({'name': name, 'seconds': middle, 'spread': (high - low) / middle, **dict(zip(('ratio', 'low', 'high'), map(float, ratio)))})
     return rows
 
 
-def report(title, rows, config, options=''):
-    """Print rows as a Markdown table and keep them in results/<title>.json with what is needed to measure them again."""
+def report(title, rows, config, options='', plot=None):
+    """Print rows as a Markdown table and keep them in results/<title>.json with what is needed to measure them again, and
+    what plot(rows, figure) draws in results/<title>.png."""
     table = [list(rows[0])] + [[f'{v:.4g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else v
                                 for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ['-' * width for width in widths])
     print('\n' + '\n'.join('| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in table) + '\n')
     commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    (ROOT / 'results').mkdir(exist_ok=True)
-    with open(ROOT / 'results' / f'{title}.json', 'w') as file:
-        json.dump({'command': f'python bench.py {title}{options}', 'machine': machine(config), 'torch': torch.__version__,
-                   'commit': commit, 'date': date.today().isoformat(), 'rows': rows}, file, indent=1)
-        file.write('\n')
+    where, when = machine(config), date.today().isoformat()
+    RESULTS.mkdir(exist_ok=True)
+    result = {'command': f'python bench.py {title}{options}', 'machine': where, 'torch': torch.__version__, 'commit': commit, 'date': when}
+    (RESULTS / f'{title}.json').write_text(json.dumps({**result, 'rows': rows}, indent=1) + '\n')
+    if plot:
+        from matplotlib.figure import Figure  # here, because the process of every candidate imports this file
+        figure = Figure(figsize=(13, 5), layout='constrained')
+        plot(rows, figure)
+        figure.suptitle(f'bench.py {title}{options}: {where}, {when}', fontsize=12)
+        figure.savefig(RESULTS / f'{title}.png', dpi=120)
 
 
 def machine(config):
@@ -102,34 +118,159 @@ def machine(config):
     return f'{name}, {torch.get_num_threads()} threads'
 
 
-def blocks(config):
-    """Training steps of every FFN at the shape of trix_tiny (16 x 256 tokens)."""
-    device, dtype, why = hardware.resolve(config.device, config.dtype)
-    tiny = train.load([str(ROOT / 'config' / 'trix_tiny.py')]).pick(GPTConfig)
-    idx = torch.randint(tiny.vocab_size, (16, tiny.block_size + 1), device=device, generator=torch.Generator(device).manual_seed(0))
-    models, steps = {}, {}
-    for ffn in FFNS:
-        torch.manual_seed(0)
-        model = models[ffn] = GPT(GPTConfig(**{**vars(tiny), 'ffn': ffn})).to(device)
-        optimizer = train.make_optimizer(model, train.load([]), device)
+def training_step(model_config, rows, device, dtype):
+    """-> (model, function): a new model, and one optimizer step of it on `rows` sequences of random tokens."""
+    torch.manual_seed(0)
+    model, config = GPT(model_config).to(device), train.load([])
+    optimizer = train.make_optimizer(model, config, device)
+    idx = torch.randint(model_config.vocab_size, (rows, model_config.block_size + 1)).to(device)
 
-        def step(model=model, optimizer=optimizer):
-            with hardware.autocast(device, dtype):
-                loss = model(idx[:, :-1], idx[:, 1:])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            model.update_balance(1e-3)
-        steps[ffn] = step
-    print(f'training steps on {why}')
+    def step():
+        with hardware.autocast(device, dtype):
+            loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_balance(1e-3)
+    return model, step
+
+
+@torch.no_grad()
+def decoding(model, device, dtype):
+    """A generator: first it fills the cache of one sequence up to 64 positions before the end, then it adds a token a time."""
+    model.eval()
+    cache, idx = model.new_cache(1), torch.randint(model.config.vocab_size, (1, model.config.block_size - 64), device=device)
+    while True:
+        with hardware.autocast(device, dtype):
+            model(idx, cache=cache)
+        yield
+        idx = idx[:, :1]
+
+
+def build(model_config, rows, config, threads):
+    """In the process of a model: make it, and the jobs that `do` does there."""
+    torch.set_num_threads(threads)
+    device, dtype, _ = hardware.resolve(config.device, config.dtype)
+    model, step = training_step(model_config, rows, device, dtype)
+    tokens = decoding(model, device, dtype)
+    do.jobs = {'train': lambda: timed(step, device), 'peak': lambda: hardware.peak_memory_gb(device),
+               'decode': lambda: timed(lambda: [next(tokens) for _ in range(8)], device) / 8}
+
+
+def do(job):
+    time.sleep(0.02)  # the OpenMP threads of the process that was at work before spin for a few ms
+    return do.jobs[job]()
+
+
+def side_by_side(title, models, rows, repeats, config, decode=False):
+    """models {name: GPTConfig} -> {name: seconds of training steps}, {name: peak GB of them}, {name: seconds a decoded token},
+    in turn. Each model has a process of its own, so that its peak of memory is its own, too."""
+    print(f'{title}: {repeats} repeats on {hardware.resolve(config.device, config.dtype)[2]}', flush=True)
+    server = multiprocessing.get_context('forkserver')
+    server.set_forkserver_preload(['torch._dynamo'])  # seconds to import, and every optimizer needs it: once for all
+    pools = {name: ProcessPoolExecutor(1, server, build, (model, rows, config, torch.get_num_threads())) for name, model in models.items()}
+
+    def each(job):
+        return {name: lambda pool=pool: pool.submit(do, job).result() for name, pool in pools.items()}
+    try:
+        times = interleaved(each('train'), repeats, warmup=1)
+        peaks = {name: peak() for name, peak in each('peak').items()}
+        return times, peaks, interleaved(each('decode'), 4, warmup=1) if decode else {}
+    except process.BrokenProcessPool:
+        raise UserError(f'{title}: the process of a model came to its end; if it gave no reason, the machine is out of memory') from None
+    finally:
+        for pool in pools.values():
+            pool.shutdown(cancel_futures=True)
+
+
+def sizes(model):
+    table = model.parameter_table()
+    return {'parameters': sum(total for _, total, _ in table), 'used by a token': sum(used for *_, used in table),
+            'MFLOP/token': model.flops_per_token() / 1e6}
+
+
+def variants(shape):
+    """{name: GPTConfig} of all blocks at a shape; TriX has the tiles of trix_tiny, scaled with the width."""
+    tiny = train.load([str(ROOT / 'config' / 'trix_tiny.py')])
+    tiles = {'trix_tiles': tiny.trix_tiles, 'trix_top_k': tiny.trix_top_k,
+             'trix_hidden': (tiny.trix_hidden or tiny.n_embd) * shape.n_embd // tiny.n_embd}
+    changes = {'dense': {}, 'swiglu': {'ffn': 'swiglu'}, 'bitnet': {'ffn': 'swiglu', 'linear': 'bitnet'},
+               'trix': {'ffn': 'trix', **tiles}, 'resonance': {'mixer': 'resonance'}, 'none': {'ffn': 'none'}}
+    return {name: replace(shape, **change) for name, change in changes.items()}
+
+
+def blocks(config):
+    """Training steps of every block at SHAPES. `dense` is attention with a gelu FFN; `bitnet` is `swiglu` with ternary
+    matrices, hence the ratio to that. `packed MB`: ternary codes in 2 bits, the rest in bf16. `peak GB`: the most memory while
+    training, of the GPU's tensors or, on a CPU, of the whole process, torch included. Needs memory for six models at once."""
     rows = []
-    for row in compare(interleaved(steps, config.repeats, device), 'gelu'):
-        table = models[row['name']].parameter_table()
-        rows.append({'ffn': row['name'], 'parameters': sum(total for _, total, _ in table), 'used by a token': sum(used for *_, used in table),
-                     'MFLOP/token': models[row['name']].flops_per_token() / 1e6, 'tokens/s': idx[:, 1:].numel() / row['seconds'],
-                     'spread': row['spread'], 'ratio to gelu': row['ratio']})
-    report('blocks', rows, config)
+    for shape, batch, part in SHAPES:
+        title, models = f'{shape.n_layer} x {shape.n_embd}', variants(shape)
+        times, peaks, _ = side_by_side(title, models, batch, 2 if config.quick else max(1, config.repeats // part), config)
+        for row, swiglu in zip(compare(times, 'dense'), compare(times, 'swiglu')):
+            with torch.device('meta'):
+                model = GPT(models[row['name']])
+            rows.append({'shape': title, 'block': row['name'], **sizes(model), 'packed MB': model.packed_bytes() / 1e6,
+                         'tokens/s': batch * shape.block_size / row['seconds'], 'spread': row['spread'],
+                         'ratio to dense': row['ratio'], 'low': row['low'], 'high': row['high'], 'ratio to swiglu': swiglu['ratio'],
+                         'peak GB': peaks[row['name']]})
+    report('blocks', rows, config, ' --quick' * config.quick, plot_blocks)
+
+
+def plot_blocks(rows, figure):
+    dense, names = {row['shape']: row for row in rows if row['block'] == 'dense'}, list(dict.fromkeys(row['block'] for row in rows))
+    panels = {'ratio to dense': 'training speed (and its quartiles)', 'packed MB': 'packed size', 'peak GB': 'peak memory of training'}
+    for axes, (key, title) in zip(figure.subplots(1, 3), panels.items()):
+        for row in rows:
+            if i := names.index(row['block']):  # dense is the line at 1
+                x, y = list(dense).index(row['shape']) + 0.16 * (i - len(names) / 2), row[key] / dense[row['shape']][key]
+                error = [[y - row['low']], [row['high'] - y]] if key == 'ratio to dense' else None
+                axes.bar(x, y, 0.15, yerr=error, color=f'C{i}', capsize=3, label='' if x > 0.5 else row['block'])
+                axes.text(x, 0.03, f'{y:.2f}', ha='center', color='white', rotation=90)
+        axes.axhline(1, color='C0', label='dense')
+        axes.set(title=title, xlabel='layers x width, parameters of dense', ylabel='relative to dense', xticks=range(len(dense)),
+                 xticklabels=[f'{shape}\n{row["parameters"] / 1e6:.3g}M' for shape, row in dense.items()])
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=len(names))
+
+
+def context(config):
+    """Training steps of attention and resonance over CONTEXTS at 8192 tokens a step or one sequence, and single steps of
+    decoding one sequence whose cache is nearly full. `ratio`: the speed of resonance over that of attention within a
+    repeat, `spread`: quartiles of that over its median, `peak GB`: as in `blocks`."""
+    rows, mixers = [], ('attention', 'resonance')
+    for T in [T for T in CONTEXTS if T <= 4096 or not config.quick]:
+        batch, repeats = max(1, 8192 // T), min(2 if config.quick else max(1, config.repeats // 3), max(1, 3 * 8192 // T))
+        models = {mixer: replace(CONTEXT_SHAPE, block_size=T, mixer=mixer) for mixer in mixers}
+        times, peaks, decode = side_by_side(f'context {T:,}', models, batch, repeats, config, decode=True)
+        attention, resonance = compare(times, 'attention')
+        rows.append({'context': T, 'attention tokens/s': batch * T / attention['seconds'], 'resonance tokens/s': batch * T / resonance['seconds'],
+                     'ratio': resonance['ratio'], 'spread': (resonance['high'] - resonance['low']) / resonance['ratio'],
+                     **{f'{mixer} peak GB': peaks[mixer] for mixer in mixers},
+                     **{f'{mixer} ms/token': 1000 * statistics.median(decode[mixer]) for mixer in mixers}})
+    report('context', rows, config, ' --quick' * config.quick, plot_context)
+    last = [row for row in rows if row['context'] <= 8192][-1]
+    print(f'crossover: {crossover(rows) or "none"}; at {last["context"]:,} resonance is {last["ratio"]:.3g} times as fast as attention')
+
+
+def crossover(rows):
+    """The smallest measured context from which on resonance is at least as fast; None if it isn't at the largest."""
+    return next((row['context'] for i, row in enumerate(rows) if all(later['ratio'] >= 1 for later in rows[i:])), None)
+
+
+def plot_context(rows, figure):
+    contexts = [f'{row["context"] / 1024:g}k' for row in rows]  # powers of two, evenly spaced: a logarithmic axis
+    panels = {'tokens/s': 'training speed', 'ms/token': 'decoding, one sequence', 'peak GB': 'peak memory of training'}
+    for axes, (unit, title) in zip(figure.subplots(1, 3), panels.items()):
+        for mixer, marker in (('attention', 'o'), ('resonance', 's')):
+            axes.plot(contexts, [row[f'{mixer} {unit}'] for row in rows], marker=marker, label=mixer)
+        axes.set(title=title, xlabel='context (tokens)', ylabel=unit, ylim=None if unit == 'tokens/s' else 0)
+        if unit == 'tokens/s':
+            axes.set_yscale('log', subs=[])
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 3, 5))
+            axes.yaxis.set_major_formatter('{x:,g}')
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def head(config):
@@ -145,8 +286,8 @@ def head(config):
         losses['torch fused, chunks of 128'] = lambda: F.linear_cross_entropy(
             x, w, y, options=options(batch_chunk_size=128, chunking_method=None))
     print(f'the loss on {why}')
-    both = {name: lambda loss=loss: torch.autograd.grad(loss(), (x, w)) for name, loss in losses.items()}
-    report('head', compare(interleaved(both, config.repeats, device), 'plain'), config)
+    both = {name: lambda loss=loss: timed(lambda: torch.autograd.grad(loss(), (x, w)), device) for name, loss in losses.items()}
+    report('head', compare(interleaved(both, config.repeats), 'plain'), config)
 
 
 def bigram(data, config):
@@ -192,14 +333,11 @@ def quality(config):
             data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
             lengths = token_bytes(load_tokenizer(data.tokenizer))
             results.append(validate(model, data, lengths, data.val_windows(), 16, device, dtype))
-        table = model.parameter_table()
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
-        rows.append({'model': name, 'parameters': sum(total for _, total, _ in table), 'used by a token': sum(used for *_, used in table),
-                     'MFLOP/token': model.flops_per_token() / 1e6, **figures(**spread)})
+        rows.append({'model': name, **sizes(model), **figures(**spread)})
         print(name, *(f'{loss:.4f}' for loss in spread['loss']))
-    run_config = train.load([str(ROOT / 'config' / 'trix_tiny.py')])
-    loss = bigram(data, run_config)
-    x, y = data.val_batch(data.val_windows())
+    loss = bigram(data, train.load([str(ROOT / 'config' / 'trix_tiny.py')]))
+    _, y = data.val_batch(data.val_windows())
     rows.append({'model': 'bigram table', 'parameters': 0, 'used by a token': 0, 'MFLOP/token': 0.0,
                  **figures(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
     report('quality', rows, config)
@@ -251,11 +389,12 @@ def peers(config):
     report('peers', [{**row, 'tokens/s': 16 * 256 / row['seconds'], 'peak GB': memory[row['name']]} for row in rows], config, ' --nanogpt=PATH')
 
 
-COMMANDS = {'blocks': blocks, 'head': head, 'quality': quality, 'peers': peers}
+COMMANDS = {'blocks': blocks, 'context': context, 'head': head, 'quality': quality, 'peers': peers}
 
 
 def main(argv):
     config = load(argv, BenchConfig, positional=('command',), usage=__doc__)
+    config.quick = config.quick or not config.command
     for command in [config.command] if config.command else ['blocks', 'head']:
         COMMANDS[command](config)
 

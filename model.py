@@ -631,13 +631,13 @@ class TriX(nn.Module):
 
     @torch.no_grad()
     def update_balance(self, rate):
-        """balance += u sign(mean(load) - load), a u for each tile: doubled while its sign stays, up to 0.5, halved when it turns,
-        down to `rate` (as in Rprop, Riedmiller and Braun 1993), so that it keeps up with fast changes and then is still."""
+        """balance += u sign(mean(load) - load), with a u for each tile: times 1.5 while its sign stays, up to 0.5, halved when
+        it turns, down to `rate` (as in Rprop, Riedmiller and Braun 1993): fast while much changes, then still."""
         if dist.is_initialized():
             dist.all_reduce(self.load)
         if rate:
             sign = (self.load.mean() - self.load).sign()
-            u = self.pace.abs() * torch.where(sign == self.pace.sign(), 2.0, 0.5)
+            u = self.pace.abs() * torch.where(sign == self.pace.sign(), 1.5, 0.5)
             self.pace = u.clamp(rate, max(rate, 0.5)) * sign
             self.balance += self.pace
             self.balance -= self.balance.mean()

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
+from kernels import (CausalConvolution, GatedHidden, Gather, GroupedLinear, ShortFilter, Spread, chunked_cross_entropy, fft_size,
+                     rms)
+
 
 @dataclass
 class GPTConfig:
@@ -422,33 +425,6 @@ class ResonanceCache:
         return y
 
 
-class CausalConvolution(torch.autograd.Function):
-    """u (B, T, C), h (T, C) -> y[:, t] = sum over s <= t of h[t - s] u[:, s]: FFTs of at least 2T - 1, so that nothing wraps
-    around. u and h are kept for backward, their spectra are not."""
-
-    @staticmethod
-    def forward(ctx, u, h):
-        ctx.save_for_backward(u, h)
-        n = fft_size(2 * len(h) - 1)
-        return torch.fft.irfft(torch.fft.rfft(u, n, dim=1).mul_(torch.fft.rfft(h, n, dim=0)), n, dim=1)[:, :len(h)].contiguous()
-
-    @staticmethod
-    def backward(ctx, grad):
-        u, h = ctx.saved_tensors
-        n = fft_size(2 * len(h) - 1)
-        g, du, dh = torch.fft.rfft(grad, n, dim=1), None, None
-        if ctx.needs_input_grad[1]:
-            dh = torch.fft.irfft((torch.fft.rfft(u, n, dim=1).conj() * g).sum(0), n, dim=0)[:len(h)]
-        if ctx.needs_input_grad[0]:
-            du = torch.fft.irfft(g.mul_(torch.fft.rfft(h, n, dim=0).conj()), n, dim=1)[:, :len(h)].contiguous()
-        return du, dh
-
-
-def fft_size(n):
-    """The smallest 2^a, 3 2^a or 5 2^a that is at least n: sizes that every FFT library is fast at."""
-    return min(base << max(0, (-(-n // base) - 1).bit_length()) for base in (1, 3, 5))
-
-
 def flush(powers):
     """Zero for what has died away: denormal numbers would slow a CPU's products down many times over."""
     return powers.masked_fill(powers.detach().abs() < 1e-17, 0)
@@ -457,28 +433,6 @@ def flush(powers):
 def real_product(a, b):  # complex (n, K) and (..., K, C) -> Re(a b), by one real product
     a, b = torch.cat((a.real, -a.imag), -1), torch.cat((b.real, b.imag), -2)
     return a @ b if b.dim() == 2 else torch.bmm(a.expand(len(b), -1, -1), b)
-
-
-class ShortFilter(torch.autograd.Function):
-    """z (B, T, C), w (n, C) -> sum over j of w[j] z[:, t - j], zeros before the start."""
-
-    @staticmethod
-    def forward(ctx, z, w):
-        ctx.save_for_backward(z, w)
-        y = z * w[0]
-        for j in range(1, min(len(w), z.size(1))):
-            y[:, j:].addcmul_(z[:, :-j], w[j])
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        z, w = ctx.saved_tensors
-        dz, dw = grad * w[0], torch.zeros_like(w)
-        dw[0] = (grad * z).sum((0, 1))
-        for j in range(1, min(len(w), z.size(1))):
-            dz[:, :-j].addcmul_(grad[:, j:], w[j])
-            dw[j] = (grad[:, j:] * z[:, :-j]).sum((0, 1))
-        return dz, dw
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -655,97 +609,6 @@ def average(found):  # [{key: number or None}] -> {key: mean, None where one is}
     return {key: None if any(f[key] is None for f in found) else sum(f[key] for f in found) / len(found) for key in found[0]}
 
 
-def spread(x, order, back, k):  # (N, C) -> (N k, C): every row k times, in the order of the tiles
-    return x.index_select(0, order // k if k > 1 else order)
-
-
-def gather(x, order, back, k):  # (N k, C) -> (N, C): the sum of a token's k rows
-    x = x.index_select(0, back)
-    return x.view(-1, k, x.size(-1)).sum(1) if k > 1 else x
-
-
-class Spread(torch.autograd.Function):
-    """spread, with its adjoint `gather` as gradient: no scatter-add, so it is fast and the same every time."""
-
-    @staticmethod
-    def forward(ctx, x, order, back, k):
-        ctx.save_for_backward(order, back)
-        ctx.k = k
-        return spread(x, order, back, k)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return gather(grad, *ctx.saved_tensors, ctx.k), None, None, None
-
-
-class Gather(torch.autograd.Function):
-    """gather, with its adjoint `spread` as gradient."""
-
-    @staticmethod
-    def forward(ctx, x, order, back, k):
-        ctx.save_for_backward(order, back)
-        ctx.k = k
-        return gather(x, order, back, k)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return spread(grad, *ctx.saved_tensors, ctx.k), None, None, None
-
-
-class GatedHidden(torch.autograd.Function):
-    """gate * RMSNorm(relu(z)^2), (..., h) and (..., 1) -> (..., h), in fewer passes over memory than the plain formula."""
-
-    @staticmethod
-    def forward(ctx, z, gate):
-        r = z.float().clamp(min=0)
-        u = r.square()
-        inverse = (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt_()
-        u.mul_(inverse)
-        ctx.save_for_backward(r, u, inverse, gate)
-        return (u * gate).type_as(z)
-
-    @staticmethod
-    def backward(ctx, grad):
-        r, u, inverse, gate = ctx.saved_tensors
-        d_gate = (grad * u).sum(-1, keepdim=True)
-        dz = (grad * gate).addcmul_(u, gate * d_gate / -u.size(-1)).mul_(r).mul_(2 * inverse)
-        return dz.type_as(grad), d_gate
-
-
-class GroupedLinear(torch.autograd.Function):
-    """x (N, in), sorted by group, weights (E, out, in) -> (N, out), each group by its own weight.
-
-    sizes: a list, the rows of each group, for a loop; or an int32 tensor, where each group ends, for F.grouped_mm."""
-
-    @staticmethod
-    def forward(ctx, x, weights, sizes):
-        if torch.is_autocast_enabled(x.device.type):
-            low = torch.get_autocast_dtype(x.device.type)
-            x, weights = x.to(low), weights.to(low)
-        ctx.save_for_backward(x, weights)
-        ctx.sizes = sizes
-        if torch.is_tensor(sizes):
-            return F.grouped_mm(x, weights.transpose(1, 2), offs=sizes)
-        out = x.new_empty(len(x), weights.size(1))
-        for rows, weight, to in zip(x.split(sizes), weights, out.split(sizes)):
-            torch.mm(rows, weight.T, out=to)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, weights), sizes = ctx.saved_tensors, ctx.sizes
-        if torch.is_tensor(sizes):
-            grad = grad.to(x.dtype).contiguous()
-            empty = sizes == F.pad(sizes[:-1], (1, 0))  # some GPUs leave rubbish there (pytorch issue 172439)
-            dw = F.grouped_mm(grad.T, x, offs=sizes).masked_fill_(empty[:, None, None], 0)
-            return F.grouped_mm(grad, weights, offs=sizes), dw, None
-        dx, dw = torch.empty_like(x), torch.empty_like(weights)
-        for e, (rows, g, to) in enumerate(zip(x.split(sizes), grad.split(sizes), dx.split(sizes))):
-            torch.mm(g, weights[e], out=to)
-            torch.mm(g.T, rows, out=dw[e])
-        return dx, dw, None
-
-
 MIXERS = {'attention': Attention, 'resonance': Resonance}
 FFNS = {
     'gelu': lambda config: MLP(config, gelu),
@@ -760,36 +623,6 @@ FFNS = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
-
-class FastRMS(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + 1e-6) * weight over the last dimension, in two to three times less time than F.rms_norm on a CPU,
-    which has no fused kernel there (torch 2.13)."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        inverse = x.square().mean(-1, keepdim=True).add_(1e-6).rsqrt_()
-        normal = x * inverse
-        ctx.save_for_backward(normal, inverse, weight)
-        return normal if weight is None else normal * weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        normal, inverse, weight = ctx.saved_tensors
-        along = grad * normal
-        d_weight = None
-        if weight is not None:
-            d_weight, grad = along.flatten(0, -2).sum(0), grad * weight
-            along = (along @ weight).unsqueeze(-1)
-        else:
-            along = along.sum(-1, keepdim=True)
-        return torch.addcmul(grad, normal, along, value=-1 / normal.size(-1)).mul_(inverse), d_weight
-
-
-def rms(x, weight=None):  # RMSNorm over the last dimension
-    if x.device.type == 'cpu' and x.dtype == torch.float32:
-        return FastRMS.apply(x, weight)
-    return F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
-
 
 class RMSNorm(nn.Module):
     """arXiv:1910.07467, eps 1e-6."""
@@ -968,54 +801,3 @@ class GPT(nn.Module):
         ternary = {id(p): 1 for m in self.modules() if isinstance(m, BitLinear) for p in [m.weight]}
         ternary |= {id(p): len(p) for trix in self.trix_layers() for p in (trix.up, trix.down)}
         return sum(-(-p.numel() // 4) + 4 * ternary[id(p)] if id(p) in ternary else 2 * p.numel() for p in self.parameters())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The loss
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of x W^T, a few rows of logits at a time.
-
-    Loss and gradients are made in one pass, so that no logits are kept and none are computed twice: beside its inputs
-    this holds one chunk of logits and the two gradients. (Idea: Liger Kernel, arXiv:2410.10989.) On two CPU cores it
-    is level, within the noise, with F.linear_cross_entropy of torch 2.13 in chunks of 128 and faster than its default:
-    `bench.py head`.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        rows = max(64, 2 ** 20 // len(weight) // 64 * 64)  # 4 MB of fp32 logits stay in a core's cache
-        if x.device.type != 'cpu':
-            rows *= 32  # enough work to fill a GPU
-        need = any(ctx.needs_input_grad)
-        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        w, loss = weight.to(low), torch.zeros((), device=x.device)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if need else (None, None)
-        with torch.autocast(x.device.type, enabled=False):
-            for i in range(0, len(x), rows):
-                xs, ts = x[i:i + rows].to(low), targets[i:i + rows, None]
-                keep, ts = ts >= 0, ts.clamp(min=0)
-                logits = (xs @ w.T).float()  # (rows, V)
-                at = logits.gather(1, ts)
-                peak = logits.amax(1, keepdim=True)
-                total = logits.sub_(peak).exp_().sum(1, keepdim=True)
-                loss += ((peak + total.log() - at) * keep).sum()
-                if need:
-                    p = logits.mul_(keep / total).scatter_add_(1, ts, -keep.float()).to(low)  # d loss / d logits
-                    dx[i:i + rows] = p @ w
-                    dw.addmm_(p.T, xs) if low == torch.float32 else dw.add_(p.T @ xs)
-        if need:
-            ctx.save_for_backward(dx, dw.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None
-
-
-def chunked_cross_entropy(x, weight, targets):
-    """Mean cross-entropy in nats of logits x @ weight.T, over the rows whose target is not -1.
-
-    x (N, C), weight (V, C), targets (N,) int64 -> scalar fp32; nan if every target is -1, as F.cross_entropy."""
-    return ChunkedCrossEntropy.apply(x, weight, targets) / (targets >= 0).sum()

@@ -32,7 +32,7 @@ def test_every_knob_that_the_readme_names_is_one():
 
 def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_path):
     (tmp_path / 'tests').mkdir()
-    for name in ('model.py', 'pytest.ini', 'tests/test_blocks.py', 'tests/conftest.py'):
+    for name in ('model.py', 'kernels.py', 'pytest.ini', 'tests/test_blocks.py', 'tests/conftest.py'):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / 'block.diff').write_text(re.search(r'```diff\n(.*?)```', README, re.S).group(1))
     subprocess.run(['git', 'apply', 'block.diff'], cwd=tmp_path, check=True)

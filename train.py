@@ -103,6 +103,9 @@ def find_data(config):
                    f'--vocab_size={config.vocab_size}', f'--out={path}']
         if code := subprocess.run(command).returncode:
             sys.exit(code)  # prepare.py has said why
+    if not path.is_dir() and not can_prepare:
+        raise UserError(f'dataset={name}: no directory {path}, and prepare.py can make pylib and text:PATH alone: bring the tokens '
+                        'there, or choose --dataset=pylib')
     return TokenData(path, config.block_size, config.vocab_size)
 
 

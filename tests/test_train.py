@@ -313,6 +313,28 @@ def test_non_finite_steps_are_skipped_recorded_and_end_the_run_with_exit_code_3(
     assert json.loads((out / 'status.json').read_text())['state'] == 'diverged'
 
 
+# ---- every block
+
+@pytest.mark.parametrize('words, keys', [
+    (['--ffn=swiglu', '--linear=bitnet', '--n_layer=2', '--mixer=resonance', '--attention_every=2', '--dropout=0'],
+     {'ternary_minus', 'ternary_zero', 'ternary_plus', 'ternary_scale', 'ternary_flips', 'ternary_fence', 'act_utilisation'}),
+    (['--ffn=trix'], {'trix_overload', 'trix_entropy', 'trix_dead', 'ternary_minus', 'ternary_zero', 'ternary_plus', 'ternary_scale',
+                      'ternary_flips', 'ternary_fence'}),
+], ids=['hybrid', 'trix'])
+def test_blocks_log_their_statistics_and_go_on_exactly_after_a_resume(corpus, tmp_path, words, keys):
+    code, said = finish(arguments(corpus, tmp_path / 'whole', '--keep=0', *words))
+    assert code == 0, said
+    code, said = finish(arguments(corpus, tmp_path / 'rest', *words, f'--resume={tmp_path}/whole/checkpoints/step_0000020.pt'))
+    assert code == 0, said
+    whole, rest = ([{key: line[key] for key in ('step', 'loss', 'grad_norm', *keys)} for line in lines(tmp_path / run, 'train')]
+                   for run in ('whole', 'rest'))
+    assert rest == whole[20:]
+    numbers = {key: [line[key] for line in whole] for key in keys}
+    assert all(0 <= flips < 0.5 for flips in numbers['ternary_flips']) and max(numbers['ternary_flips']) > 0
+    assert all(abs(sum(values) - 1) < 1e-6 for values in zip(*(numbers[f'ternary_{sign}'] for sign in ('minus', 'zero', 'plus'))))
+    assert len(set(numbers['ternary_scale'])) == 40 and 0 < numbers['ternary_fence'][0] < 0.2
+
+
 # ---- it refuses: one clear line, exit code 2, nothing left behind
 
 @pytest.mark.parametrize('words, message', [
@@ -325,7 +347,8 @@ def test_non_finite_steps_are_skipped_recorded_and_end_the_run_with_exit_code_3(
     (['--device=tpu'], 'expected auto, cpu, cuda'),
     (['--dtype=float16'], 'float16 needs a GPU'),
     (['--compile=maybe'], 'expected auto, true or false'),
-    (['--dataset=nonsense'], 'no prepared data'),
+    (['--dataset=nonsense'], 'dataset=nonsense: no directory data/nonsense, and prepare.py can make pylib and text:PATH alone'),
+    (['--dataset=shards:rows'], 'dataset=shards:rows: no directory'),
     (['--vocab_size=299'], 'has a vocabulary of 300, the model only 299'),
     (['--block_size=100000', '--batch_tokens=0'], 'fewer than one window'),
     (['--resume=missing.pt'], 'no such run or checkpoint'),

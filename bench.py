@@ -40,7 +40,7 @@ RESULTS = ROOT / 'results'
 SHAPES = [(GPTConfig(n_embd=width, n_layer=layers, n_head=heads, vocab_size=32_000, tie_embeddings=False), batch, part)
           for width, layers, heads, batch, part in ((128, 4, 4, 16, 2), (256, 6, 8, 16, 3), (512, 12, 8, 8, 5))]  # 1 / part of the repeats
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
-CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096)
+CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn='gelu')
 
 
 @dataclass
@@ -139,8 +139,7 @@ def training_step(model_config, rows, device, dtype):
 @torch.no_grad()
 def decoding(model, device, dtype):
     """A generator: first it fills the cache of one sequence up to 64 positions before the end, then it adds a token a time."""
-    model.eval()
-    cache, idx = model.new_cache(1), torch.randint(model.config.vocab_size, (1, model.config.block_size - 64), device=device)
+    cache, idx = model.eval().new_cache(1), torch.randint(model.config.vocab_size, (1, model.config.block_size - 64), device=device)
     while True:
         with hardware.autocast(device, dtype):
             model(idx, cache=cache)
@@ -175,8 +174,7 @@ def side_by_side(title, models, rows, repeats, config, decode=False):
         return {name: lambda pool=pool: pool.submit(do, job).result() for name, pool in pools.items()}
     try:
         times = interleaved(each('train'), repeats, warmup=1)
-        peaks = {name: peak() for name, peak in each('peak').items()}
-        return times, peaks, interleaved(each('decode'), 4, warmup=1) if decode else {}
+        return times, {name: peak() for name, peak in each('peak').items()}, interleaved(each('decode'), 4, warmup=1) if decode else {}
     except process.BrokenProcessPool:
         raise UserError(f'{title}: the process of a model came to its end; if it gave no reason, the machine is out of memory') from None
     finally:
@@ -192,11 +190,11 @@ def sizes(model):
 
 def variants(shape):
     """{name: GPTConfig} of all blocks at a shape; TriX has the tiles of trix_tiny, scaled with the width."""
-    tiny = train.load([str(ROOT / 'config' / 'trix_tiny.py')])
-    tiles = {'trix_tiles': tiny.trix_tiles, 'trix_top_k': tiny.trix_top_k,
-             'trix_hidden': (tiny.trix_hidden or tiny.n_embd) * shape.n_embd // tiny.n_embd}
-    changes = {'dense': {}, 'swiglu': {'ffn': 'swiglu'}, 'bitnet': {'ffn': 'swiglu', 'linear': 'bitnet'},
-               'trix': {'ffn': 'trix', **tiles}, 'resonance': {'mixer': 'resonance'}, 'none': {'ffn': 'none'}}
+    tiny = train.load([str(ROOT / 'config' / 'trix_tiny.py')]).pick(GPTConfig)
+    tiles = {key: value for key, value in vars(tiny).items() if key.startswith('trix_')}
+    tiles['trix_hidden'] = (tiny.trix_hidden or tiny.n_embd) * shape.n_embd // tiny.n_embd
+    changes = {'dense': {'ffn': 'gelu'}, 'swiglu': {'ffn': 'swiglu'}, 'trix': {'ffn': 'trix', **tiles},
+               'bitnet': {'ffn': 'swiglu', 'linear': 'bitnet'}, 'resonance': {'mixer': 'resonance', 'ffn': 'gelu'}, 'none': {'ffn': 'none'}}
     return {name: replace(shape, **change) for name, change in changes.items()}
 
 
@@ -212,9 +210,8 @@ def blocks(config):
             with torch.device('meta'):
                 model = GPT(models[row['name']])
             rows.append({'shape': title, 'block': row['name'], **sizes(model), 'packed MB': model.packed_bytes() / 1e6,
-                         'tokens/s': batch * shape.block_size / row['seconds'], 'spread': row['spread'],
-                         'ratio to dense': row['ratio'], 'low': row['low'], 'high': row['high'], 'ratio to swiglu': swiglu['ratio'],
-                         'peak GB': peaks[row['name']]})
+                         'tokens/s': batch * shape.block_size / row['seconds'], 'spread': row['spread'], 'ratio to dense': row['ratio'],
+                         'low': row['low'], 'high': row['high'], 'ratio to swiglu': swiglu['ratio'], 'peak GB': peaks[row['name']]})
     report('blocks', rows, config, ' --quick' * config.quick, plot_blocks)
 
 
@@ -264,8 +261,9 @@ def plot_context(rows, figure):
     for axes, (unit, title) in zip(figure.subplots(1, 3), panels.items()):
         for mixer, marker in (('attention', 'o'), ('resonance', 's')):
             axes.plot(contexts, [row[f'{mixer} {unit}'] for row in rows], marker=marker, label=mixer)
-        axes.set(title=title, xlabel='context (tokens)', ylabel=unit, ylim=None if unit == 'tokens/s' else 0)
+        axes.set(title=title, xlabel='context (tokens)', ylabel=unit, ylim=0)
         if unit == 'tokens/s':
+            axes.autoscale()
             axes.set_yscale('log', subs=[])
             axes.yaxis.get_major_locator().set_params(subs=(1, 2, 3, 5))
             axes.yaxis.set_major_formatter('{x:,g}')
@@ -283,8 +281,7 @@ def head(config):
     if hasattr(F, 'linear_cross_entropy') and hasattr(torch.nn, 'LinearCrossEntropyOptions'):
         options = torch.nn.LinearCrossEntropyOptions
         losses['torch fused'] = lambda: F.linear_cross_entropy(x, w, y, options=options())
-        losses['torch fused, chunks of 128'] = lambda: F.linear_cross_entropy(
-            x, w, y, options=options(batch_chunk_size=128, chunking_method=None))
+        losses['torch fused, chunks of 128'] = lambda: F.linear_cross_entropy(x, w, y, options=options(batch_chunk_size=128, chunking_method=None))
     print(f'the loss on {why}')
     both = {name: lambda loss=loss: timed(lambda: torch.autograd.grad(loss(), (x, w)), device) for name, loss in losses.items()}
     report('head', compare(interleaved(both, config.repeats), 'plain'), config)

@@ -43,7 +43,7 @@ class GPTConfig:
     dropout: float = 0.0  # after the embedding, on attention weights and on both branches
     attention_every: int = 0  # attention in every n-th layer of a resonance model (0: in none)
     num_frequencies: int = 64  # damped oscillators of a resonance layer
-    chunk_size: int = 65_536  # positions that a resonance layer convolves at a time: speed and memory, not the function
+    chunk_size: int = 2048  # positions that a resonance layer convolves at a time: speed and memory, not the function
     sub_norm: bool = True  # RMSNorm before the last matrix of a bitnet block (false: the plain Llama layout)
     trix_tiles: int = 8  # tiles of a TriX FFN
     trix_top_k: int = 2  # tiles a token is sent to
@@ -189,14 +189,14 @@ class BitProduct(torch.autograd.Function):
     def forward(ctx, x, weight, codes, scale):
         low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         q, s = int8_codes(x)
-        codes = codes.to(low)
+        codes, unit = codes.to(low), 128 if low == torch.float16 else 1  # whole sums could overflow fp16; 1/128 is exact, too
         ctx.save_for_backward(q.to(torch.int8), s, codes, scale)
-        return F.linear(q.to(low), codes).mul_((scale / s).to(low))
+        return F.linear((q / unit if unit > 1 else q).to(low), codes).mul_(scale * unit / s)
 
     @staticmethod
     def backward(ctx, grad):
         q, s, codes, scale = ctx.saved_tensors
-        dx = (grad @ codes).mul_(scale.to(grad.dtype))
+        dx = (grad @ codes).mul_(scale)
         dw = grad.flatten(0, -2).T @ (q / s).to(grad.dtype).flatten(0, -2)
         return dx, dw.float(), None, None
 

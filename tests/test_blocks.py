@@ -272,7 +272,8 @@ def test_activation_checkpointing_changes_nothing(name):
         assert torch.equal(a.load, b.load) and a.load.sum() == 2 * T * a.k, 'a token is counted once, though its block ran twice'
 
 
-@pytest.mark.parametrize('name', ['gelu', 'gpt2', 'swiglu', 'trix', 'trix_all'])
+@pytest.mark.parametrize('name', ['gelu', 'gpt2', 'swiglu', 'trix', 'trix_all', 'trix_hash', 'bitnet_all', 'resonance', 'resonance_chunks',
+                                  'hybrid'])
 def test_compiled_model_gives_the_same_loss_and_gradients(name):
     idx, plain, other = tokens(2, T + 1), build(name), build(name)
     torch._dynamo.reset()
@@ -284,7 +285,7 @@ def test_compiled_model_gives_the_same_loss_and_gradients(name):
         assert_close(q.grad, p.grad, 1e-4)
 
 
-@pytest.mark.parametrize('name', ['gelu', 'swiglu', 'trix', 'trix_all'])
+@pytest.mark.parametrize('name', ['gelu', 'swiglu', 'trix', 'trix_all', 'bitnet_all', 'resonance', 'resonance_chunks', 'hybrid'])
 def test_under_autocast_the_loss_is_that_of_fp32_and_everything_learns(name):
     idx, model = tokens(4, T + 1), build(name)
     expected = model(idx[:, :-1], idx[:, 1:]).item()

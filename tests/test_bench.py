@@ -1,0 +1,88 @@
+"""Comparisons are computed right, the candidates are what the tables say, and every file that is promised is written."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import bench
+from model import GPT
+
+
+def test_a_ratio_is_the_median_of_those_within_a_repeat():
+    times = {'a': [1, 2, 4, 8, 16], 'b': [2, 2, 2, 2, 32]}  # b's speed over a's: 1/2, 1, 2, 4, 1/2
+    assert bench.compare(times, 'a') == [
+        {'name': 'a', 'seconds': 4, 'spread': 1.5, 'ratio': 1, 'low': 1, 'high': 1},
+        {'name': 'b', 'seconds': 2, 'spread': 0, 'ratio': 1, 'low': 0.5, 'high': 2}]
+
+
+def test_candidates_run_in_turn_and_the_first_rounds_do_not_count():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) or len(calls) for name in 'ab'}
+    assert bench.interleaved(candidates, repeats=2, warmup=1) == {'a': [3, 5], 'b': [4, 6]}
+    assert ''.join(calls) == 'ababab'
+
+
+@pytest.mark.parametrize('ratios, expected', [((0.5, 1.0, 2.0), 1024), ((1.5, 0.9, 2.0), 2048), ((2.0, 2.0, 0.9), None)])
+def test_the_crossover_is_where_resonance_stays_ahead(ratios, expected):
+    assert bench.crossover([{'context': T, 'ratio': ratio} for T, ratio in zip((512, 1024, 2048), ratios)]) == expected
+
+
+@pytest.mark.parametrize('i, low, high', [(0, 8e6, 10e6), (1, 20e6, 22e6), (2, 65e6, 75e6)])
+def test_blocks_compares_at_9_21_and_70_million_parameters(i, low, high):
+    shape, *_ = bench.SHAPES[i]
+    with torch.device('meta'):
+        models = {name: GPT(config) for name, config in bench.variants(shape).items()}
+    assert list(models) == ['dense', 'swiglu', 'trix', 'bitnet', 'resonance', 'none']
+    assert low < bench.sizes(models['dense'])['parameters'] < high
+    assert all(model.config.block_size == 256 and not model.config.tie_embeddings for model in models.values())
+    tiny = bench.train.load([str(bench.ROOT / 'config' / 'trix_tiny.py')])
+    trix, small = models['trix'].config, tiny.trix_hidden or tiny.n_embd
+    assert (trix.trix_tiles, trix.trix_top_k, trix.trix_hidden) == (tiny.trix_tiles, tiny.trix_top_k, small * shape.n_embd // 128)
+    assert models['bitnet'].packed_bytes() < models['swiglu'].packed_bytes()
+
+
+def written(tmp_path, title, columns):
+    """The rows of results/<title>.json, after a look at them and at the picture."""
+    result = json.loads((tmp_path / f'{title}.json').read_text())
+    assert all(list(row) == columns for row in result['rows'])
+    assert result['command'] == f'python bench.py {title} --quick' and result['machine'] and result['date']
+    assert all(isinstance(value, (str, int, float)) for row in result['rows'] for value in row.values())
+    picture = (tmp_path / f'{title}.png').read_bytes()
+    assert picture.startswith(b'\x89PNG\r\n\x1a\n') and len(picture) > 5000
+    return result['rows']
+
+
+def test_blocks_writes_table_and_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, 'RESULTS', tmp_path)
+    shape = replace(bench.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=32)
+    monkeypatch.setattr(bench, 'SHAPES', [(shape, 2, 1)])
+    bench.main(['blocks', '--quick', '--device=cpu'])
+    rows = written(tmp_path, 'blocks', [
+        'shape', 'block', 'parameters', 'used by a token', 'MFLOP/token', 'packed MB', 'tokens/s', 'spread',
+        'ratio to dense', 'low', 'high', 'ratio to swiglu', 'peak GB'])
+    assert [row['block'] for row in rows] == list(bench.variants(shape)) and {row['shape'] for row in rows} == {'1 x 16'}
+    assert rows[0]['ratio to dense'] == rows[1]['ratio to swiglu'] == 1 and all(0.05 < row['peak GB'] < 5 for row in rows)
+
+
+def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'RESULTS', tmp_path)
+    monkeypatch.setattr(bench, 'CONTEXT_SHAPE', replace(bench.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=2, vocab_size=64))
+    monkeypatch.setattr(bench, 'CONTEXTS', (128, 8192))  # --quick leaves the second one out
+    bench.main(['context', '--quick', '--device=cpu'])
+    rows = written(tmp_path, 'context', [
+        'context', 'attention tokens/s', 'resonance tokens/s', 'ratio', 'spread', 'attention peak GB', 'resonance peak GB',
+        'attention ms/token', 'resonance ms/token'])
+    assert [row['context'] for row in rows] == [128] and all(value > 0 for key, value in rows[0].items() if key != 'spread')
+    assert 'crossover: ' in capsys.readouterr().out
+    figure, speeds = Figure(), [rows[0]['attention tokens/s'], rows[0]['resonance tokens/s']]
+    bench.plot_context(rows, figure)
+    low, high = figure.axes[0].get_ylim()
+    assert 0.5 * min(speeds) < low < high < 2 * max(speeds)  # the logarithmic axis shows the lines, and little else
+
+
+def test_the_end_of_a_candidates_process_is_one_clear_line(monkeypatch):
+    shape = replace(bench.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=3)  # impossible: the process fails as it builds it
+    with pytest.raises(bench.UserError, match='the process of a model came to its end'):
+        bench.side_by_side('here', {'bad': shape}, 1, 1, bench.load(['--device=cpu'], bench.BenchConfig))

@@ -5,6 +5,7 @@
     python bench.py context                  # attention against resonance, 512 to 32,768 tokens of context (eight minutes)
     python bench.py head                     # the loss: chunked, torch's fused one and the plain formula
     python bench.py quality                  # trix_tiny, dense_tiny and a bigram table at equal tokens, three seeds (an hour)
+    python bench.py quality --preset=routing # shorter comparisons: tiles, routing, bitnet
     python bench.py peers --nanogpt=PATH     # a checkout of nanoGPT: its model and loop against ours
 """
 import json
@@ -40,6 +41,17 @@ RESULTS = ROOT / 'results'
 SHAPES = [(GPTConfig(n_embd=width, n_layer=layers, n_head=heads, vocab_size=32_000, tie_embeddings=False), batch, part)
           for width, layers, heads, batch, part in ((128, 4, 4, 16, 2), (256, 6, 8, 16, 3), (512, 12, 8, 8, 5))]  # 1 / part of the repeats
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+TINY, SHORT = 'trix_tiny.py', ('--max_steps=305', '--warmup_steps=30', '--eval_interval=305', '--eval_tokens=65536', '--sample_interval=0',
+                                '--save_interval=305', '--keep=1')
+QUALITY = {  # preset: {name: config file and command line of its runs}; differences count against the last one
+    'tiny': {'trix_tiny': (TINY,), 'dense_tiny': ('dense_tiny.py',)},
+    'tiles': {**{f'{E}x{h}_top{k}{"_shared" * shared}': (TINY, *SHORT, f'--trix_tiles={E}', f'--trix_top_k={k}', f'--trix_hidden={h}', f'--trix_shared={shared}')
+                 for E, h, k, shared in ((8, 128, 2, 0), (16, 64, 2, 0), (8, 128, 1, 0), (16, 64, 4, 0), (32, 32, 4, 0), (7, 128, 1, 1))},
+              'dense': (TINY, *SHORT, '--ffn=gelu')},
+    'routing': {'signature': (TINY, *SHORT), 'hash': (TINY, *SHORT, '--trix_router=hash'), 'first': (TINY, *SHORT, '--trix_router=first')},
+    'bitnet': {'bitnet': (TINY, *SHORT, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
+               'dense_twin': (TINY, *SHORT, '--ffn=swiglu')},
+}
 CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn='gelu')
 
 
@@ -48,6 +60,7 @@ class BenchConfig:
     command: str = ''  # blocks, context, head, quality or peers (empty: blocks --quick and head); may stand without --command=
     repeats: int = 15  # timed repeats of each candidate (blocks and context: a half to a fifteenth of it, the longer a step the fewer)
     quick: bool = False  # blocks and context: at most two repeats, contexts up to 4096
+    preset: str = 'tiny'  # quality: tiny, tiles, routing or bitnet
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
@@ -55,6 +68,7 @@ class BenchConfig:
 
     def problems(self):
         found = [] if self.command in ('', *COMMANDS) else [f'command {self.command!r} is not one of {", ".join(COMMANDS)}']
+        found += [] if self.preset in QUALITY else [f'preset {self.preset!r} is not one of {", ".join(QUALITY)}']
         found += [f'{key}={getattr(self, key)} must be at least 1' for key in ('repeats', 'seeds') if getattr(self, key) < 1]
         if self.command == 'peers' and not (Path(self.nanogpt) / 'train.py').is_file():
             found.append(f'--nanogpt={self.nanogpt}: no train.py there; clone nanoGPT and give its directory')
@@ -87,9 +101,9 @@ def compare(times, reference):
     return rows
 
 
-def report(title, rows, config, options='', plot=None):
-    """Print rows as a Markdown table and keep them in results/<title>.json with what is needed to measure them again, and
-    what plot(rows, figure) draws in results/<title>.png."""
+def report(title, rows, config, options='', plot=None, name=''):
+    """Print rows as a Markdown table and keep them in results/<name or title>.json with what is needed to measure them
+    again, and what plot(rows, figure) draws in a .png beside it."""
     table = [list(rows[0])] + [[f'{v:.4g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else v
                                 for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -99,13 +113,13 @@ def report(title, rows, config, options='', plot=None):
     where, when = machine(config), date.today().isoformat()
     RESULTS.mkdir(exist_ok=True)
     result = {'command': f'python bench.py {title}{options}', 'machine': where, 'torch': torch.__version__, 'commit': commit, 'date': when}
-    (RESULTS / f'{title}.json').write_text(json.dumps({**result, 'rows': rows}, indent=1) + '\n')
+    (RESULTS / f'{name or title}.json').write_text(json.dumps({**result, 'rows': rows}, indent=1) + '\n')
     if plot:
         from matplotlib.figure import Figure  # here, because the process of every candidate imports this file
         figure = Figure(figsize=(13, 5), layout='constrained')
         plot(rows, figure)
         figure.suptitle(f'bench.py {title}{options}: {where}, {when}', fontsize=12)
-        figure.savefig(RESULTS / f'{title}.png', dpi=120)
+        figure.savefig(RESULTS / f'{name or title}.png', dpi=120)
 
 
 def machine(config):
@@ -315,31 +329,49 @@ def bigram(data, config):
 
 
 def quality(config):
-    """Train trix_tiny and dense_tiny with several seeds (runs that are already there are used), evaluate on all of the split."""
-    rows = []
-    for name in ('trix_tiny', 'dense_tiny'):
+    """Train the runs of a preset of QUALITY with several seeds, all on the same tokens in the same order (runs that are
+    already there are used), and evaluate them: `tiny` on all of the validation split, the others, of 1.25M tokens each, on
+    131,072 tokens of it. `speed`: training steps, side by side, against the last of the preset."""
+    device, dtype, _ = hardware.resolve(config.device, config.dtype)
+    rows, models, whole = [], {}, config.preset == 'tiny'
+    for name, (file, *words) in QUALITY[config.preset].items():
         results = []
         for seed in (1337, *range(1, config.seeds)):
-            out = f'runs/quality/{name}_{seed}'
-            done = subprocess.run([sys.executable, ROOT / 'train.py', ROOT / 'config' / f'{name}.py', f'--seed={seed}',
-                                   f'--out_dir={out}', '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
+            out = f'runs/quality/{config.preset}/{name}_{seed}'
+            done = subprocess.run([sys.executable, ROOT / 'train.py', ROOT / 'config' / file, *words, f'--seed={seed}', f'--out_dir={out}',
+                                   '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
             if done.returncode:
                 sys.exit(done.returncode)
-            device, dtype, _ = hardware.resolve(config.device, config.dtype)
             model, state = load_model(out, device)
             data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
             lengths = token_bytes(load_tokenizer(data.tokenizer))
-            results.append(validate(model, data, lengths, data.val_windows(), 16, device, dtype))
+            results.append(validate(model, data, lengths, data.val_windows(0 if whole else 131_072), 16, device, dtype))
+        models[name] = model.config
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
-        rows.append({'model': name, **sizes(model), **figures(**spread)})
+        rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **figures(**spread)})
         print(name, *(f'{loss:.4f}' for loss in spread['loss']))
-    loss = bigram(data, train.load([str(ROOT / 'config' / 'trix_tiny.py')]))
-    _, y = data.val_batch(data.val_windows())
-    rows.append({'model': 'bigram table', 'parameters': 0, 'used by a token': 0, 'MFLOP/token': 0.0,
-                 **figures(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
-    report('quality', rows, config)
+    times, _, _ = side_by_side('quality', models, 16, config.repeats, config)
+    for row, speed in zip(rows, compare(times, name)):
+        row['speed'] = speed['ratio']
+    if whole:
+        loss = bigram(data, train.load([str(ROOT / 'config' / 'trix_tiny.py')]))
+        _, y = data.val_batch(data.val_windows())
+        rows.append({**dict.fromkeys(rows[0], 0), 'model': 'bigram table',
+                     **figures(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
+    options = f' --preset={config.preset}' * (not whole) + f' --seeds={config.seeds}' * (config.seeds != 3)
+    report('quality', rows, config, options, plot_frontier if config.preset == 'tiles' else None, f'quality_{config.preset}')
     gap, noise = rows[0]['loss'] - rows[1]['loss'], 2 * math.hypot(rows[0]['loss sd'], rows[1]['loss sd'])
-    print(f'trix_tiny - dense_tiny: {gap:+.4f} nats a token; differences within {noise:.4f} (2 sd) are noise')
+    if config.seeds > 1:
+        print(f'{rows[0]["model"]} - {rows[1]["model"]}: {gap:+.4f} nats a token; differences within {noise:.4f} (2 sd) are noise')
+
+
+def plot_frontier(rows, figure):
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), {'speed': 'training speed relative to dense', 'packed MB': 'packed MB'}.items()):
+        for i, row in enumerate(rows):
+            axes.scatter(row[key], row['loss'], color=f'C{i}', s=60, label=row['model'])
+        axes.set(xlabel=title, ylabel='validation loss (nats a token)' if key == 'speed' else '')
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
 
 
 def figures(**spread):

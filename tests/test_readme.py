@@ -41,10 +41,14 @@ def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_p
     assert done.returncode == 0 and '7 passed' in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize('title', ['quality', 'peers', 'blocks'])
-def test_every_number_of_the_tables_is_in_the_results(title):
-    results = json.loads((ROOT / 'results' / f'{title}.json').read_text())
-    table = re.search(rf'`python bench.py {title}[^`]*`.*?\n\n(\|.*?)\n\n', README, re.S).group(1).splitlines()
+@pytest.mark.parametrize('command, name', [
+    ('quality', 'quality_tiny'), ('peers --nanogpt=PATH', 'peers'), ('blocks', 'blocks'), ('context', 'context'),
+    ('quality --preset=tiles --seeds=1', 'quality_tiles'), ('quality --preset=routing --seeds=2', 'quality_routing'),
+    ('quality --preset=bitnet', 'quality_bitnet')])
+def test_every_number_of_the_tables_is_in_the_results(command, name):
+    results = json.loads((ROOT / 'results' / f'{name}.json').read_text())
+    assert results['command'] == f'python bench.py {command}' or name == 'peers'
+    table = re.search(rf'`python bench.py {command}`.*?\n\n(\|.*?)\n\n', README, re.S).group(1).splitlines()
     keys = [cell.strip() for cell in table[0].strip('|').split('|')]
     assert len(table) == len(results['rows']) + 2
     for line, row in zip(table[2:], results['rows']):

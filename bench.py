@@ -45,9 +45,8 @@ TINY, SHORT = 'trix_tiny.py', ('--max_steps=305', '--warmup_steps=30', '--eval_i
                                 '--save_interval=305', '--keep=1')
 QUALITY = {  # preset: {name: config file and command line of its runs}; differences count against the last one
     'tiny': {'trix_tiny': (TINY,), 'dense_tiny': ('dense_tiny.py',)},
-    'tiles': {**{f'{E}x{h}_top{k}{"_shared" * shared}': (TINY, *SHORT, f'--trix_tiles={E}', f'--trix_top_k={k}', f'--trix_hidden={h}', f'--trix_shared={shared}')
-                 for E, h, k, shared in ((8, 128, 2, 0), (16, 64, 2, 0), (8, 128, 1, 0), (16, 64, 4, 0), (32, 32, 4, 0), (7, 128, 1, 1))},
-              'dense': (TINY, *SHORT, '--ffn=gelu')},
+    'tiles': {**{f'{E}x{h}_top{k}': (TINY, *SHORT, f'--trix_tiles={E}', f'--trix_hidden={h}', f'--trix_top_k={k}')
+                 for E, h, k in ((8, 128, 2), (16, 64, 2), (16, 64, 4))}, 'dense': (TINY, *SHORT, '--ffn=gelu')},
     'routing': {'signature': (TINY, *SHORT), 'hash': (TINY, *SHORT, '--trix_router=hash'), 'first': (TINY, *SHORT, '--trix_router=first')},
     'bitnet': {'bitnet': (TINY, *SHORT, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
                'dense_twin': (TINY, *SHORT, '--ffn=swiglu')},

@@ -127,7 +127,7 @@ def find_checkpoint(config, data):
                         f'or from here in another directory by --out_dir={out}-2')
     saved = state['config']
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
-    model_keys = {field.name for field in fields(GPTConfig)}
+    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size'}  # which changes how, not what is computed
     if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: an architecture can\'t change on the way'
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)

@@ -329,6 +329,8 @@ def test_blocks_log_their_statistics_and_go_on_exactly_after_a_resume(corpus, tm
     whole, rest = ([{key: line[key] for key in ('step', 'loss', 'grad_norm', *keys)} for line in lines(tmp_path / run, 'train')]
                    for run in ('whole', 'rest'))
     assert rest == whole[20:]
+    code, said = finish(arguments(corpus, tmp_path / 'chunks', *words, '--chunk_size=3', f'--resume={tmp_path}/whole/checkpoints/step_0000036.pt'))
+    assert code == 0 and 'changed: chunk_size 2048 -> 3' in said, 'it changes nothing but speed'
     numbers = {key: [line[key] for line in whole] for key in keys}
     assert all(0 <= flips < 0.5 for flips in numbers['ternary_flips']) and max(numbers['ternary_flips']) > 0
     assert all(abs(sum(values) - 1) < 1e-6 for values in zip(*(numbers[f'ternary_{sign}'] for sign in ('minus', 'zero', 'plus'))))

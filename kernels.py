@@ -123,7 +123,7 @@ class GroupedLinear(torch.autograd.Function):
         (x, weights), sizes = ctx.saved_tensors, ctx.sizes
         if torch.is_tensor(sizes):
             grad = grad.to(x.dtype).contiguous()
-            empty = sizes == F.pad(sizes[:-1], (1, 0))  # some GPUs leave rubbish there (pytorch issue 172439)
+            empty = sizes == F.pad(sizes[:-1], (1, 0))  # some GPUs leave rubbish there (github.com/pytorch/pytorch/issues/172439)
             dw = F.grouped_mm(grad.T, x, offs=sizes).masked_fill_(empty[:, None, None], 0)
             return F.grouped_mm(grad, weights, offs=sizes), dw, None
         dx, dw = torch.empty_like(x), torch.empty_like(weights)

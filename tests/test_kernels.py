@@ -1,0 +1,37 @@
+"""Gradients that are written by hand equal those that autograd makes of the plain formula."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import GatedHidden, ShortFilter, rms
+
+
+def agree(fast, plain, *inputs):
+    inputs = [x.requires_grad_() for x in inputs]
+    a, b = fast(*inputs), plain(*inputs)
+    weight = torch.randn_like(b)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for x, y in zip(torch.autograd.grad(a, inputs, weight), torch.autograd.grad(b, inputs, weight)):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm():
+    torch.manual_seed(0)
+    agree(rms, lambda x: F.rms_norm(x, (24,), eps=1e-6), 3 * torch.randn(2, 5, 24))
+    agree(rms, lambda x, w: F.rms_norm(x, (24,), w, eps=1e-6), 3 * torch.randn(2, 5, 24), torch.randn(24))
+    agree(rms, lambda x: F.rms_norm(x, (24,), eps=1e-6), 1e-3 * torch.randn(2, 5, 24))  # where eps shows
+
+
+@pytest.mark.parametrize('T', [1, 3, 9])
+def test_short_filter(T):
+    torch.manual_seed(0)
+    agree(ShortFilter.apply, lambda z, w: sum(w[j] * F.pad(z, (0, 0, j, 0))[:, :T] for j in range(4)), torch.randn(2, T, 6), torch.randn(4, 6))
+
+
+def test_gated_hidden():
+    torch.manual_seed(0)
+
+    def plain(z, gate):
+        u = z.relu() ** 2
+        return gate * u / (u.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    agree(GatedHidden.apply, plain, torch.randn(20, 12), torch.rand(20, 1))

@@ -35,6 +35,7 @@ from configurator import UserError, load, run
 from data import TokenData, load_tokenizer, token_bytes
 from evaluate import validate
 from model import GPT, GPTConfig, chunked_cross_entropy
+from optim import make_optimizers
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'results'
@@ -63,7 +64,7 @@ class BenchConfig:
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
-    dtype: str = 'auto'  # auto, float32, bfloat16 or float16
+    dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
 
     def problems(self):
         found = [] if self.command in ('', *COMMANDS) else [f'command {self.command!r} is not one of {", ".join(COMMANDS)}']
@@ -135,7 +136,7 @@ def training_step(model_config, rows, device, dtype):
     """-> (model, function): a new model, and one optimizer step of it on `rows` sequences of random tokens."""
     torch.manual_seed(0)
     model, config = GPT(model_config).to(device), train.load([])
-    optimizer = train.make_optimizer(model, config, device)
+    optimizer = make_optimizers(model, config, device)['optimizer']
     idx = torch.randint(model_config.vocab_size, (rows, model_config.block_size + 1)).to(device)
 
     def step():

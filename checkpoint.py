@@ -24,21 +24,24 @@ KINDS = {'model': dict, 'optimizer': dict, 'step': int, 'config': dict, 'tokeniz
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A file open for writing that becomes `path` only if all went well: temporary name, fsync, rename."""
+def replacing(path, sync=True):
+    """A file open for writing that becomes `path` only if all went well: temporary name, fsync, rename. Without `sync` it is
+    still whole or not at all for every reader, but the machine must not lose its power."""
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
         with open(temporary, 'wb') as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk, too
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        if sync:
+            directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk, too
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -11,34 +11,42 @@ import torch
 
 from configurator import UserError
 
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+DTYPES = {'float32': torch.float32, 'tf32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 PEAK_TFLOPS = {  # dense bf16/fp16 tensor-core peaks as the vendors state them; check yours before you quote an MFU; by a part of the device's name
     'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'B200': 2250, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10G': 70, 'A10': 125,
     'V100': 125, 'T4': 65, 'RTX 5090': 210, 'RTX 4090': 165, 'RTX 3090': 71, 'RTX A6000': 155,
 }
 
 
-def resolve(device, dtype):
+def resolve(device, dtype, local_rank=None):
     """Config values -> (torch.device, torch.dtype, one line that says what was chosen and why).
 
+    local_rank: the number of this process on its machine where there are several; each has a GPU of its own.
     Raises UserError for a device that isn't there and a precision that it can't do."""
     wanted = device
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind, _, index = device.partition(':')
+    if local_rank is not None and kind != 'cpu':
+        if kind == 'mps' or index:
+            raise UserError(f'--device={wanted}: several processes need --device=cpu, or cuda with a GPU for each')
+        device, index = f'{kind}:{local_rank}', str(local_rank)
     if kind not in ('cpu', 'cuda', 'mps') or index and not index.isdigit():
         raise UserError(f'--device={wanted}: expected auto, cpu, cuda, cuda:N or mps')
     there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}[kind]
     if not there:
         raise UserError(f'--device={wanted}: torch {torch.__version__} finds no such device here; use --device=cpu')
     if kind == 'cuda' and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f'--device={wanted}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}')
+        raise UserError(f'--device={wanted}: no cuda:{index or 0}, this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}'
+                        + ('' if local_rank is None else ': fewer processes by --nproc_per_node'))
     device = torch.device(device)
 
     if dtype != 'auto' and dtype not in DTYPES:
         raise UserError(f'--dtype={dtype}: expected auto, {", ".join(DTYPES)}')
     if dtype == 'float16' and kind == 'cpu':
         raise UserError('--dtype=float16 needs a GPU; on the CPU use float32')
+    if dtype == 'tf32' and (kind != 'cuda' or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise UserError(f'--dtype=tf32 needs an NVIDIA GPU of capability 8.0 (Ampere) or later; on {device} use float32')
     if dtype == 'auto':
         if kind != 'cuda':
             dtype, why = 'float32', 'half precision is slow on most CPUs' if kind == 'cpu' else 'the safe choice on MPS'
@@ -48,8 +56,8 @@ def resolve(device, dtype):
             dtype, why = 'float16', 'the GPU has no bfloat16; gradients are scaled'
     else:
         why = 'as asked'
-    if kind == 'cuda':
-        torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
+    if kind == 'cuda':  # TF32 rounds fp32 factors to 10 bits of mantissa; beside half precision that is no loss
+        torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
     name = torch.cuda.get_device_name(device) if kind == 'cuda' else f'{torch.get_num_threads()} threads'
     return device, DTYPES[dtype], f'{device} ({name}), {dtype}: {why}'
 

@@ -13,6 +13,7 @@ import device as hardware
 from checkpoint import load_model
 from configurator import UserError, load, run
 from data import TokenData, load_tokenizer, token_bytes
+from parallel import Group
 
 
 @dataclass
@@ -22,7 +23,7 @@ class EvaluateConfig:
     eval_tokens: int = 0  # tokens to evaluate on (0: all of the validation split)
     batch_size: int = 16  # sequences at a time
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
-    dtype: str = 'auto'  # auto, float32, bfloat16 or float16
+    dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
 
     def problems(self):
         found = [] if self.run else ['name a run directory or a checkpoint: python evaluate.py runs/x']
@@ -31,27 +32,30 @@ class EvaluateConfig:
 
 
 @torch.no_grad()
-def validate(model, data, lengths, windows, batch_size, device, dtype, stop=lambda: False):
-    """Mean loss over fixed windows of the validation split.
+def validate(model, data, lengths, windows, batch_size, device, dtype, stop=lambda: False, group=Group()):
+    """Mean loss over fixed windows of the validation split, dealt to the processes of the group in batches and summed.
 
     lengths (n_vocab,): bytes of each token. -> {loss (nats a token), perplexity, bits_per_byte, tokens}, or None if
     stop() came true, which is asked before every batch."""
     training = model.training
     model.eval()
     total, tokens, size = 0.0, 0, 0
-    for i in range(0, len(windows), batch_size):
-        if stop():
+    batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
+    for i in range(0, len(batches), group.world):
+        if stopped := stop():
             break
-        x, y = data.val_batch(windows[i:i + batch_size])  # (B, T) each
-        with hardware.autocast(device, dtype):
+        mine = i + group.rank < len(batches)
+        x, y = data.val_batch(batches[i + group.rank if mine else 0])  # (B, T) each
+        with hardware.autocast(device, dtype):  # also by a process that has no batch left: a sharded model needs all of them
             loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
-        total, tokens, size = total + loss.item() * y.size, tokens + y.size, size + int(lengths[y].sum())
-    else:
-        loss = total / tokens
-        model.train(training)
-        return {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': tokens,
-                'bits_per_byte': total / math.log(2) / max(size, 1)}
+        if mine:
+            total, tokens, size = total + loss.item() * y.size, tokens + y.size, size + int(lengths[y].sum())
     model.train(training)
+    if stopped:
+        return None
+    total, tokens, size = group.sum(total, tokens, size)
+    loss = total / tokens
+    return {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': int(tokens), 'bits_per_byte': total / math.log(2) / max(size, 1)}
 
 
 def main(argv):

@@ -116,12 +116,13 @@ class OncePerStep:
     step of a torch.optim optimizer counts as a change, and so does (on the CPU, where looking is cheap) a change of
     any of some sixty weights. A compiled model makes it anew every time, fused with what follows."""
     steps = 0  # optimizer steps in this process
+    keep = True  # False: make it anew every time, where memory is dearer (FSDP)
 
     def __init__(self, make):
         self.make, self.seen, self.key, self.value = make, None, None, None
 
     def __call__(self, weight):
-        if torch.compiler.is_compiling() or weight.is_inference():
+        if torch.compiler.is_compiling() or weight.is_inference() or not self.keep:
             return self.make(weight)
         key = (self.steps, weight._version, weight.data_ptr(), weight.dtype, torch.is_inference_mode_enabled())
         probe = weight.detach().flatten()[::weight.numel() // 64 + 1] if weight.device.type == 'cpu' else None
@@ -757,7 +758,14 @@ class GPT(nn.Module):
 
     def statistics(self):
         """What the blocks have to say about the time since the last call: the worst layer's overload, means of the rest."""
-        found = [module.statistics() for module in self.modules() if hasattr(module, 'statistics') and module is not self]
+        found = []
+        for block in self.blocks:
+            sharded = hasattr(block, 'unshard')  # FSDP2: each process holds a part of the weights
+            if sharded:
+                block.unshard()
+            found += [module.statistics() for module in block.modules() if hasattr(module, 'statistics')]
+            if sharded:
+                block.reshard()
         keys = dict.fromkeys(key for f in found for key in f)
         worst = {'trix_overload': max(f['trix_overload'] for f in found if 'trix_overload' in f)} if self.trix_layers() else {}
         return {**{key: average([{key: f[key]} for f in found if key in f])[key] for key in keys}, **worst}

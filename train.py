@@ -3,14 +3,16 @@
     python train.py config/trix_tiny.py                                  # a 2M-parameter TriX model on Python's own library
     python train.py config/trix_tiny.py --ffn=gelu --out_dir=runs/dense  # any knob on the command line; --help lists them
     python train.py config/trix_tiny.py --resume=auto                    # go on from the newest good checkpoint, exactly
+    torchrun --standalone --nproc_per_node=8 train.py config/trix_medium.py  # the same batches on 8 GPUs (--device=cpu: processes)
 
 Exit codes: 0 finished, 2 a mistake in the call or an input, 3 diverged, 75 interrupted (saved; try again with --resume=auto).
 """
 import contextlib
-import json
 import math
 import os
+import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -22,11 +24,17 @@ import torch
 import checkpoint
 import configurator
 import device as hardware
+import parallel
+import profiling
+import runlog
+import schedule as schedules
 from configurator import UserError
 from data import Prefetcher, TokenData, data_dir, load_tokenizer, read_json, token_bytes
 from evaluate import validate
+from hints import hints
 from model import GPT, GPTConfig
-from sample import encode, generate
+from optim import OPTIMIZERS, make_optimizers, set_rates
+from sample import sample_grid
 
 
 @dataclass
@@ -34,12 +42,18 @@ class TrainConfig:
     out_dir: str = ''  # directory of the run (empty: runs/<name of the last config file>)
     dataset: str = 'pylib'  # pylib, text:<file, directory or glob>, or a directory that prepare.py made
     max_steps: int = 1000  # optimizer steps
-    batch_size: int = 16  # sequences in a micro-step
-    batch_tokens: int = 0  # tokens in an optimizer step, a multiple of batch_size * block_size (0: one micro-step)
+    batch_size: int = 16  # sequences in a micro-step of each process, at most
+    batch_tokens: int = 0  # tokens in an optimizer step over all processes, a multiple of batch_size * block_size (0: just that)
     learning_rate: float = 1e-3  # peak, after the warm-up
     min_lr_ratio: float = 0.1  # learning rate at the end, as a part of the peak
-    warmup_steps: int = 100  # steps of linear warm-up
-    schedule: str = 'cosine'  # cosine or constant, after the warm-up
+    warmup_steps: int = -1  # steps of linear warm-up (-1: a twentieth of the run, a tenth for onecycle)
+    schedule: str = 'cosine'  # after the warm-up: cosine, restarts, onecycle, wsd, linear, constant or two_stage
+    restart_steps: int = 0  # restarts: steps of the first cycle (0: the whole run)
+    restart_factor: int = 2  # restarts: each cycle is this many times as long as the one before
+    decay_steps: int = 0  # wsd: steps of the last, falling part (0: a fifth of the run)
+    boundary_step: int = 0  # two_stage: where the second stage, without weight decay, begins (0: half of the run)
+    mid_lr_ratio: float = 2 / 3  # two_stage: learning rate at the boundary, as a part of the peak
+    optimizer: str = 'adamw'  # adamw, or muon for the matrices of the blocks and adamw for the rest
     weight_decay: float = 0.1  # on matrices; norms, biases and other vectors have none
     beta1: float = 0.9  # AdamW: decay of the mean of the gradients
     beta2: float = 0.95  # AdamW: decay of the mean of their squares
@@ -47,36 +61,71 @@ class TrainConfig:
     eval_interval: int = 100  # steps between validations; like every interval, 0 switches it off
     eval_tokens: int = 65_536  # tokens of a validation, always the same windows (0: all of the split)
     log_interval: int = 10  # steps between lines on the console and in metrics.jsonl
-    sample_interval: int = 100  # steps between samples
-    sample_prompts: str = ''  # prompts of those samples, '|' between them (empty prompt: the start of a document)
+    sample_interval: int = 100  # steps between samples: every prompt, greedy, typical and wild
+    sample_prompts: str = '|The |In this |def |import '  # prompts of those samples, '|' between them (empty: the start of a document)
+    sample_tokens: int = 64  # tokens of each
     save_interval: int = 100  # steps between checkpoints (there is one at the end and at every better validation, too)
     keep: int = 3  # newest checkpoints that are kept, beside the best and the mandatory ones (0: all)
-    mandatory_steps: tuple[int, ...] = ()  # steps with a checkpoint that is never deleted
-    max_skipped: int = 5  # steps in a row with a non-finite loss or gradient that end the run
+    mandatory_steps: tuple[int, ...] = ()  # steps with a checkpoint that is never deleted (two_stage adds both sides of its boundary)
+    max_skipped: int = 5  # steps in a row with a non-finite loss or gradient, or a spike, that end the run
+    spike_z: float = 0.0  # skip a step whose loss is this many standard deviations above the mean of the last spike_window (0: never)
+    spike_window: int = 100  # steps that a spike is measured against; there are none before half of them are done
     seed: int = 1337  # of the initialisation, the order of the data and dropout
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
-    dtype: str = 'auto'  # auto, float32, bfloat16 or float16
+    dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
     compile: str = 'auto'  # torch.compile: auto, true or false
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time
+    parallel: str = 'ddp'  # several processes: ddp, or fsdp, which shares out weights, gradients and optimizer
+    dist_timeout: int = 600  # seconds that a process waits for the others
     resume: str = ''  # auto: go on from the newest good checkpoint in out_dir, if any; or a checkpoint or run to go on from
+    other_data: bool = False  # let --resume go on with other data than the checkpoint's
+    plan: bool = False  # show the schedule, and end
+    profile: bool = False  # record three early steps with torch.profiler, and where the memory goes
+    tensorboard: bool = False  # scalars and samples for TensorBoard, too, in out_dir/tensorboard
+    wandb: bool = False  # scalars for Weights & Biases, too (WANDB_MODE=offline needs no network)
 
     def problems(self):
-        found = [f'{key}={getattr(self, key)} must be at least 1' for key in ('max_steps', 'batch_size', 'max_skipped')
-                 if getattr(self, key) < 1]
+        found = [f'{key}={getattr(self, key)} must be at least 1' for key in
+                 ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'dist_timeout') if getattr(self, key) < 1]
         found += [f'{key}={getattr(self, key)} must not be negative' for key in
-                  ('batch_tokens', 'learning_rate', 'min_lr_ratio', 'warmup_steps', 'weight_decay', 'grad_clip', 'eval_interval',
-                   'eval_tokens', 'log_interval', 'sample_interval', 'save_interval', 'keep', 'seed') if getattr(self, key) < 0]
+                  ('batch_tokens', 'grad_clip', 'eval_interval', 'eval_tokens', 'log_interval',
+                   'sample_interval', 'save_interval', 'keep', 'spike_z', 'seed') if getattr(self, key) < 0]
         found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2') if not 0 <= getattr(self, key) < 1]
-        return found + ([] if self.schedule in ('cosine', 'constant') else [f'schedule={self.schedule!r} is not one of cosine, constant'])
+        found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}' for key, choices in
+                  (('optimizer', OPTIMIZERS), ('parallel', ('ddp', 'fsdp'))) if getattr(self, key) not in choices]
+        if wrong := [step for step in self.mandatory_steps if not 0 < step <= self.max_steps]:
+            found.append(f'mandatory_steps={",".join(map(str, wrong))}: the run ends at max_steps={self.max_steps}')
+        if self.parallel == 'fsdp' and self.optimizer == 'muon':
+            found.append('optimizer=muon needs whole matrices: use --parallel=ddp, or --optimizer=adamw')
+        if self.parallel == 'fsdp' and self.dtype == 'float16':
+            found.append('dtype=float16 can\'t be scaled over sharded gradients: use --dtype=bfloat16 or --parallel=ddp')
+        return found
 
 
 def load(argv):
     """Command line -> checked config; a pure function."""
-    config = configurator.load(argv, GPTConfig, TrainConfig, usage=__doc__, check=batch_problems)
+    config = configurator.load(argv, GPTConfig, TrainConfig, usage=__doc__, check=lambda c: batch_problems(c) + schedule_problems(c))
     files = [Path(word).stem for word in argv if word.endswith('.py') and not word.startswith('--')]
     config.out_dir = config.out_dir or f'runs/{files[-1] if files else "default"}'
     config.batch_tokens = config.batch_tokens or config.batch_size * config.block_size
     return config
+
+
+def schedule_problems(config):
+    """Also puts the number of warm-up steps in, and, where --max_steps cuts the run of a file short, the usual parts for the
+    file's own that don't fit any more."""
+    parts = {'warmup_steps': -1, 'restart_steps': 0, 'decay_steps': 0, 'boundary_step': 0}
+    for _ in range(2):
+        if config.warmup_steps == -1:
+            config.warmup_steps = max(0, config.max_steps // (10 if config.schedule == 'onecycle' else 20))
+        found = schedules.problems(config) if config.max_steps >= 1 else []
+        short = [key for key in parts if config.source[key] not in ('default', 'command line')]
+        if not found or config.source['max_steps'] != 'command line' or not short:
+            break
+        for key in short:
+            setattr(config, key, parts[key])
+            config.source[key] = f'automatic, for a run shorter than that of {config.source[key]}'
+    return found
 
 
 def batch_problems(config):
@@ -86,6 +135,19 @@ def batch_problems(config):
     below = config.batch_tokens // micro * micro
     nearest = ' or '.join(f'{n}' for n in (below, below + micro) if n)
     return [f'batch_tokens={config.batch_tokens} is no multiple of batch_size * block_size = {micro}; the nearest are {nearest}']
+
+
+def micro_batches(config, world):
+    """(sequences of a micro-step in each process, micro-steps of a step). UserError if `world` processes can't share a step."""
+    rows = config.batch_tokens // config.block_size
+    size = min(config.batch_size, max(1, rows // world))
+    if rows % (world * size):
+        unit = world * size * config.block_size
+        below = config.batch_tokens // unit * unit
+        nearest = ' or '.join(f'{n}' for n in (below, below + unit) if n)
+        raise UserError(f'batch_tokens={config.batch_tokens} is {rows} sequences, which {world} processes can\'t share in micro-steps '
+                        f'of {size}; the nearest batch_tokens that they can are {nearest} (or change batch_size or the processes)')
+    return size, rows // (world * size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,7 +171,7 @@ def find_data(config):
     return TokenData(path, config.block_size, config.vocab_size)
 
 
-def find_checkpoint(config, data):
+def find_checkpoint(config, data, world, say):
     """(path, state) to resume from, or (None, None) to start afresh. UserError if it can't go on with this config and data."""
     out, source = Path(config.out_dir), Path(config.out_dir if config.resume == 'auto' else config.resume)
     there = checkpoint.steps(out / 'checkpoints')
@@ -119,37 +181,31 @@ def find_checkpoint(config, data):
     if not config.resume:
         return None, None
     if config.resume == 'auto' and not there:
-        print(f'--resume=auto: no checkpoint in {out}, starting at step 0')
+        say(f'--resume=auto: no checkpoint in {out}, starting at step 0')
         return None, None
-    path, state = checkpoint.find(source)
+    path, state = checkpoint.find(source, say=say)
     if path == source and own and path.name < there[-1].name:
         raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
                         f'or from here in another directory by --out_dir={out}-2')
     saved = state['config']
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
-    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size'}  # which changes how, not what is computed
-    if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: an architecture can\'t change on the way'
+    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size'} | {'optimizer'}  # chunk_size: how, not what is computed
+    if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: that can\'t change on the way'
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)
+    there, here = state['data'].get('fingerprint'), data.fingerprint
     if data.tokenizer != state['tokenizer']:
-        raise UserError(f'{path}: trained with another tokenizer than that of {data.path}')
-    if data.fingerprint != state['data']['fingerprint'] and 'dataset' not in changed:
-        raise UserError(f'{path}: {data.path} is not the data that it was trained on; bring that back, '
-                        'or name another by --dataset to go on with other data')
-    print(f'resuming from {path}, step {state["step"]:,}')
+        raise UserError(f'{path}: trained with another tokenizer than that of {data.path} (data {there}, here {here})')
+    if there != here and not config.other_data:
+        raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {there}, here {here}): bring that back, '
+                        'or go on with what is here by --other_data')
+    changed = {key: pair for key, pair in changed.items() if key not in ('resume', 'out_dir', 'plan')}
+    if state.get('processes', 1) != world:
+        changed['processes'] = state.get('processes', 1), world
+    say(f'resuming from {path}, step {state["step"]:,}')
     for key, (old, new) in changed.items():
-        if key not in ('resume', 'out_dir'):
-            print(f'  changed: {key} {old} -> {new}')
+        say(f'  changed: {key} {old} -> {new}')
     return path, state
-
-
-def make_optimizer(model, config, device):
-    """AdamW; which parameters decay, the model says."""
-    decayed = model.decayed()
-    names = {id(p) for p in decayed}
-    groups = [{'params': decayed, 'weight_decay': config.weight_decay},
-              {'params': [p for p in model.parameters() if id(p) not in names], 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=device.type != 'mps')
 
 
 def random_state(device):
@@ -162,145 +218,197 @@ def set_random_state(state, device):
         torch.cuda.set_rng_state(state['cuda'].cpu(), device)
 
 
-def learning_rate(step, config):
-    """Rate of optimizer step `step` (from 0): linear warm-up, then cosine down to min_lr_ratio, or constant."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == 'constant':
-        return config.learning_rate
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    low = config.min_lr_ratio
-    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+def dropout_seed(config, step, number):
+    """A seed for each micro-batch of a run, so that its dropout depends on neither the processes nor on where a resume began."""
+    return random.Random(f'{config.seed} {step} {number}').getrandbits(63)
 
 
-class Log:
-    """The files of a run: log.txt (what the console says), metrics.jsonl, samples.jsonl, status.json."""
-
-    def __init__(self, out):
-        self.out = Path(out)
-
-    def say(self, text):
-        print(text, flush=True)
-        self.append('log.txt', text)
-
-    def line(self, name, **values):
-        self.append(name, json.dumps(values, allow_nan=True))
-
-    def append(self, name, text):
-        with self.writing(name), open(self.out / name, 'a') as file:
-            file.write(text + '\n')
-
-    def status(self, **values):
-        with self.writing('status.json'), checkpoint.replacing(self.out / 'status.json') as file:
-            file.write(json.dumps({**values, 'pid': os.getpid(), 'time': time.time()}).encode())
-
-    @contextlib.contextmanager
-    def writing(self, name):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f'{self.out / name}: can\'t be written ({error.strerror}): make room there and go on with '
-                            '--resume=auto, or choose another --out_dir')
-
-    def cut(self, step):
-        """Drop what a resumed run will say again: training after `step`, validation and samples from `step` on."""
-        for name in ('metrics.jsonl', 'samples.jsonl'):
-            if (self.out / name).exists():
-                with checkpoint.replacing(self.out / name) as file:
-                    for raw in (self.out / name).read_bytes().splitlines(keepends=True):
-                        try:
-                            line = json.loads(raw)
-                        except ValueError:  # torn by a kill
-                            continue
-                        if line['step'] < step or line['step'] == step and line.get('kind') in ('train', 'event'):
-                            file.write(raw)
+@contextlib.contextmanager
+def memory_guard(advice):
+    """Around what may run out of memory: a UserError with what advice() says then, when what was in the making is freed."""
+    out = False
+    try:
+        yield
+    except Exception as error:
+        if not profiling.is_out_of_memory(error):
+            raise
+        out = True
+    if out:
+        raise UserError(advice())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
+class Stuck(BaseException):
+    """A signal came, and the first step, which may be compiling for minutes, has not ended since: leave it in the middle."""
+
+
 def main(argv):
-    config = load(argv)
+    try:
+        config = load(argv)
+    except UserError:
+        if os.environ.get('RANK', '0') != '0':
+            sys.exit(2)  # rank 0 says it for all
+        raise
+    group = parallel.start(config.dist_timeout)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # nothing to save before the loop
-    print(config.table())
-    device, dtype, why = hardware.resolve(config.device, config.dtype)
+    say = (lambda text: print(text, flush=True)) if group.main else (lambda text: None)
+    say(config.table())
+    if config.plan:
+        say(schedules.picture(config))
+        return
+    device, dtype, why = hardware.resolve(config.device, config.dtype, group.local_rank if group.world > 1 else None)
+    rows, micro_steps = micro_batches(config, group.world)
+    group.connect(device)
+    with group.together(), contextlib.ExitStack() as around:
+        code = train(config, group, device, dtype, why, rows, micro_steps, say, around)
+    if code:
+        sys.exit(code)
+    group.disconnect()
+
+
+def train(config, group, device, dtype, why, rows, micro_steps, say, around):
+    """The run -> exit code. `around` is an ExitStack that the caller leaves."""
     use_compile, why_compile = hardware.choose_compile(config.compile, device)
-    data = find_data(config)
-    origin, state = find_checkpoint(config, data)
+    data = group.first(lambda: find_data(config))
+    origin, state = find_checkpoint(config, data, group.world, say)
+    group.same('data', data.fingerprint)
+    group.same('checkpoint', str(origin))
     out, encoding = Path(config.out_dir), load_tokenizer(data.tokenizer)
     lengths, windows = token_bytes(encoding), data.val_windows(config.eval_tokens)
 
+    def out_of_memory():
+        return profiling.advice(model, list(optimizers.values()), config, device, dtype, group.world)
+
     torch.manual_seed(config.seed)
-    model = GPT(config.pick(GPTConfig)).to(device)
-    model.activation_checkpointing = config.activation_checkpointing
-    optimizer = make_optimizer(model, config, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best, best_step, skipped, seconds = 0, math.inf, 0, 0, 0.0
+    model, optimizers = GPT(config.pick(GPTConfig)), {}
     if state:
         checkpoint.load_weights(model, state, origin)
-        optimizer.load_state_dict(state['optimizer'])
+    sharded = group.world > 1 and config.parallel == 'fsdp'
+    with memory_guard(out_of_memory):
+        if not sharded:
+            model.to(device)
+        model.activation_checkpointing = config.activation_checkpointing
+        trained = group.wrap(model, config.parallel, device, use_compile)  # what is called in training; model: everywhere else
+        optimizers = make_optimizers(model, config, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, best, best_step, skipped, seconds, recent = 0, math.inf, 0, 0, 0.0, []
+    if state:
+        for name, optimizer in optimizers.items():
+            parallel.load_optimizer(optimizer, state[name])
         scaler.load_state_dict(state['scaler'])
         set_random_state(state['rng'], device)
         step, best, best_step, skipped, seconds = (state[key] for key in ('step', 'best', 'best_step', 'skipped', 'seconds'))
+        recent, processes = state.get('recent', []), state.get('processes', 1)
         del state
-    compiled = torch.compile(model) if use_compile else model
 
-    micro_steps = config.batch_tokens // (config.batch_size * config.block_size)
     batch_rows = config.batch_tokens // config.block_size
     per_token, peak = model.flops_per_token(), hardware.peak_flops(device, dtype)
-    log = Log(out)
-    with log.writing(''):
-        (out / 'checkpoints').mkdir(parents=True, exist_ok=True)
-        log.cut(step)
-        for stale in [*out.glob('*.tmp'), *(out / 'checkpoints').glob('*.tmp')]:  # of a run that was killed
-            stale.unlink()
-        with checkpoint.replacing(out / 'config.json') as file:
-            file.write(json.dumps(config.as_dict(), indent=1).encode())
-    log.say(f'on {why}; {why_compile}')
+    boundary = schedules.boundary(config)
+    forever = {*config.mandatory_steps, *((boundary, boundary + 1) if boundary is not None else ())}  # before and after a new stage
+    group.barrier('the first step')
+    log = runlog.RunLog(out, group.main)
+    around.enter_context(log.failing())
+    log.cut(step)
+    log.config(config.as_dict())
+    if group.main:
+        log.trackers += [runlog.tensorboard(out, step)] if config.tensorboard else []
+        log.trackers += [runlog.wandb(out, config.as_dict())] if config.wandb else []
+    log.say(f'on {why}; {why_compile}' + (f'; {group.world} processes, {config.parallel}' if group.world > 1 else ''))
     for kind, total, used in model.parameter_table():
         log.say(f'  {kind:10s} {total:12,} parameters' + (f', of which a token uses {used:,}' if used != total else ''))
+    for name, optimizer in optimizers.items():
+        matrices = sum(len(g['params']) for g in optimizer.param_groups if g['decays'])
+        log.say(f'  {type(optimizer).__name__}: {matrices} matrices' + (
+            f' and {sum(len(g["params"]) for g in optimizer.param_groups) - matrices} vectors' if name == 'optimizer' else ''))
     log.say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {per_token / 1e6:.1f} MFLOP a token; '
             f'{data.train_tokens:,} training tokens in {data.path}; {config.max_steps:,} steps of {config.batch_tokens:,} tokens '
-            f'= {micro_steps} micro-step{"s" * (micro_steps > 1)} of {config.batch_size} x {config.block_size}: '
-            f'{config.max_steps * config.batch_tokens / data.train_tokens:.2f} epochs')
+            f'= {f"{group.world} processes x " * (group.world > 1)}{micro_steps} micro-step{"s" * (micro_steps > 1)} of '
+            f'{rows} x {config.block_size}: {config.max_steps * config.batch_tokens / data.train_tokens:.2f} epochs')
+    if origin:
+        log.line('metrics.jsonl', kind='event', event='resumed', step=step, checkpoint=str(origin), processes=[processes, group.world])
 
-    asked = []  # signals: the loop looks at them between micro-steps, so that it stops where it can save
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: asked.append(number))
+    asked, stop, compiling, savable = [], False, False, True  # signals; whether all have agreed to stop; in the first step; by then
+
+    def on_signal(number, frame):
+        asked.append(number)
+        if compiling:
+            signal.setitimer(signal.ITIMER_REAL, 3)  # steps end by themselves sooner than that, compilations don't
+
+    def on_alarm(number, frame):
+        if compiling:
+            raise Stuck
+    for number, handler in ((signal.SIGTERM, on_signal), (signal.SIGINT, on_signal), (signal.SIGALRM, on_alarm)):
+        signal.signal(number, handler)
+
+    def stopping():
+        """Whether any process was asked to stop; all of them must call this at the same points."""
+        nonlocal stop
+        stop = stop or group.any(asked)
+        return stop
 
     def batch(step, micro):
-        x, y = data.batch(step, micro, config.batch_size, batch_rows, seed=config.seed)
+        x, y = data.batch(step, micro, rows, batch_rows, group.rank, group.world, config.seed)
         x, y = torch.from_numpy(x), torch.from_numpy(y)
         return (x.pin_memory(), y.pin_memory()) if device.type == 'cuda' else (x, y)
 
     def save():
         path = out / 'checkpoints' / f'step_{step:07d}.pt'
-        checkpoint.save(path, {
-            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-            'step': step, 'tokens': step * config.batch_tokens, 'best': best, 'best_step': best_step, 'skipped': skipped,
-            'seconds': seconds, 'config': config.as_dict(), 'tokenizer': data.tokenizer,
-            'data': {'path': str(data.path), 'fingerprint': data.fingerprint},
-            'rng': random_state(device)})
-        checkpoint.retain(path, config.keep, {best_step, *config.mandatory_steps})
+        content = {
+            'model': parallel.whole(model.state_dict()), **{name: parallel.whole(o.state_dict()) for name, o in optimizers.items()},
+            'scaler': scaler.state_dict(), 'step': step, 'tokens': step * config.batch_tokens, 'best': best, 'best_step': best_step,
+            'skipped': skipped, 'recent': recent, 'seconds': seconds, 'config': config.as_dict(), 'tokenizer': data.tokenizer,
+            'data': {'path': str(data.path), 'fingerprint': data.fingerprint}, 'rng': random_state(device), 'processes': group.world}
+        if group.main:
+            checkpoint.save(path, content)
+            checkpoint.retain(path, config.keep, {best_step, *forever})
         return path
 
-    def draw_samples():
-        for i, prompt in enumerate(config.sample_prompts.split('|')):
-            idx, ids = torch.tensor([encode(encoding, prompt)], device=device), []
-            with hardware.autocast(device, dtype):
-                for token in generate(model, idx, encoding.n_vocab, 64, top_k=50, seed=config.seed + i):
-                    if asked or token.item() == encoding.eot_token:
-                        break
-                    ids.append(token.item())
-            text = encoding.decode(ids)
-            log.line('samples.jsonl', step=step, prompt=prompt, text=text, tokens=len(ids))
-            log.say(f'  sample: {prompt + text!r}')
-
     def status(state, **more):
-        log.status(state=state, step=step, max_steps=config.max_steps, tokens=step * config.batch_tokens, best=best,
-                   best_step=best_step, checkpoint=str(saved) if saved else None, **more)
+        log.status(state=state, step=step, max_steps=config.max_steps, tokens=step * config.batch_tokens, best=best, best_step=best_step,
+                   checkpoint=str(saved) if saved else None, processes=group.world, **more)
+
+    def micro_losses():
+        """Forward and backward of a step -> the parts of the loss, a part for each micro-step; fewer if asked to stop."""
+        parts = []
+        for micro in range(micro_steps):
+            x, y = (part.to(device, non_blocking=True) for part in next(batches))
+            if config.dropout:
+                torch.manual_seed(dropout_seed(config, step, micro * group.world + group.rank))
+            with group.micro_step(trained, last=micro + 1 == micro_steps):
+                with hardware.autocast(device, dtype):
+                    part = trained(x, y) / micro_steps
+                scaler.scale(part).backward()
+            parts.append(part.detach())
+            if micro + 1 < micro_steps and stopping():
+                break
+        return parts
+
+    def why_skipped(loss, norm):
+        if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() > 1)):
+            return 'skipped'  # with fp16 the scaler skips, and halves the scale, by itself
+        if config.spike_z and len(recent) >= max(2, config.spike_window // 2):
+            if loss > statistics.fmean(recent) + config.spike_z * max(statistics.stdev(recent), 1e-6):
+                return 'spike'
+
+    def record(event, loss, norm, lr, parts):
+        """What is worth knowing about a step that was skipped."""
+        every = group.gather([part.item() * micro_steps for part in parts])
+        names = [name for name, p in model.named_parameters() if p.grad is not None and not parallel.local(p.grad).isfinite().all()]
+        rows_of = [[data.rows(step, micro, rows, batch_rows, rank, group.world, config.seed).tolist() for rank in range(group.world)]
+                   for micro in range(micro_steps)]
+        log.line('metrics.jsonl', kind='event', event=event, step=step + 1, loss=loss, grad_norm=norm, lr=lr,
+                 windows=[sum(ranks, []) for ranks in rows_of], micro_losses=every, nonfinite_gradients=len(names), first_of_them=names[:5],
+                 recent_mean=statistics.fmean(recent) if recent else None)
+        log.say(f'step {step + 1:,} skipped: loss {loss:.4f}, gradient norm {norm:.4g}' + (f', {len(names)} parameters with non-finite gradients '
+                f'from {names[0]} on' if names else ', a spike' if event == 'spike' else '')
+                + f' ({skipped + 1} in a row, {config.max_skipped} end the run)')
 
     last_loss, saved = None, origin
     batches = Prefetcher(batch, ((s, m) for s in range(step, config.max_steps) for m in range(micro_steps)))
+    profile = profiling.Profile(out, device, say=log.say) if config.profile and group.main else None
+    evals = [line for line in runlog.read_lines(out / 'metrics.jsonl') if line.get('kind') == 'eval']
+    rounds, hinted, first_step = runlog.read_lines(out / 'samples.jsonl'), set(), step
     since, waited, mark = 0, 0.0, time.perf_counter()  # steps and loader seconds since the last log line, its time
     status('running')
     model.statistics()  # flip rates count from here
@@ -312,62 +420,77 @@ def main(argv):
         def due(interval):
             return interval and (step % interval == 0 or last)
         better = False
-        if due(config.eval_interval) and (result := validate(model, data, lengths, windows, config.batch_size, device, dtype,
-                                                             stop=lambda: asked)):
-            log.line('metrics.jsonl', kind='eval', step=step, **{**result, 'tokens': step * config.batch_tokens})
+        if due(config.eval_interval) and (result := validate(model, data, lengths, windows, rows, device, dtype, stopping, group)):
+            evals.append({'kind': 'eval', 'step': step, **result, 'tokens': step * config.batch_tokens})
+            log.line('metrics.jsonl', **evals[-1])
             log.say(f'step {step:,}: validation loss {result["loss"]:.4f}, perplexity {result["perplexity"]:.1f}, '
                     f'{result["bits_per_byte"]:.4f} bits per byte')
             better = result['loss'] < best
             if better:
                 best, best_step = result['loss'], step
-        if due(config.sample_interval) and not asked:
-            draw_samples()
+        if due(config.sample_interval) and not stop:
+            with hardware.autocast(device, dtype):
+                samples = sample_grid(model, encoding, config.sample_prompts.split('|'), config.sample_tokens, config.seed, stopping)
+            for sample in samples if not stop else ():
+                rounds.append({'step': step, **sample})
+                log.line('samples.jsonl', **rounds[-1])
+                if sample['mode'] == 'typical':
+                    log.say(f'  sample: {sample["prompt"] + sample["text"]!r}')
+        for hint in hints(evals, rounds) if due(config.eval_interval) or due(config.sample_interval) else ():
+            if hint.split(':')[0] not in hinted:
+                hinted.add(hint.split(':')[0])
+                log.say(f'  hint: {hint}')
         now = out / 'checkpoints' / f'step_{step:07d}.pt'
-        wanted = step and config.save_interval and (due(config.save_interval) or better or step in config.mandatory_steps)
-        if (wanted or asked) and saved != now:
+        wanted = step and config.save_interval and (due(config.save_interval) and not skipped or better or step in forever)
+        if (stopping() or wanted) and saved != now and savable:
             saved = save()
-        if last or asked:
+        if last or stop:
             break
         mark += time.perf_counter() - paused  # those don't count as training time
 
         # ---- one optimizer step
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        loss, before = torch.zeros((), device=device), random_state(device)
-        for micro in range(micro_steps):
-            x, y = next(batches)
-            with hardware.autocast(device, dtype):
-                part = compiled(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / micro_steps
-            scaler.scale(part).backward()
-            loss += part.detach()
-            if asked:
-                break
-        if asked:  # the step is not whole: it is done again, with the same dropout, after the resume
-            set_random_state(before, device)
+        lr, wd = schedules.schedule(step, config)
+        for optimizer in optimizers.values():
+            set_rates(optimizer, lr, wd)
+        compiling = step == first_step
+        try:
+            with memory_guard(out_of_memory):
+                parts = micro_losses()
+            compiling = False
+        except Stuck:
+            stop, compiling, savable = True, False, not sharded  # a sharded model is saved by all processes at once, which are anywhere
+        if stop:  # the step is not whole: it is done again after the resume
             continue
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        last_loss, norm = loss.item(), norm.item()  # the one wait for the device in a step
-        finite = math.isfinite(last_loss) and (math.isfinite(norm) or scaler.is_enabled())  # fp16: the scaler skips by itself
-        if finite:
-            scaler.step(optimizer)
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
+        norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+        last_loss, norm = sum(parts).item(), norm.item()  # the one wait for the device in a step
+        last_loss = group.sum(last_loss)[0] / group.world
+        event = why_skipped(last_loss, norm)
+        if event:
+            record(event, last_loss, norm, lr, parts)
+        else:
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
+            recent = [*recent, last_loss][-config.spike_window:] if config.spike_z else []
+        if scaler.is_enabled():
             scaler.update()
+        model.update_balance(0.0 if event else 1e-3)
         logged = config.log_interval and ((step + 1) % config.log_interval == 0 or step + 1 == config.max_steps)
-        model.update_balance(1e-3 if finite else 0.0)
-        statistics = model.statistics() if logged else {}
-        optimizer.zero_grad(set_to_none=True)
-        skipped = 0 if finite else skipped + 1
+        measured = model.statistics() if logged else {}
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        skipped = skipped + 1 if event else 0
         step, since = step + 1, since + 1
-        if not finite:
-            rows = [data.rows(step - 1, m, config.batch_size, batch_rows, seed=config.seed).tolist() for m in range(micro_steps)]
-            log.line('metrics.jsonl', kind='event', event='skipped', step=step, loss=last_loss, grad_norm=norm, lr=lr, windows=rows)
-            log.say(f'step {step:,} skipped: loss {last_loss}, gradient norm {norm} ({skipped} in a row, {config.max_skipped} end the run)')
-            if skipped == config.max_skipped:
-                status('diverged', loss=last_loss)
-                log.say(f'diverged; the last good checkpoint is {saved}: lower the learning rate, and --resume={saved}'
-                        if saved else 'diverged before the first checkpoint: lower the learning rate')
-                sys.exit(3)
+        if skipped == config.max_skipped:
+            status('diverged', loss=last_loss)
+            log.say(f'diverged; the last good checkpoint is {saved}: lower the learning rate, and --resume={saved}'
+                    if saved else 'diverged before the first checkpoint: lower the learning rate')
+            return 3
+        if profile:
+            profile.step()
+        if config.profile and step == first_step + 1:
+            log.say(profiling.breakdown_table(profiling.memory_breakdown(model, list(optimizers.values()), rows, device, dtype), device))
 
         if logged:
             hardware.synchronize(device)
@@ -375,23 +498,26 @@ def main(argv):
             seconds, mark = seconds + span, mark + span
             speed, memory = since * config.batch_tokens / span, hardware.peak_memory_gb(device)
             eta = (config.max_steps - step) * config.batch_tokens / speed
-            log.line('metrics.jsonl', kind='train', step=step, tokens=step * config.batch_tokens, loss=last_loss, lr=lr,
-                     wd=config.weight_decay, grad_norm=norm, tokens_per_s=speed, mfu=per_token * speed / peak if peak else None,
-                     mem_gb=memory, loader_wait=(batches.wait - waited) / span, **statistics)
+            log.line('metrics.jsonl', kind='train', step=step, tokens=step * config.batch_tokens, loss=last_loss, lr=lr, wd=wd,
+                     grad_norm=norm, tokens_per_s=speed, mfu=per_token * speed / (peak * group.world) if peak else None,
+                     mem_gb=memory, loader_wait=(batches.wait - waited) / span, **measured)
             log.say(f'step {step:,}/{config.max_steps:,} ({100 * step / config.max_steps:.0f} %)  loss {last_loss:.4f}  lr {lr:.2e}  '
-                    f'norm {norm:.2f}  {speed:,.0f} tokens/s  {memory:.2f} GB  {int(eta // 60)}:{int(eta % 60):02d} left')
-            status('running', loss=last_loss, tokens_per_s=speed, eta=eta)
+                    f'norm {norm:.2f}  {speed:,.0f} tokens/s  {memory:.2f} GB  {int(eta // 60)}:{int(eta % 60):02d} left', progress=True)
+            status('running', loss=last_loss, tokens_per_s=speed, eta=eta, mem_gb=memory)
             since, waited = 0, batches.wait
 
-    if asked:
+    if profile:
+        profile.close()
+    if not last:
         status('interrupted', loss=last_loss)
         log.say(f'interrupted at step {step:,}, saved {saved}: go on with the same command and --resume=auto')
-        sys.exit(75)
+        return 75
     status('finished', loss=last_loss)
     log.say(f'finished: {step:,} steps, {step * config.batch_tokens / 1e6:.1f}M tokens in {seconds / 60:.1f} minutes of training; '
             + (f'best validation loss {best:.4f} at step {best_step:,}' if math.isfinite(best) else f'last loss {last_loss}'))
     if saved:
         log.say(f'sample from it: {Path(sys.executable).name} sample.py {out} --num=3')
+    return 0
 
 
 if __name__ == '__main__':

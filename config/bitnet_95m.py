@@ -10,8 +10,10 @@ dataset = 'fineweb_edu'
 batch_size = 8
 batch_tokens = 4 * batch_size * block_size  # 61,035 updates; batches of 1M tokens would leave 1,907
 max_steps = 2_000_000_000 // batch_tokens  # about 20 tokens a parameter (arXiv:2203.15556): our choice
-learning_rate = 1.5e-3
+schedule = 'two_stage'  # 0 -> 1.5e-3 -> 1e-3 with weight decay, then -> 1.5e-5 without
+learning_rate, mid_lr_ratio, min_lr_ratio = 1.5e-3, 2 / 3, 0.01
 warmup_steps = 2000  # the source's 375 were meant for batches of 1M tokens
+boundary_step = max_steps // 2  # checkpoints on both sides of it are kept
 weight_decay = 0.1
 beta1, beta2 = 0.9, 0.95
 

@@ -12,7 +12,7 @@ batch_size = 4
 batch_tokens = 4 * batch_size * block_size  # 4 micro-steps
 max_steps = 3_100_000_000 // batch_tokens  # about 20 tokens a parameter (arXiv:2203.15556): our choice
 learning_rate = 3e-4  # that of GPT-3 at this width (arXiv:2005.14165): our choice
-warmup_steps = max_steps // 10  # as in the source
+schedule = 'onecycle'  # with a warm-up of a tenth of the run, as in the source
 activation_checkpointing = True
 
 eval_interval = save_interval = sample_interval = 250

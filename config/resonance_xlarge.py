@@ -12,6 +12,7 @@ batch_size = 1
 batch_tokens = 32 * batch_size * block_size  # 32 micro-steps
 max_steps = 100_000_000_000 // batch_tokens  # about 20 tokens a parameter (arXiv:2203.15556): our choice
 learning_rate = 1.2e-4  # that of GPT-3 at this width (arXiv:2005.14165): our choice
+schedule, restart_steps = 'restarts', max_steps // 7  # cosine cycles of 1, 2 and 4 sevenths: our choice
 warmup_steps = 2_000
 beta1, beta2 = 0.9, 0.95
 grad_clip = 1.0

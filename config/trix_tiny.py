@@ -11,7 +11,6 @@ batch_size = 16
 batch_tokens = 16 * 256  # 1,220 updates from 5M tokens; batches of 65k tokens would leave 76
 max_steps = 5_000_000 // batch_tokens
 learning_rate = 1e-3
-warmup_steps = 60
 
 eval_interval = save_interval = sample_interval = 122
-sample_prompts = '|def '
+sample_prompts = '|def |import |class |# '

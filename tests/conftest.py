@@ -1,4 +1,20 @@
 """The models of the tests are so small that a second thread costs more than it brings."""
+import random
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+    """A directory of tokens from 60 kB of made-up sentences."""
+    import prepare
+    draw, folder = random.Random(0), tmp_path_factory.mktemp('corpus')
+    words = [''.join(draw.choices('abcdefghij', k=draw.randint(2, 7))) for _ in range(80)]
+    for i in range(60):
+        (folder / f'{i:02d}.txt').write_text('. '.join(' '.join(draw.choices(words, k=8)) for _ in range(20)))
+    out = folder / 'tokens'
+    prepare.main([f'--dataset=text:{folder}/*.txt', '--vocab_size=300', f'--out={out}', '--val_ratio=0.2', '--num_proc=1'])
+    return out

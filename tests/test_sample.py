@@ -1,4 +1,5 @@
 """Sampling and evaluation need a run directory or a checkpoint file, and nothing else."""
+import contextlib
 import json
 import math
 import random
@@ -34,9 +35,10 @@ def trained(tmp_path_factory):
     data, out = folder / 'tokens', folder / 'run'
     prepare.main([f'--dataset=text:{folder}/*.txt', '--vocab_size=280', f'--out={data}', '--val_ratio=0.2', '--num_proc=1'])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    train.main([f'--dataset={data}', f'--out_dir={out}', '--vocab_size=288', '--block_size=32', '--n_layer=1', '--n_head=2',
-                '--n_embd=32', '--max_steps=60', '--warmup_steps=5', '--learning_rate=1e-2', '--batch_size=8', '--device=cpu',
-                '--eval_interval=30', '--eval_tokens=0', '--sample_interval=0', '--save_interval=60'])
+    with contextlib.suppress(SystemExit):  # of a run that is over; had it failed, the tests would find no checkpoint
+        train.main([f'--dataset={data}', f'--out_dir={out}', '--vocab_size=288', '--block_size=32', '--n_layer=1', '--n_head=2',
+                    '--n_embd=32', '--max_steps=60', '--warmup_steps=5', '--learning_rate=1e-2', '--batch_size=8', '--device=cpu',
+                    '--eval_interval=30', '--eval_tokens=0', '--sample_interval=0', '--save_interval=60'])
     for number, handler in handlers.items():  # a run takes them; pytest wants its Ctrl-C back
         signal.signal(number, handler)
     return out, data
@@ -92,6 +94,146 @@ def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(keys, expec
     drawn = sample.choose(logits, **keys, generator=torch.Generator().manual_seed(0))
     share = drawn.bincount(minlength=4) / 20_000
     torch.testing.assert_close(share[[1, 3, 0, 2]], torch.tensor(expected, dtype=torch.float), atol=0.015, rtol=0)
+
+
+class Letters:
+    """A tokenizer with a letter for each id, so that different ids are different text."""
+    n_vocab, eot_token = 37, 36
+    encode_ordinary = staticmethod(lambda text: ['abcdefghijklmnopqrstuvwxyz0123456789'.index(c) for c in text])
+    decode = staticmethod(lambda ids: ''.join('abcdefghijklmnopqrstuvwxyz0123456789'[i] for i in ids))
+
+
+PROMPTS = ['', 'cat', 'a9b8c7d6', 'thisisapromptthatislongerthanthecontextof16']
+
+
+def decisive(**keys):
+    """A model that looks at all of its context, with logits far apart, to which the end of a document is never the likeliest."""
+    model = model_of(tie_embeddings=False, **keys)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(('_proj.weight', '.up', '.down')) and 'in_proj' not in name:
+                p.mul_(10)
+        model.wte.weight.mul_(15)
+        model.lm_head.weight.mul_(40)
+        model.lm_head.weight[37:] *= 100  # padding of the vocabulary: the likeliest, if it were looked at
+        model.lm_head.weight[36] = 0
+    return model
+
+
+def alone(model, prompt, n):
+    """What `generate` makes of a prompt by itself."""
+    idx = torch.tensor([sample.encode(Letters, prompt)])
+    return Letters.decode([token.item() for token in sample.generate(model, idx, 37, n, temperature=0)])
+
+
+@pytest.mark.parametrize('keys', [dict(), dict(mixer='resonance'), dict(ffn='trix'), dict(ffn='trix', trix_router='hash'),
+                                  dict(mixer='resonance', attention_every=2, ffn='trix'), dict(ffn='resonance'),
+                                  dict(positions='learned', ffn='bitnet')], ids=str)
+@pytest.mark.parametrize('n', [7, 40])  # 40: a full context goes on from its last half, more than once
+def test_greedy_rows_of_a_grid_are_what_generate_makes_of_each_prompt(keys, n):
+    model = decisive(**keys)
+    rows = sample.sample_grid(model, Letters, PROMPTS, n, seed=1)
+    assert [(row['prompt'], row['mode']) for row in rows] == [(p, m) for p in PROMPTS for m in ('greedy', 'typical', 'stress')]
+    expected = [alone(model, prompt, n) for prompt in PROMPTS]
+    assert [row['text'] for row in rows if row['mode'] == 'greedy'] == expected
+    assert len(set(expected)) == len(PROMPTS) and len(set(''.join(expected))) > 8  # else it would prove little
+    assert all(row['tokens'] == len(row['text']) for row in rows)
+
+
+@pytest.mark.parametrize('keys', [dict(), dict(mixer='resonance', attention_every=2, ffn='trix')], ids=str)
+def test_a_row_of_a_grid_does_not_depend_on_the_others(keys):
+    model = decisive(**keys)
+    rows = sample.sample_grid(model, Letters, ['cat', '', 'a9b8c7d6'], 30, seed=1)
+    for others in ([], ['a9b8c7d6', PROMPTS[3]]):
+        for row, other in zip(rows[:3], sample.sample_grid(model, Letters, ['cat', *others], 30, seed=1)):
+            assert other.pop('entropy') == pytest.approx(row['entropy'], rel=1e-3)
+            assert other == {key: value for key, value in row.items() if key != 'entropy'}
+
+
+def test_a_grid_is_its_seed_and_every_row_draws_for_itself():
+    grid = {seed: sample.sample_grid(model_of(), Letters, ['cat', 'cat'], 20, seed) for seed in (1, 2, 2**64 - 1)}
+    assert grid[1] == sample.sample_grid(model_of(), Letters, ['cat', 'cat'], 20, 1)
+    texts = [row['text'] for rows in grid.values() for row in rows if row['mode'] != 'greedy']
+    assert len(set(texts)) == len(texts) == 12
+
+
+def test_entropy_and_repetition_are_those_of_the_text():
+    model = decisive()
+    for row in sample.sample_grid(model, Letters, ['cat'], 11, seed=1):
+        ids = sample.encode(Letters, 'cat' + row['text'])
+        p = model(torch.tensor([ids[:-1]]))[0, 3:, :37].double().softmax(-1)
+        assert len(ids) == 15 and row['entropy'] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-4)
+        assert row['repetition'] == sample.repetition(ids[4:])
+
+
+def test_entropy_of_a_model_that_knows_nothing_is_the_logarithm_of_the_vocabulary():
+    model = model_of()
+    model.lm_head.weight.data.zero_()
+    rows = sample.sample_grid(model, Letters, ['', 'cat'], 5, seed=1)
+    assert [row['entropy'] for row in rows] == pytest.approx([math.log(37)] * 6, rel=1e-6)  # of the tokenizer, not of the 40
+    assert rows[0]['text'] == 'aaaaa' and rows[0]['repetition'] == 0.5  # greedily: always the first
+
+
+@pytest.mark.parametrize('ids, share', [([], 0), ([1, 1, 1], 0), ([1, 2, 3, 4], 0), ([1, 1, 1, 1, 1], 1 / 2), ([1, 2] * 4, 3 / 5),
+                                        ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1 / 6), (list(range(50)), 0), ([7] * 64, 60 / 61)], ids=str)
+def test_repetition_is_the_share_of_4_grams_that_were_there_before(ids, share):
+    assert sample.repetition(ids) == pytest.approx(share)
+
+
+def test_the_end_of_a_document_ends_its_row_and_the_last_one_the_grid(monkeypatch):
+    model, calls = model_of(), []
+    model.lm_head.weight.data.zero_()
+    script = {0: iter([1, 2, 36]), 0.8: iter([36]), 1.3: iter([3, 3, 3, 3])}  # a row that has ended is asked no more
+    monkeypatch.setattr(sample, 'choose', lambda logits, temperature, **_: torch.tensor([next(script[temperature])]))
+    rows = sample.sample_grid(model, Letters, ['cat'], 4, seed=1, stop=lambda: calls.append(1))
+    assert [row['text'] for row in rows] == ['bc', '', 'dddd'] and [row['tokens'] for row in rows] == [2, 0, 4]
+    assert [row['entropy'] for row in rows] == pytest.approx([math.log(37)] * 3)  # that it ended at once was a choice, too
+    assert len(calls) == 4  # the prompt and three tokens more; the last one is not fed
+    script.update({0: iter([36]), 0.8: iter([1, 36]), 1.3: iter([36])})
+    calls.clear()
+    sample.sample_grid(model, Letters, ['cat'], 400, seed=1, stop=lambda: calls.append(1))
+    assert len(calls) == 2
+
+
+def test_rows_that_ended_early_do_not_hold_the_others_up(monkeypatch):
+    model, choose = decisive(), sample.choose
+    expected = alone(model, 'cat', 40)
+
+    def ending(logits, temperature, **keys):
+        return choose(logits, temperature, **keys) if temperature == 0 else torch.tensor([36])
+    monkeypatch.setattr(sample, 'choose', ending)
+    rows = sample.sample_grid(model, Letters, ['cat'], 40, seed=1)  # the context is full three times after the others have ended
+    assert [row['text'] for row in rows] == [expected, '', '']
+
+
+def test_a_grid_that_is_stopped_is_empty_and_leaves_the_model_as_it_was():
+    model, calls = model_of(dropout=0.5).train(), []
+    before = torch.get_rng_state()
+    assert sample.sample_grid(model, Letters, ['cat'], 20, seed=1, stop=lambda: calls.append(1) or len(calls) == 5) == []
+    assert len(calls) == 5 and model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_grid_of_a_model_in_training_is_that_in_evaluation():
+    model = decisive(dropout=0.5, ffn='trix')
+    expected = sample.sample_grid(model, Letters, PROMPTS, 10, seed=1)
+    before = torch.get_rng_state()
+    with torch.enable_grad():
+        assert sample.sample_grid(model.train(), Letters, PROMPTS, 10, seed=1) == expected
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    assert all(layer.load.sum() == 0 for layer in model.trix_layers()) and all(p.grad is None for p in model.parameters())
+    model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample.sample_grid(model, Letters, PROMPTS, 10, seed=1)
+    assert model.training
+    assert sample.sample_grid(model, Letters, [], 10, seed=1) == []
+
+
+def test_a_grid_of_a_trained_model_is_text(trained):
+    model, state = checkpoint.load_model(trained[0], 'cpu')
+    rows = sample.sample_grid(model, load_tokenizer(state['tokenizer']), ['red green', ''], 40, seed=1)
+    words = ' '.join(row['text'] for row in rows if row['mode'] == 'typical').split()
+    assert sum(word in ('red', 'green', 'blue', 'straße', 'éclair', '日本') for word in words) > len(words) / 3
+    assert all(0 < row['entropy'] < math.log(280) and 0 <= row['repetition'] < 1 for row in rows)
 
 
 def test_characters_are_streamed_whole(trained):

@@ -3,7 +3,6 @@ import contextlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -23,62 +22,9 @@ import train
 from configurator import UserError
 from data import TokenData
 from model import GPT
+from runs import arguments, assert_same_run, finish, lines, lines_so_far, losses, start
 
 ROOT = Path(__file__).parent.parent
-SMALL = ['--vocab_size=300', '--block_size=16', '--n_layer=1', '--n_head=2', '--n_embd=16', '--ffn=trix', '--trix_tiles=4',
-         '--device=cpu', '--batch_size=4', '--batch_tokens=128', '--warmup_steps=4', '--learning_rate=1e-2', '--dropout=0.1',
-         '--eval_interval=5', '--eval_tokens=256', '--sample_interval=10', '--save_interval=4', '--log_interval=1']
-
-
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-    """A directory of tokens from 60 kB of made-up sentences."""
-    draw, folder = random.Random(0), tmp_path_factory.mktemp('corpus')
-    words = [''.join(draw.choices('abcdefghij', k=draw.randint(2, 7))) for _ in range(80)]
-    for i in range(60):
-        (folder / f'{i:02d}.txt').write_text('. '.join(' '.join(draw.choices(words, k=8)) for _ in range(20)))
-    out = folder / 'tokens'
-    prepare.main([f'--dataset=text:{folder}/*.txt', '--vocab_size=300', f'--out={out}', '--val_ratio=0.2', '--num_proc=1'])
-    return out
-
-
-def arguments(corpus, out, *more):
-    return [*SMALL, f'--dataset={corpus}', f'--out_dir={out}', '--max_steps=40', *more]
-
-
-def start(argv, before=None):
-    """train.main(argv) in a fork, which starts at once: torch is here already. Its output goes to a file."""
-    def child():
-        console = os.open(f'{argv_out(argv)}.console', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(console, 1), os.dup2(console, 2)
-        sys.stdout = sys.stderr = open(1, 'w', buffering=1, closefd=False)
-        sys.argv = ['train.py', *argv]
-        if before:
-            before()
-        import configurator
-        configurator.run(train.main)
-    process = multiprocessing.get_context('fork').Process(target=child)
-    process.start()
-    return process
-
-
-def argv_out(argv):
-    return next(word.partition('=')[2] for word in reversed(argv) if word.startswith('--out_dir='))
-
-
-def finish(argv, before=None):
-    """Exit code and output of a run."""
-    process = start(argv, before)
-    process.join(60)
-    return process.exitcode, Path(f'{argv_out(argv)}.console').read_text()
-
-
-def lines(run, kind):
-    return [line for line in map(json.loads, (Path(run) / 'metrics.jsonl').read_text().splitlines()) if line['kind'] == kind]
-
-
-def losses(run):
-    return [(kind, line['step'], line['loss'], line.get('grad_norm')) for kind in ('train', 'eval') for line in lines(run, kind)]
 
 
 @pytest.fixture(scope='module')
@@ -88,17 +34,6 @@ def whole(corpus, tmp_path_factory):
     code, said = finish(arguments(corpus, out))
     assert code == 0, said
     return out
-
-
-def assert_same_run(out, whole):
-    assert losses(out) == losses(whole)
-    assert (out / 'samples.jsonl').read_text() == (whole / 'samples.jsonl').read_text()
-    (_, a), (_, b) = checkpoint.find(out), checkpoint.find(whole)
-    assert a['step'] == b['step'] == 40 and a['best'] == b['best']
-    for key in b['model']:
-        assert torch.equal(a['model'][key], b['model'][key]), key
-    for i, state in b['optimizer']['state'].items():
-        assert all(torch.equal(a['optimizer']['state'][i][key], value) for key, value in state.items())
 
 
 # ---- it trains
@@ -134,19 +69,10 @@ def test_accumulated_micro_steps_equal_one_large_batch(corpus, tmp_path, whole):
         assert a[2] == pytest.approx(b[2], abs=2e-5)
 
 
-def test_learning_rate_warms_up_and_falls_along_a_cosine():
-    config = train.load(['--max_steps=110', '--warmup_steps=10', '--learning_rate=1.0', '--min_lr_ratio=0.1'])
-    rate = [train.learning_rate(step, config) for step in range(111)]
-    assert rate[0] == pytest.approx(0.1) and rate[9] == rate[10] == 1.0
-    assert rate[60] == pytest.approx(0.55) and rate[110] == pytest.approx(0.1)
-    config.schedule = 'constant'
-    assert train.learning_rate(109, config) == 1.0
-
-
 def test_weight_decay_is_on_matrices_only():
     config = train.load(['--n_embd=16', '--ffn=trix', '--norm=layernorm', '--bias=1', '--vocab_size=300'])
     model = GPT(config.pick(train.GPTConfig))
-    decayed, rest = train.make_optimizer(model, config, torch.device('cpu')).param_groups
+    decayed, rest = train.make_optimizers(model, config, torch.device('cpu'))['optimizer'].param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed['weight_decay'] == 0.1 and rest['weight_decay'] == 0
     assert {names[id(p)].split('.')[-1] for p in rest['params']} == {'weight', 'bias'} and all(p.dim() == 1 for p in rest['params'])
@@ -167,8 +93,8 @@ def test_resume_is_bit_exact_after_10_sigkills(corpus, tmp_path, whole):
     folder, killed_while_saving, reached = tmp_path / 'run' / 'checkpoints', 0, []
     for kill in range(10):
         process, when = start(argv), draw.randrange(1, 4)  # lines of metrics.jsonl from now on
-        target = len(losses_so_far(tmp_path / 'run')) + when
-        while len(losses_so_far(tmp_path / 'run')) < target and process.is_alive():
+        target = len(lines_so_far(tmp_path / 'run')) + when
+        while len(lines_so_far(tmp_path / 'run')) < target and process.is_alive():
             time.sleep(0.001)
         while kill % 2 and not list(folder.glob('*.tmp')) and process.is_alive():
             time.sleep(0.0002)
@@ -177,15 +103,11 @@ def test_resume_is_bit_exact_after_10_sigkills(corpus, tmp_path, whole):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, 'the run was over before the kill'
-        reached.append(len(losses_so_far(tmp_path / 'run')))
+        reached.append(len(lines_so_far(tmp_path / 'run')))
     assert killed_while_saving >= 3 and len(set(reached)) > 5
     code, said = finish(argv)
     assert code == 0, said
     assert_same_run(tmp_path / 'run', whole)
-
-
-def losses_so_far(run):
-    return (run / 'metrics.jsonl').read_bytes().splitlines() if (run / 'metrics.jsonl').exists() else []
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,284 @@
+"""Where the memory and the time of a training step go. Imported by train.py: --plan, --profile, and when memory runs out.
+
+    rows = memory_breakdown(model, [optimizer], config.batch_size, device, dtype)
+    print(breakdown_table(rows, device))               # parameters, ..., activations, and the peak so far beside their sum
+    print(advice(model, [optimizer], config, device, dtype))     # out of memory: ...: --batch_size=8 ... saves 3.0 GB, ...
+    profile = Profile('runs/x', device)                # profile.step() after every optimizer step, profile.close() at the end
+
+Memory is that of eager execution: a compiled model keeps less.
+"""
+import contextlib
+import functools
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import device as hardware
+from checkpoint import replacing
+from model import OncePerStep
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory: what a forward keeps for backward
+
+@contextlib.contextmanager
+def untouched(model, device):
+    """Whatever a forward changes in here is put back: attributes and buffers of every module, random states."""
+    modules, buffers = [(m, dict(vars(m))) for m in model.modules()], [(b, b.clone()) for b in model.buffers()]
+    try:
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+            yield
+    finally:
+        for module, before in modules:
+            vars(module).clear()
+            vars(module).update(before)
+            if hasattr(module, 'reshard'):  # FSDP2 keeps what is outside of blocks whole until backward
+                module.reshard()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def local(t):  # of a tensor that FSDP has split: the part of this process
+    return getattr(t, '_local_tensor', t)
+
+
+def codes(model):
+    """The ternary codes that OncePerStep holds from step to step."""
+    found = [value for m in model.modules() for value in vars(m).values()]
+    found = [each for value in found for each in (value.values() if isinstance(value, dict) else [value])]
+    return [t for once in found if isinstance(once, OncePerStep) for t in once.value or ()]
+
+
+def kept(model, rows, device, dtype):
+    """Bytes that stay from one forward of `rows` random sequences until its backward: (plain, with activation checkpointing).
+
+    Every storage that autograd saves counts once, those of parameters and buffers not at all. This forward only counts and
+    keeps nothing, so that it fits where a step does not."""
+    saved, inputs, place, known = {}, {}, None, {StorageWeakRef(b.untyped_storage()) for b in model.buffers()}
+
+    def note(where, tensor):
+        ref = StorageWeakRef(tensor.untyped_storage())  # while this lives, no other storage comes to the same address
+        if ref not in known:
+            where.setdefault(ref, (tensor.untyped_storage().nbytes(), place))
+
+    def enter(module, args):  # parameters are looked up here, where those that FSDP has split are whole
+        nonlocal place
+        known.update(StorageWeakRef(local(p).untyped_storage()) for p in module.parameters())
+        if module is not model:
+            place = module
+            note(inputs, args[0])
+
+    def leave(*_):
+        nonlocal place
+        place = None
+
+    idx = torch.randint(model.config.vocab_size, (rows, model.config.block_size), generator=torch.Generator().manual_seed(0)).to(device)
+    with untouched(model, device), contextlib.ExitStack() as stack:
+        model.train()
+        model.activation_checkpointing = False
+        for module in (model, *model.blocks):
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        with torch.enable_grad(), hardware.autocast(device, dtype), \
+                torch.autograd.graph.saved_tensors_hooks(lambda t: note(saved, t), lambda _: None):
+            model(idx, idx)
+        for t in codes(model):
+            note(saved, t)
+    own = Counter()  # bytes of each block, and of None: outside of blocks
+    for ref, (size, block) in saved.items():
+        own[block] += 0 if ref in inputs else size
+    always = own.pop(None) + sum(size for size, _ in inputs.values())
+    return sum(size for size, _ in saved.values()), always + max(own.values())  # one block at a time is computed again
+
+
+def measured(model, device, dtype):
+    """(bytes of activations a sequence, the same with activation checkpointing, bytes kept whatever the number of sequences)."""
+    (one, one_checkpointed), (two, two_checkpointed) = (kept(model, rows, device, dtype) for rows in (1, 2))
+    return two - one, two_checkpointed - one_checkpointed, 2 * one - two
+
+
+def saved_bytes(model, rows, device, dtype):
+    """Bytes of activations that autograd keeps for backward in a micro-step of `rows` sequences of block_size tokens: measured
+    on one and on two sequences, and scaled. With model.activation_checkpointing they are the inputs of all blocks, what is kept
+    outside of blocks, and the largest block's own. The model is left as it was."""
+    return rows * measured(model, device, dtype)[model.activation_checkpointing]
+
+
+def logit_bytes(model, rows, device, dtype):
+    """Of the chunks of logits in ChunkedCrossEntropy: fp32 and a copy in `dtype`, the last one still there as the next is made."""
+    V, positions = model.config.vocab_size, rows * model.config.block_size
+    chunk = max(64, 2 ** 20 // V // 64 * 64) * (1 if device.type == 'cpu' else 32)
+    return min(2 * chunk, positions) * V * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory: the whole step
+
+def counted(model, optimizers, world=1, sharded=False):
+    """[(kind, bytes, how)] of what does not depend on the batch, exactly. sharded: what FSDP has not split yet counts as split."""
+    def share(t):
+        return local(t).nbytes // (world if sharded and local(t) is t else 1)
+
+    optimizer, how = 0, []
+    for o in optimizers:
+        n = 1 if isinstance(o, torch.optim.Muon) else 2
+        how.append(f'{type(o).__name__}: ' + ('its state' if o.state else f'{n} tensor{"s" * (n > 1)} a parameter after its first step'))
+        for p in (p for group in o.param_groups for p in group['params'] if p.requires_grad):
+            state = [share(t) for t in o.state.get(p, {}).values() if torch.is_tensor(t)]
+            optimizer += sum(state) or n * share(p)
+    parameters, part = list(model.parameters()), f', 1/{world} of them here' if sharded else ''
+    return [('parameters', sum(map(share, parameters)), f'{sum(p.numel() for p in parameters):,}{part}'),
+            ('buffers', sum(local(b).nbytes for b in model.buffers()), 'tables and counters'),
+            ('gradients', sum(share(p) for p in parameters if p.requires_grad), f'one a parameter{part}'),
+            ('optimizer', optimizer, '; '.join(how) + part)]
+
+
+def memory_breakdown(model, optimizers, rows, device, dtype, world=1, sharded=False):
+    """[(kind, bytes, how)] of a step with micro-steps of `rows` sequences, their total last: what is held as the forward ends,
+    the gradients of an earlier micro-step included. sharded: by FSDP over `world` processes."""
+    *a_sequence, copies = measured(model, device, dtype)
+    how = 'inputs of the blocks, and one block at a time' if model.activation_checkpointing else 'kept for backward'
+    found = counted(model, optimizers, world, sharded) + [
+        ('copies', copies, 'ternary codes, weights in low precision, the gradient of the head'),
+        ('activations', rows * a_sequence[model.activation_checkpointing], f'{rows} x {model.config.block_size} tokens: {how}'),
+        ('loss', logit_bytes(model, rows, device, dtype), 'chunks of logits')]
+    return found + [('total', sum(size for _, size, _ in found), 'an estimate: without what kernels and libraries take for themselves')]
+
+
+def readable(size):
+    unit, name = next((u for u in ((1e9, 'GB'), (1e6, 'MB')) if size >= 0.9995 * u[0]), (1e3, 'kB'))
+    return f'{size / unit:.1f} {name}'
+
+
+def breakdown_table(rows, device):
+    """memory_breakdown as text, beside what this process really held at most so far."""
+    peak, total = hardware.peak_memory_gb(device) * 1e9, rows[-1][1]
+    what = 'tensors, at most so far' if device.type == 'cuda' else 'resident memory, at most so far: with Python and torch themselves'
+    return '\n'.join(['memory of a training step:'] + [f'  {kind:11s} {readable(size):>9s} {size / total:7.1%}  {how}'
+                                                       for kind, size, how in [*rows, ('peak', peak, what)]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out of memory
+
+WORDS = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED', 'bad_alloc')  # CPU, CUDA, MPS
+
+
+def is_out_of_memory(error):
+    """Whether an exception, or one that it comes from, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def has_bfloat16(device):
+    return (device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+            or device.type == 'mps' and torch.backends.mps.is_macos_or_newer(14, 0))
+
+
+def advice(model, optimizers, config, device, dtype, world=1):
+    """One line for a run that is out of memory: what takes it, and how much the knobs save that are not turned yet.
+
+    To be called after the `except` clause: inside, the error still holds the tensors of the step. A model that FSDP has split
+    is not measured: that would wait for the other processes."""
+    sizes = {kind: size for kind, size, _ in counted(model, optimizers, world, world > 1 and config.parallel == 'fsdp')}
+    rows = min(config.batch_size, max(1, config.batch_tokens // config.block_size // world))  # of a process's micro-step
+    state = sizes['parameters'] + sizes['gradients'] + sizes['optimizer']
+    measure = functools.cache(functools.partial(measured, model, device))
+
+    def forward(rows=rows, dtype=dtype, checkpointing=config.activation_checkpointing):
+        *a_sequence, copies = measure(dtype)
+        return rows * a_sequence[checkpointing] + copies + logit_bytes(model, rows, device, dtype)
+
+    knobs = {}  # what to say: how much it saves
+    smaller = [b for b in range(1, rows) if config.batch_tokens % (b * config.block_size * world) == 0]
+    if smaller:
+        knobs[f'--batch_size={smaller[-1]} --batch_tokens={config.batch_tokens} (same results)'] = lambda: forward() - forward(smaller[-1])
+    if not config.activation_checkpointing:
+        knobs['--activation_checkpointing=true (same results, slower)'] = lambda: forward() - forward(checkpointing=True)
+    if dtype == torch.float32 and has_bfloat16(device):
+        knobs['--dtype=bfloat16'] = lambda: forward() - forward(dtype=torch.bfloat16)
+    if world > 1 and config.parallel != 'fsdp' and dtype != torch.float16 and not any(isinstance(o, torch.optim.Muon) for o in optimizers):
+        knobs['--parallel=fsdp (same results)'] = lambda: state - state // world
+
+    text = 'out of memory: ' + ', '.join(f'{kind} {readable(size)}' for kind, size in sizes.items() if size and kind != 'buffers')
+    tokens, last = f'{rows} x {config.block_size} tokens', 'a smaller --block_size or --n_embd (another model)'
+    try:
+        measurable = all(local(p) is p and p.device.type == device.type for p in model.parameters())  # all of it there, and whole
+        activations, saved = (forward(), {knob: size() for knob, size in knobs.items()}) if measurable else (None, {})
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        measurable = False
+    if not measurable:
+        return f'{text}, and the activations of {tokens}, not measured: try {", ".join(knobs) or last}'
+    helpful = sorted(((size, knob) for knob, size in saved.items() if size > 0.01 * (state + activations)), reverse=True)
+    return f'{text}, activations {readable(activations)} for {tokens}: ' + (
+        ', '.join(f'{knob} saves {readable(size)}' for size, knob in helpful) or f'every knob that saves memory is turned, but {last}')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+
+class Profile:
+    """Records `steps` optimizer steps after the `first` ones (at least 1), which warm up, and writes out_dir/profile/trace.json
+    and table.txt. What runs between two steps (a validation) counts as part of the later one. Of many processes, one makes one."""
+
+    def __init__(self, out_dir, device, first=3, steps=3, say=print):
+        self.out, self.device, self.first, self.steps, self.say, self.done = Path(out_dir) / 'profile', device, first, steps, say, 0
+        kinds = torch.profiler.ProfilerActivity
+        self.profiler = torch.profiler.profile(
+            activities=[kinds.CPU, kinds.CUDA] if device.type == 'cuda' else [kinds.CPU], record_shapes=True, profile_memory=True,
+            schedule=torch.profiler.schedule(wait=first - 1, warmup=1, active=steps, repeat=1))
+        self.profiler.start()
+
+    def step(self):
+        """To be called after every optimizer step; does nothing once the window is over."""
+        if self.profiler:
+            self.done += 1
+            if self.done < self.first + self.steps:
+                self.profiler.step()
+            else:
+                self.close()
+
+    def close(self):
+        """Write what was recorded, unless that is done."""
+        profiler, self.profiler, steps = self.profiler, None, self.done - self.first
+        if not profiler:
+            return
+        profiler.stop()
+        if steps < 1:
+            return self.say(f'--profile recorded nothing: the run ended after {self.done} steps, it begins with step {self.first + 1}')
+        self.out.mkdir(parents=True, exist_ok=True)
+        table = operator_table(profiler.key_averages(), self.device, steps)
+        with replacing(self.out / 'table.txt') as file:
+            file.write(table.encode())
+        with replacing(self.out / 'trace.json') as file:
+            profiler.export_chrome_trace(file.name)
+        self.say(f'{table}profile of steps {self.first + 1} to {self.done} in {self.out}: table.txt, and trace.json '
+                 'for https://ui.perfetto.dev or chrome://tracing')
+
+
+def operator_table(averages, device, steps, rows=15):
+    """The operators that take most of the time by themselves, figures a step. MB: what they took less what they gave back."""
+    gpu = device.type == 'cuda'
+    operators = [e for e in averages if e.device_type == torch.autograd.DeviceType.CPU]  # a kernel counts as the operator that launched it
+
+    def time(e):
+        return e.self_device_time_total if gpu else e.self_cpu_time_total
+    total = sum(map(time, operators)) or 1
+    lines = [f'{total / steps / 1e3:.1f} ms of {"GPU" if gpu else "CPU"} time a step:',
+             f'{"operator":40s} {"calls":>7s} {"CPU ms":>9s} ' + f'{"GPU ms":>9s} ' * gpu + f'{"share":>6s} {"MB":>9s}']
+    for e in sorted(operators, key=time, reverse=True)[:rows]:
+        name = 'Python between operators' if e.key.startswith('ProfilerStep') else e.key.removeprefix('autograd::engine::')
+        memory = e.self_device_memory_usage if gpu else e.self_cpu_memory_usage
+        lines.append(f'{name[:40]:40s} {e.count / steps:7.0f} {e.self_cpu_time_total / steps / 1e3:9.2f} '
+                     + (f'{e.self_device_time_total / steps / 1e3:9.2f} ' if gpu else '')
+                     + f'{time(e) / total:6.1%} {memory / steps / 1e6:9.2f}')
+    return '\n'.join(lines) + '\n'

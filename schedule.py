@@ -1,0 +1,187 @@
+"""
+Learning rate and weight decay of every optimizer step: a pure function of the step and the config, so that a resumed run
+needs no state. Imported by train.py and watch.py; no torch in here.
+
+    python train.py config/x.py --schedule=wsd --decay_steps=200          # one of SCHEDULES
+    python train.py config/x.py --schedule=restarts --plan                # its picture, before a step is taken
+
+A new schedule is one function of (step, config) that gives the rate as a part of the peak from the end of the warm-up
+(step warmup_steps) to max_steps, and one line in SCHEDULES. Steps are optimizer steps from 0: a run takes 0 ... max_steps - 1,
+and `max_steps` is where the curves end, one past the last.
+"""
+import math
+
+
+def schedule(step, config):
+    """
+    (learning rate, weight decay) of optimizer step `step`. Beyond max_steps the values at the end stay.
+
+    Warm-up (all but onecycle, which has its own): learning_rate * (step + 1) / warmup_steps for step < warmup_steps, so that
+    the peak is reached at step warmup_steps - 1. The weight decay is constant, but 0 from the boundary of two_stage on.
+    """
+    step, edge = min(step, config.max_steps), boundary(config)
+    weight_decay = config.weight_decay if edge is None or step < edge else 0.0
+    if step < config.warmup_steps and config.schedule != 'onecycle':
+        return config.learning_rate * (step + 1) / config.warmup_steps, weight_decay
+    return config.learning_rate * SCHEDULES[config.schedule](step, config), weight_decay
+
+
+def between(low, high, left):
+    """From `high` (left=1) down to `low` (left=0)."""
+    return low + (high - low) * left
+
+
+def half_cosine(part):
+    """From 1 (part=0) down to 0 (part=1) along half a period of a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * part))
+
+
+def done(step, config):
+    """The part of the run after the warm-up that lies before `step`, 0 to 1."""
+    return (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+
+
+def cosine(step, config):
+    """Half a cosine from the peak to min_lr_ratio at max_steps (arXiv:1608.03983, one cycle)."""
+    return between(config.min_lr_ratio, 1, half_cosine(done(step, config)))
+
+
+def restarts(step, config):
+    """SGDR (arXiv:1608.03983): cosines to min_lr_ratio over restart_steps, restart_steps * restart_factor, ... steps, each from
+    the peak again. torch's CosineAnnealingWarmRestarts; only max_steps itself is the end of a cycle, never the start of one."""
+    start, length = cycle(min(step, config.max_steps - 1), config)
+    return between(config.min_lr_ratio, 1, half_cosine((step - start) / length))
+
+
+def onecycle(step, config):
+    """1cycle (arXiv:1708.07120) as torch's OneCycleLR with its defaults: half a cosine from 1/25 up to the peak at step
+    warmup_steps - 1, another down to 1/250,000 at the last step, max_steps - 1."""
+    top, last = config.warmup_steps - 1, config.max_steps - 1
+    if step < top:
+        return between(1, 1 / 25, half_cosine(step / top))
+    return between(1 / 25 / 1e4, 1, half_cosine((min(step, last) - top) / max(1, last - top)))
+
+
+def wsd(step, config):
+    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): the peak, then a line to min_lr_ratio over the last decay_steps."""
+    return between(config.min_lr_ratio, 1, min(1, (config.max_steps - step) / decay(config)))
+
+
+def linear(step, config):
+    """A line from the peak to min_lr_ratio at max_steps."""
+    return between(config.min_lr_ratio, 1, 1 - done(step, config))
+
+
+def constant(step, config):
+    """The peak."""
+    return 1
+
+
+def two_stage(step, config):
+    """A line from the peak to mid_lr_ratio at the boundary, another to min_lr_ratio at max_steps; no weight decay from the
+    boundary on. After BitNet b1.58 (arXiv:2504.12285: there both stages are cosines, and the rate drops between them)."""
+    edge, mid = boundary(config), config.mid_lr_ratio
+    if step < edge:
+        return between(mid, 1, (edge - step) / (edge - config.warmup_steps))
+    return between(config.min_lr_ratio, mid, (config.max_steps - step) / (config.max_steps - edge))
+
+
+SCHEDULES = {'cosine': cosine, 'restarts': restarts, 'onecycle': onecycle, 'wsd': wsd, 'linear': linear, 'constant': constant,
+             'two_stage': two_stage}
+
+
+def boundary(config):
+    """two_stage: the first step of the second stage. None for the others."""
+    return (config.boundary_step or config.max_steps // 2) if config.schedule == 'two_stage' else None
+
+
+def decay(config):
+    """wsd: the length of the decay in steps."""
+    return config.decay_steps or max(1, config.max_steps // 5)
+
+
+def cycle(step, config):
+    """restarts: (first step, length) of the cycle of `step`. Before the end of the warm-up it is the first one."""
+    start, factor = config.warmup_steps, config.restart_factor
+    length = config.restart_steps or max(1, config.max_steps - start)
+    if factor == 1:
+        return start + max(0, step - start) // length * length, length
+    while step >= start + length:
+        start, length = start + length, length * factor
+    return start, length
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def problems(config):
+    """What is wrong with the knobs that the chosen schedule uses, and negative ones of the others: a line each, all at once."""
+    name, run, warmup = config.schedule, config.max_steps, config.warmup_steps
+    found = [] if name in SCHEDULES else [f'schedule={name!r} is not one of {", ".join(SCHEDULES)}']
+    for key in ('learning_rate', 'weight_decay', 'warmup_steps', 'min_lr_ratio', 'mid_lr_ratio', 'decay_steps', 'boundary_step',
+                'restart_steps', 'restart_factor'):
+        value = getattr(config, key)
+        if value < 0 or value == math.inf:
+            found.append(f'{key}={value} must ' + ('not be negative' if value < 0 else 'be finite'))
+    if 1 < config.min_lr_ratio < math.inf:
+        found.append(f'min_lr_ratio={config.min_lr_ratio} must lie in [0, 1]')
+    if 1 < config.mid_lr_ratio < math.inf and name == 'two_stage':
+        found.append(f'mid_lr_ratio={config.mid_lr_ratio} must lie in [0, 1]')
+    if config.restart_factor == 0 and name == 'restarts':
+        found.append('restart_factor=0 must be at least 1 (1: cycles of equal length)')
+    if warmup > run:
+        found.append(f'warmup_steps={warmup} is longer than the run of max_steps={run}: --warmup_steps={run // 10}')
+    elif name == 'wsd' and warmup + decay(config) > run:
+        found.append(f'warmup_steps={warmup} and a decay of {decay(config)} steps are longer than the run of max_steps={run}: '
+                     'shorten one of them (--warmup_steps, --decay_steps)')
+    elif name == 'two_stage' and config.boundary_step >= 0 and run > 1 and not warmup < boundary(config) < run:
+        given = config.boundary_step or f'0 (half of the run: {boundary(config)})'
+        found.append(f'boundary_step={given} must lie between warmup_steps={warmup} and max_steps={run}: move it '
+                     '(--boundary_step) or shorten the warm-up (--warmup_steps)')
+    elif name == 'restarts' and config.restart_steps > run - warmup:
+        found.append(f'restart_steps={config.restart_steps} is longer than the {run - warmup} steps that the warm-up leaves of '
+                     f'max_steps={run}: --restart_steps=0 makes one cycle of them')
+    return found
+
+
+def marks(config):
+    """{step: what changes there}, in order, of steps that the run takes; at most a dozen restarts."""
+    found = [(0, 'start'), (config.max_steps - 1, 'last step')]
+    if config.warmup_steps:
+        found.append((config.warmup_steps - (config.schedule == 'onecycle'), 'end of the warm-up'))
+    if config.schedule == 'wsd':
+        found.append((config.max_steps - decay(config), 'decay begins'))
+    if config.schedule == 'two_stage':
+        found.append((boundary(config), 'second stage, no weight decay'))
+    if config.schedule == 'restarts':
+        start, length = cycle(0, config)
+        for number in range(1, 13):
+            start, length = cycle(start + length, config)
+            more = number == 12 and start + length < config.max_steps
+            found.append((start, 'restart, more follow' if more else 'restart'))
+    steps = sorted({step for step, _ in found if step < config.max_steps})
+    return {step: ', '.join(what for at, what in found if at == step) for step in steps}
+
+
+def corners(config):
+    """The steps of the run where something changes, in order."""
+    return list(marks(config))
+
+
+def picture(config, width=64, height=8):
+    """The learning rate over the run, drawn in `width` x `height` characters, and a table of its corners."""
+    steps, parts = config.max_steps, 16  # a column is a mean: single steps would make slow waves of short cycles
+    rates = [sum(schedule(int((column + (part + 0.5) / parts) * steps / width), config)[0] for part in range(parts)) / parts
+             for column in range(width)]
+    eighths = [max(rate > 0, round(8 * height * rate / (config.learning_rate or 1))) for rate in rates]  # what isn't 0 is seen
+    edge, ticks = f'{config.learning_rate:.2e} ┤', {step * width // steps for step in corners(config)}
+    lines = [f'learning rate, schedule={config.schedule}']
+    for row in reversed(range(height)):
+        lines.append((edge + ''.join(' ▁▂▃▄▅▆▇█'[max(0, min(8, n - 8 * row))] for n in eighths)).rstrip())
+        edge = ' ' * (len(edge) - 1) + '│'
+    lines.append('0 └'.rjust(len(edge)) + ''.join('┴' if column in ticks else '─' for column in range(width)))
+    lines.append(' ' * len(edge) + f'0{steps:>{width - 1},}')
+    lines += ['', f'{"step":>12}  {"lr":>10}  {"weight decay":>12}']
+    for step, what in marks(config).items():
+        rate, weight_decay = schedule(step, config)
+        lines.append(f'{step:12,}  {rate:10.3e}  {weight_decay:12g}  {what}')
+    return '\n'.join(lines)

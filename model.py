@@ -391,11 +391,15 @@ class ResonanceCache:
     """Recurrent state of a resonance layer, s <- lambda s + u, in fp64: the size and the time of a step do not depend on
     the context. Without gradients. `recent`: what the short filter still looks at."""
 
-    @torch.no_grad()
     def __init__(self, B, layer):
+        self.B, self.layer, self.state = B, layer, None
+
+    @torch.no_grad()
+    def begin(self):  # in the first forward: before it, FSDP may hold the parameters in parts
+        layer, B = self.layer, self.B
         real = torch.float32 if layer.nu.device.type == 'mps' else torch.float64  # fp32 would drift to 1e-4 at 32k
         nu, theta, magnitude, phase = (p.detach().to(real) for p in (layer.nu, layer.theta, layer.magnitude, layer.phase))
-        self.layer, self.fresh = layer, True
+        self.fresh = True
         self.log = torch.complex(-nu.exp(), theta)  # (K,), of lambda
         self.weight = torch.stack((magnitude * phase.cos(), -magnitude * phase.sin()), -1)  # (K, C, 2): Re(a s) = their sum
         self.state = torch.zeros(B, *magnitude.shape, dtype=self.log.dtype, device=nu.device)  # (B, K, C)
@@ -403,6 +407,8 @@ class ResonanceCache:
 
     @torch.no_grad()
     def filter(self, z):  # (B, T, 3C), the next positions -> the same through the short filter
+        if self.state is None:
+            self.begin()
         T, z = z.size(1), torch.cat((self.recent.type_as(z), z), 1)
         self.recent = z[:, -self.recent.size(1):].clone()
         return ShortFilter.apply(z, self.layer.short.type_as(z))[:, -T:]

@@ -11,10 +11,10 @@ OPTIMIZERS = ('adamw', 'muon')
 
 
 def make_optimizers(model, config, device):
-    """Which parameters decay, the model says; Muon takes the 2-D ones of the blocks among them (not TriX tiles, which are 3-D)."""
+    """Which parameters decay, the model says; Muon takes the projections of the blocks among them (TriX tiles are 3-D, which it is not for)."""
     decayed = model.decayed()
     names = {id(p): name for name, p in model.named_parameters()}
-    hidden = [p for p in decayed if config.optimizer == 'muon' and p.dim() == 2 and names[id(p)].startswith('blocks.')]
+    hidden = [p for p in decayed if config.optimizer == 'muon' and names[id(p)].endswith('proj.weight')]
     elsewhere = {id(p) for p in hidden}
     matrices = [p for p in decayed if id(p) not in elsewhere]
     elsewhere |= {id(p) for p in matrices}

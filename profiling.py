@@ -156,7 +156,7 @@ def breakdown_table(rows, device):
     """memory_breakdown as text, beside what this process really held at most so far."""
     peak, total = hardware.peak_memory_gb(device) * 1e9, rows[-1][1]
     what = 'tensors, at most so far' if device.type == 'cuda' else 'resident memory, at most so far: with Python and torch themselves'
-    return '\n'.join(['memory of a training step:'] + [f'  {kind:11s} {readable(size):>9s} {size / total:7.1%}  {how}'
+    return '\n'.join(['memory of a training step:'] + [f'  {kind:11s} {readable(size):>9s} {size / total:9.1%}  {how}'
                                                        for kind, size, how in [*rows, ('peak', peak, what)]])
 
 

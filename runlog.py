@@ -9,9 +9,11 @@
 A number that JSON has no word for (nan, inf) is written as a string, so that every reader can read the line.
 """
 import contextlib
+import importlib.util
 import json
 import math
 import os
+import secrets
 import socket
 import sys
 import time
@@ -138,16 +140,19 @@ def locked(file):
     return False
 
 
+def check_packages(**wanted):
+    """UserError, before anything is made, if a tracker is asked for whose package is missing."""
+    if missing := [name for name, asked in wanted.items() if asked and not importlib.util.find_spec(name)]:
+        raise UserError(*(f'--{name} needs the package {name}: pip install {name}' for name in missing))
+
+
 def tensorboard(out, step):
-    """A tracker: the numbers of metrics.jsonl as TensorBoard scalars under out/tensorboard. UserError if it isn't installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError('--tensorboard needs the package tensorboard: pip install tensorboard')
+    """A tracker: the numbers of metrics.jsonl as TensorBoard scalars under out/tensorboard, and the samples as text."""
+    from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(Path(out) / 'tensorboard'), purge_step=step + 1 if step else None)
 
     def track(name, values):
-        for tag, value in scalars(name, values).items():
+        for tag, value in scalars(values).items():
             writer.add_scalar(tag, value, values['step'])
         if name == 'samples.jsonl':
             writer.add_text(f'samples/{values["mode"]}', f'{values["prompt"]} | {values["text"]}', values['step'])
@@ -156,24 +161,21 @@ def tensorboard(out, step):
 
 
 def wandb(out, config):
-    """A tracker: the same for Weights & Biases; WANDB_MODE=offline works without a network. UserError if it isn't installed."""
+    """A tracker: the numbers of metrics.jsonl for Weights & Biases; a resumed run goes on there, too. UserError if it won't."""
+    import wandb
+    known = Path(out) / 'wandb.id'
+    if not known.exists():
+        known.write_text(secrets.token_hex(4))
     try:
-        import wandb
-    except ImportError:
-        raise UserError('--wandb needs the package wandb: pip install wandb')
-    try:
-        run = wandb.init(project=os.environ.get('WANDB_PROJECT', 'nanotrix'), name=Path(out).name, dir=str(out), config=config,
-                         settings=wandb.Settings(silent=True))
-    except wandb.Error as error:
-        raise UserError(f'--wandb: {error}; log in by `wandb login`, or set WANDB_MODE=offline')
-
-    def track(name, values):
-        if found := scalars(name, values):
-            run.log({**found, 'step': values['step']})
-    return track
+        run = wandb.init(project=os.environ.get('WANDB_PROJECT', 'nanotrix'), name=Path(out).name, id=known.read_text().strip(),
+                         resume='allow', dir=str(out), config=config, settings=wandb.Settings(silent=True))
+    except Exception as error:  # several types: no login, no network, a directory that can't be written
+        raise UserError(f'--wandb: {str(error).splitlines()[0]}: log in by `wandb login`, or set WANDB_MODE=offline')
+    run.define_metric('*', step_metric='step')
+    return lambda name, values: run.log({**scalars(values), 'step': values['step']}) if scalars(values) else None
 
 
-def scalars(name, values):
+def scalars(values):
     """{'train/loss': 5.1, ...} of a line of metrics.jsonl."""
     kind = values.get('kind')
     return {f'{kind}/{key}': value for key, value in values.items() if kind in ('train', 'eval') and key != 'step'

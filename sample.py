@@ -39,9 +39,8 @@ class SampleConfig:
 def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
     if temperature == 0:
         return logits.argmax(-1)
-    logits, order = (logits.float() / temperature).sort(-1, descending=True)
-    p = logits.softmax(-1)
-    p[:, top_k or p.size(-1):] = 0
+    p = (logits.float() / temperature).softmax(-1)
+    p, order = p.topk(min(top_k or p.size(-1), p.size(-1)))  # the likeliest first
     p[p.cumsum(-1) - p >= top_p] = 0  # keep a token while those before it hold less than top_p
     # On the CPU, whatever the device: a generator there gives the same text on any of them.
     pick = torch.multinomial(p.cpu(), 1, generator=generator).to(order.device)

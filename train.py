@@ -257,6 +257,7 @@ def main(argv):
     if config.plan:
         say(schedules.picture(config))
         return
+    runlog.check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
     device, dtype, why = hardware.resolve(config.device, config.dtype, group.local_rank if group.world > 1 else None)
     rows, micro_steps = micro_batches(config, group.world)
     group.connect(device)

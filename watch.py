@@ -57,7 +57,7 @@ pre { font-size: 12px; line-height: 1.4; margin: .3rem 0; min-width: 16rem; whit
 
 @dataclass
 class WatchConfig:
-    watch: bool = False  # show the status again and again, until every run is over
+    watch: bool = False  # show the status again and again, until every run is over; what else is asked for comes then
     plot: bool = False  # draw the curves: plot.png in the run; compare.png or schedule.png in this directory
     report: bool = False  # write a page with everything: report.html in the run; compare.html in this directory
     every: float = 2.0  # seconds between two looks of --watch
@@ -236,7 +236,8 @@ def remarks(runs, now):
 def screen(runs, now):
     lines = remarks(runs, now) + configurator.columns(side_by_side(runs, now)).split('\n')
     for sample in sorted(runs[0].newest, key=lambda sample: sample['mode'] != 'typical')[:len(runs) == 1]:
-        lines.append(f'sample at step {sample["step"]:,.0f}, {sample["mode"]}, after {sample["prompt"]!r}: {quality(sample)}')
+        about = f'sample at step {sample["step"]:,.0f}', sample['mode'], f'after {sample["prompt"]!r}', quality(sample)
+        lines.append(', '.join(filter(None, about)))
         lines += [f'  {line[:120]}' for line in sample['text'].split('\n')[:8]]
     return '\n'.join(lines)
 
@@ -294,12 +295,12 @@ def plan_of(run):
 def draw_panel(run, title, legend, axes):
     """One of PANELS. Events are vertical lines, which the legend names where it is asked to."""
     left, names, right, more = PANELS[title]
-    sides, colors = [(axes, left, names)], iter(('C0', 'C1', 'C2', 'C3'))
-    if any(series(run.train, key)[1] for key in more):
+    sides, colors, plan = [(axes, left, names)], iter(('C0', 'C1', 'C2', 'C3')), plan_of(run) if title == 'schedule' else []
+    if any(series(plan + run.train, key)[1] for key in more):
         sides.append((axes.twinx(), right, more))
     for one, label, names in sides:
         for (key, name), color in zip(names.items(), colors):
-            curve(one, plan_of(run) if title == 'schedule' else [], key, color, 'planned' * (one is axes), linewidth=4, alpha=0.3)
+            curve(one, plan, key, color, 'planned' * (one is axes), linewidth=4, alpha=0.3)
             curve(one, run.train, key, color, name, smoothed=title != 'schedule', linestyle='-' if one is axes else '--')
         one.set_ylabel(label, color=color if len(sides) > 1 and len(names) == 1 else INK)
         one.grid(one is axes)
@@ -449,7 +450,8 @@ def main(argv):
         print(screen(runs, now))
     place, names = (runs[0].path, ('plot.png', 'report.html')) if len(runs) == 1 else (Path(), ('compare.png', 'compare.html'))
     if config.plot:
-        write(config.out or place / names[0], draw(panels(runs), f'{runs[0].name}: {runs[0].state(now)[0]}, step {runs[0].step:,.0f}' if len(runs) == 1 else ''))
+        heading = f'{runs[0].name}: {runs[0].state(now)[0]}, step {runs[0].step:,.0f}' if len(runs) == 1 else ''
+        write(config.out or place / names[0], draw(panels(runs), heading))
     if config.report:
         write(config.out or place / names[1], report(runs, now).encode())
 

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -224,3 +225,33 @@ def test_torchrun_trains_and_says_why_it_ended(corpus, tmp_path):
     assert done.stdout.count('finished: 4 steps') == 1 and '2 processes, ddp' in done.stdout
     done = subprocess.run([*torchrun, *words], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count('already holds a run') == 1 and 'Traceback (most' not in done.stderr.split('already')[0]
+
+
+@pytest.mark.parametrize('words', [['--mixer=resonance', '--ffn=gelu'], ['--ffn=trix']], ids=['resonance', 'trix'])
+def test_sharded_models_sample_and_count_as_whole_ones_do(corpus, tmp_path, words):
+    words = [*words, '--dropout=0', '--max_steps=8', '--sample_interval=8']
+    ddp, fsdp = tmp_path / 'ddp', tmp_path / 'fsdp'
+    assert finish_ranks(arguments(corpus, ddp, *words), 2)[0] == finish_ranks(arguments(corpus, fsdp, *words, '--parallel=fsdp'), 2)[0] == [0, 0]
+    for a, b in zip(lines(ddp, 'train'), lines(fsdp, 'train'), strict=True):
+        same = {key: value for key, value in a.items()
+                if value is not None and key not in ('kind', 'tokens_per_s', 'mem_gb', 'loader_wait')}
+        assert {key: b[key] for key in same} == pytest.approx(same, rel=1e-4, abs=1e-6)
+    texts = [[json.loads(line)['text'] for line in (run / 'samples.jsonl').read_text().splitlines()] for run in (ddp, fsdp)]
+    assert texts[0] == texts[1] and len(texts[0]) == 30
+
+
+def test_what_is_split_has_a_share_of_the_weights_in_each_process(corpus, tmp_path):
+    def spy():
+        wrap = parallel.Group.wrap
+
+        def spied(group, model, *arguments):
+            trained = wrap(group, model, *arguments)
+            held = sum(parallel.local(p).numel() for p in model.parameters())
+            print(f'held {held} of {sum(p.numel() for p in model.parameters())}')
+            return trained
+        parallel.Group.wrap = spied
+    codes, said = finish_ranks(arguments(corpus, tmp_path / 'run', '--parallel=fsdp', '--max_steps=5'), 2, spy)
+    assert codes == [0, 0], said
+    for text in said:
+        held, whole = map(int, re.search(r'held (\d+) of (\d+)', text).groups())
+        assert held <= whole / 2 + 16

@@ -1,11 +1,14 @@
 """A run: it learns, survives kills bit by bit, says what is wrong, and leaves nothing behind that it should not."""
 import contextlib
+import importlib.util
 import io
 import json
 import math
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +282,17 @@ def test_blocks_log_their_statistics_and_go_on_exactly_after_a_resume(corpus, tm
     (['--ffn=swish'], "ffn='swish' is not one of gelu, relu2, swiglu, trix, bitnet, resonance, none"),
     (['--trix_top_k=9'], 'trix_top_k=9 is more than trix_tiles=4'),
     (['config/missing.py'], 'config/missing.py: no such file'),
+    (['--mandatory_steps=10,41'], 'mandatory_steps=41: the run ends at max_steps=40'),
+    (['--warmup_steps=41'], 'warmup_steps=41 is longer than the run of max_steps=40'),
+    (['--schedule=wsd', '--decay_steps=38'], 'warmup_steps=4 and a decay of 38 steps are longer than the run'),
+    (['--schedule=two_stage', '--boundary_step=40'], 'boundary_step=40 must lie between'),
+    (['--schedule=restarts', '--restart_steps=37'], 'restart_steps=37 is longer than the 36 steps'),
+    (['--schedule=cosin'], "schedule='cosin' is not one of cosine, restarts"),
+    (['--min_lr_ratio=1.5'], 'min_lr_ratio=1.5 must lie in [0, 1]'),
+    (['--min_lr_ratio=-0.1'], 'min_lr_ratio=-0.1 must not be negative'),
+    (['--optimizer=sgd'], "optimizer='sgd' is not one of adamw, muon"),
+    (['--parallel=fsdp', '--optimizer=muon'], 'optimizer=muon needs whole matrices'),
+    (['--dtype=tf32'], '--dtype=tf32 needs an NVIDIA GPU'),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(corpus, tmp_path, words, message):
     code, said = finish(arguments(corpus, tmp_path / 'run', *words))
@@ -350,3 +364,183 @@ def test_a_bad_checkpoint_is_refused_in_one_line_and_never_executed(tmp_path, mo
         sample.main([str(bad), '--device=cpu'])
     assert message in str(refused.value) and '\n' not in str(refused.value)
     assert not (tmp_path / 'executed').exists()
+
+
+# ---- a loop that can be trusted for a week
+
+def compile_for_ever():
+    torch.compile = lambda model: lambda x, y: time.sleep(60)
+
+
+def evaluate_slowly():
+    val_batch = TokenData.val_batch
+    TokenData.val_batch = lambda *arguments: (time.sleep(0.5), val_batch(*arguments))[1]
+
+
+def save_slowly():
+    save = torch.save
+    torch.save = lambda *arguments: (save(*arguments), time.sleep(2))
+
+
+@pytest.mark.parametrize('slowly, words, when', [
+    (compile_for_ever, ['--compile=true', '--eval_interval=0', '--sample_interval=0'], lambda run: (run / 'status.json').exists()),
+    (evaluate_slowly, [], lambda run: lines_so_far(run)[-1:] and json.loads(lines_so_far(run)[-1])['step'] == 5),
+    (save_slowly, [], lambda run: list((run / 'checkpoints').glob('*4.pt.tmp'))),
+], ids=['compiling', 'evaluating', 'saving'])
+def test_a_signal_is_obeyed_within_10_seconds_whatever_goes_on(corpus, tmp_path, whole, slowly, words, when):
+    out = tmp_path / 'run'
+    process = start(arguments(corpus, out, *words), slowly)
+    while not when(out) and process.is_alive():
+        time.sleep(0.005)
+    time.sleep(0.5)
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 75, Path(f'{out}.console').read_text()
+    assert not list(out.rglob('*.tmp')) and checkpoint.find(out)[1]['step'] in (0, 4, 5)
+    code, said = finish(arguments(corpus, out, '--resume=auto'))
+    assert code == 0, said
+    if slowly != compile_for_ever:  # whose first half had no validation
+        assert_same_run(out, whole)
+
+
+def test_a_loss_spike_is_skipped_and_recorded_and_its_window_survives_a_resume(corpus, tmp_path):
+    def spike():
+        forward, count = GPT.forward, iter(range(10**6))
+
+        def spiking(model, idx, targets=None, cache=None):
+            loss = forward(model, idx, targets, cache)
+            return loss * (3 if model.training and targets is not None and next(count) // 2 == 25 else 1)
+        GPT.forward = spiking
+    out, words = tmp_path / 'run', ['--spike_z=8', '--spike_window=20', '--keep=0']
+    code, said = finish(arguments(corpus, out, *words), spike)
+    assert code == 0, said
+    event, = lines(out, 'event')
+    assert (event['event'], event['step']) == ('spike', 26) and event['loss'] > 2.5 * event['recent_mean']
+    assert 'step 26 skipped' in said and 'a spike' in said
+    kept = [torch.load(out / f'checkpoints/step_00000{step}.pt', weights_only=True)['recent'] for step in (20, 28)]
+    assert [len(losses) for losses in kept] == [20, 20] and kept[0][8:] == kept[1][:12][1:] or kept[0][7:] == kept[1][:13]
+    assert not lines(whole_without_guard(corpus, tmp_path, spike), 'event')
+
+
+def whole_without_guard(corpus, tmp_path, before):
+    assert finish(arguments(corpus, tmp_path / 'off'), before)[0] == 0
+    return tmp_path / 'off'
+
+
+def test_out_of_memory_is_one_line_with_the_knobs_that_help(corpus, tmp_path):
+    def exhaust():
+        backward, count = torch.Tensor.backward, iter(range(10**6))
+
+        def exhausted(loss, *args, **kwargs):
+            if next(count) == 6:
+                raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+            return backward(loss, *args, **kwargs)
+        torch.Tensor.backward = exhausted
+    code, said = finish(arguments(corpus, tmp_path / 'run', '--n_layer=4'), exhaust)
+    assert code == 2 and 'Traceback' not in said
+    line = said.splitlines()[-1]
+    assert re.match(r'out of memory: parameters .* activations [\d.]+ kB for 4 x 16 tokens: ', line)
+    assert re.search(r'--batch_size=2 --batch_tokens=128 \(same results\) saves \d+', line) and '--activation_checkpointing' in line
+    status = json.loads((tmp_path / 'run/status.json').read_text())
+    assert status['state'] == 'failed' and status['reason'].startswith('out of memory')
+
+
+def test_two_runs_never_write_into_one_directory(corpus, tmp_path, whole):
+    out = tmp_path / 'run'
+    first = start(arguments(corpus, out))
+    while not lines_so_far(out):
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGSTOP)  # alive, however long the second takes to start
+    code, said = finish([*arguments(corpus, tmp_path / 'run/'), '--resume=auto'])
+    os.kill(first.pid, signal.SIGCONT)
+    assert code == 2 and f'{out}: another run is writing there (process {first.pid} on ' in said
+    first.join(60)
+    assert first.exitcode == 0
+    assert_same_run(out, whole)
+
+
+def test_muon_trains_the_matrices_and_goes_on_exactly(corpus, tmp_path):
+    words = ['--optimizer=muon', '--ffn=swiglu', '--keep=0']
+    code, said = finish(arguments(corpus, tmp_path / 'whole', *words))
+    assert code == 0 and 'Muon: 7 matrices' in said and 'AdamW: 1 matrices and 3 vectors' in said
+    code, said = finish(arguments(corpus, tmp_path / 'rest', *words, f'--resume={tmp_path}/whole/checkpoints/step_0000020.pt'))
+    assert code == 0, said
+    assert [line for line in losses(tmp_path / 'rest') if line[1] > 20] == [line for line in losses(tmp_path / 'whole') if line[1] > 20]
+    assert lines(tmp_path / 'whole', 'train')[-1]['loss'] < 4
+    code, said = finish(arguments(corpus, tmp_path / 'other', '--ffn=swiglu', f'--resume={tmp_path}/whole/checkpoints/step_0000020.pt'))
+    assert code == 2 and 'optimizer is muon in the checkpoint, adamw in the config' in said
+
+
+def test_changed_knobs_are_shown_and_take_effect_after_a_resume(corpus, tmp_path, whole):
+    first = checkpoint.steps(whole / 'checkpoints')[0]
+    code, said = finish(arguments(corpus, tmp_path / 'run', f'--resume={first}', '--beta2=0.99', '--schedule=constant', '--weight_decay=0.3'))
+    assert code == 0 and 'changed: beta2 0.95 -> 0.99' in said and 'changed: schedule cosine -> constant' in said
+    assert {(line['lr'], line['wd']) for line in lines(tmp_path / 'run', 'train')} == {(1e-2, 0.3)}
+    groups = checkpoint.find(tmp_path / 'run')[1]['optimizer']['param_groups']
+    assert [(group['betas'], group['weight_decay']) for group in groups] == [((0.9, 0.99), 0.3), ((0.9, 0.99), 0.0)]
+
+
+def test_two_stages_keep_checkpoints_on_both_sides_of_the_boundary(corpus, tmp_path):
+    words = ['--schedule=two_stage', '--boundary_step=18', '--keep=1', '--eval_interval=0']
+    assert finish(arguments(corpus, tmp_path / 'run', *words))[0] == 0
+    assert [path.name for path in checkpoint.steps(tmp_path / 'run/checkpoints')] == [f'step_{s:07d}.pt' for s in (18, 19, 40)]
+    assert [line['wd'] for line in lines(tmp_path / 'run', 'train')] == [0.1] * 18 + [0.0] * 22
+
+
+def test_other_data_is_refused_with_both_fingerprints_unless_asked_for(corpus, tmp_path, whole):
+    other = shutil.copytree(corpus, tmp_path / 'other')
+    meta = json.loads((other / 'meta.json').read_text())
+    (other / 'meta.json').write_text(json.dumps({**meta, 'source': 'elsewhere'}))
+    words = [f'--resume={checkpoint.steps(whole / "checkpoints")[0]}']
+    code, said = finish(arguments(other, tmp_path / 'run', *words))
+    here, there = TokenData(other, 16, 300).fingerprint, TokenData(corpus, 16, 300).fingerprint
+    assert code == 2 and f'trained on other data than {other} (fingerprint {there}, here {here})' in said and '--other_data' in said
+    assert not (tmp_path / 'run').exists()
+    assert finish(arguments(other, tmp_path / 'run', *words, '--other_data'))[0] == 0
+
+
+# ---- it can be watched
+
+def test_samples_are_every_prompt_in_three_modes_with_their_figures(whole):
+    samples = [line for line in map(json.loads, (whole / 'samples.jsonl').read_text().splitlines()) if line['step'] == 40]
+    prompts = ['', 'The ', 'In this ', 'def ', 'import ']
+    assert [(line['prompt'], line['mode']) for line in samples] == [(p, m) for p in prompts for m in ('greedy', 'typical', 'stress')]
+    assert all(0 < line['entropy'] < math.log(300) and 0 <= line['repetition'] <= 1 and line['tokens'] <= 8 for line in samples)
+
+
+def test_tensorboard_and_wandb_get_the_numbers_of_the_metrics(corpus, tmp_path):
+    pytest.importorskip('tensorboard'), pytest.importorskip('wandb')
+    out = tmp_path / 'run'
+    code, said = finish(arguments(corpus, out, '--tensorboard', '--wandb', '--max_steps=6'), lambda: os.environ.update(WANDB_MODE='offline'))
+    assert code == 0, said
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(out / 'tensorboard'))
+    events.Reload()
+    expected = {line['step']: line['loss'] for line in lines(out, 'train')}
+    assert {scalar.step: scalar.value for scalar in events.Scalars('train/loss')} == pytest.approx(expected)
+    assert {'train/tokens_per_s', 'train/mem_gb', 'eval/bits_per_byte'} <= set(events.Tags()['scalars'])
+    assert list((out / 'wandb').glob('offline-run-*/*.wandb'))
+
+
+@pytest.mark.parametrize('package', ['tensorboard', 'wandb'])
+def test_a_missing_package_is_one_line_and_leaves_nothing_behind(corpus, tmp_path, package):
+    def hide():
+        importlib.util.find_spec = lambda name: None
+    code, said = finish(arguments(corpus, tmp_path / 'run', f'--{package}'), hide)
+    assert code == 2 and said.splitlines()[-1] == f'--{package} needs the package {package}: pip install {package}'
+    assert not (tmp_path / 'run').exists()
+
+
+def test_profile_writes_a_table_and_a_trace_and_changes_nothing(corpus, tmp_path, whole):
+    code, said = finish(arguments(corpus, tmp_path / 'run', '--profile'))
+    assert code == 0 and 'memory of a training step:' in said and 'activations' in said
+    events = json.loads((tmp_path / 'run/profile/trace.json').read_text())['traceEvents']
+    assert any('aten::mm' in event.get('name', '') for event in events) and 'aten::' in (tmp_path / 'run/profile/table.txt').read_text()
+    assert_same_run(tmp_path / 'run', whole)
+
+
+def test_a_plan_shows_the_schedule_and_makes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(['--plan', '--schedule=two_stage', '--max_steps=1000', '--learning_rate=1.5e-3', '--dataset=missing'])
+    shown = capsys.readouterr().out
+    assert re.search(r'500 +1\.000e-03 +0 ', shown) and '▇' in shown and not list(tmp_path.iterdir())

@@ -7,7 +7,11 @@
     python bench.py quality                  # trix_tiny, dense_tiny and a bigram table at equal tokens, three seeds (an hour)
     python bench.py quality --preset=routing # shorter comparisons: tiles, routing, bitnet
     python bench.py peers --nanogpt=PATH     # a checkout of nanoGPT: its model and loop against ours
+    python bench.py scaling                  # one process against several, each with one thread or one GPU (five minutes)
+    python bench.py loop                     # what surrounds a step: loading, logging, a checkpoint (a minute)
 """
+import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -28,7 +32,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import device as hardware
+import runlog
 import train
 from checkpoint import load_model
 from configurator import UserError, load, run
@@ -36,6 +42,7 @@ from data import TokenData, load_tokenizer, token_bytes
 from evaluate import validate
 from model import GPT, GPTConfig, chunked_cross_entropy
 from optim import make_optimizers
+from runlog import read_lines
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'results'
@@ -57,7 +64,7 @@ CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn=
 
 @dataclass
 class BenchConfig:
-    command: str = ''  # blocks, context, head, quality or peers (empty: blocks --quick and head); may stand without --command=
+    command: str = ''  # blocks, context, head, quality, peers, scaling or loop (empty: blocks --quick and head); may stand without --command=
     repeats: int = 15  # timed repeats of each candidate (blocks and context: a half to a fifteenth of it, the longer a step the fewer)
     quick: bool = False  # blocks and context: at most two repeats, contexts up to 4096
     preset: str = 'tiny'  # quality: tiny, tiles, routing or bitnet
@@ -147,6 +154,7 @@ def training_step(model_config, rows, device, dtype):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.update_balance(1e-3)
+    step.optimizer = optimizer
     return model, step
 
 
@@ -418,7 +426,85 @@ def peers(config):
     report('peers', [{**row, 'tokens/s': 16 * 256 / row['seconds'], 'peak GB': memory[row['name']]} for row in rows], config, ' --nanogpt=PATH')
 
 
-COMMANDS = {'blocks': blocks, 'context': context, 'head': head, 'quality': quality, 'peers': peers}
+def training_run(folder, processes, config, *words):
+    """train.py on trix_tiny as a process, or as many under torchrun, with a thread each on a CPU -> subprocess.Popen; its
+    metrics are in the folder. Nothing but training and logging happens in it."""
+    command = [sys.executable, *(['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []),
+               ROOT / 'train.py', ROOT / 'config' / TINY, f'--out_dir={folder}', f'--device={config.device}', f'--dtype={config.dtype}',
+               '--warmup_steps=0', '--eval_interval=0', '--sample_interval=0', '--save_interval=0', *words]
+    return subprocess.Popen(command, stdout=open(f'{folder}.txt', 'w'), stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def training_lines(folder, *processes):
+    """Wait for processes -> the lines of training of the one in the folder."""
+    for started in processes:
+        if started.wait():
+            raise UserError(f'{folder}: {Path(f"{folder}.txt").read_text().strip().splitlines()[-1]}')
+    return [line for line in read_lines(Path(folder) / 'metrics.jsonl') if line['kind'] == 'train']
+
+
+def scaling(config):
+    """trix_tiny, 16 x 256 tokens a step in each process: 1, 2, 4, ... processes as far as there are GPUs or cores, in turn.
+    `efficiency`: tokens/s against as many times one process alone. `of the machine`: against as many separate runs at the same
+    time, which share memory and clock as the processes do, but nothing else; what DDP itself costs."""
+    device = hardware.resolve(config.device, config.dtype)[0]
+    most = torch.cuda.device_count() if device.type == 'cuda' else os.cpu_count()
+    counts = [n for n in (1, 2, 4, 8) if n <= most]
+    speeds, separate, steps, repeats = {n: [] for n in counts}, {n: [] for n in counts}, 20, 1 if config.quick else max(1, config.repeats // 5)
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(repeats):
+            for n in counts:
+                words = f'--batch_tokens={n * 4096}', f'--max_steps={steps}', '--log_interval=1'
+                out = f'{folder}/{repeat}_{n}'
+                lines = training_lines(out, training_run(out, n, config, *words))
+                speeds[n].append(statistics.median(line['tokens_per_s'] for line in lines[5:]))
+                outs = [f'{out}_{i}' for i in range(n if n > 1 else 0)]
+                pin = [f'--device=cuda:{i}' if device.type == 'cuda' else f'--device={config.device}' for i in range(n)]
+                runs = [training_run(out, 1, config, *words, '--batch_tokens=4096', where) for out, where in zip(outs, pin)]
+                separate[n].append(sum(statistics.median(line['tokens_per_s'] for line in training_lines(out, *runs)[5:]) for out in outs)
+                                   or speeds[n][-1])
+    report('scaling', [{'processes': n, 'tokens/s': statistics.median(speeds[n]),
+                        'efficiency': statistics.median(a / n / b for a, b in zip(speeds[n], speeds[1])),
+                        'of the machine': statistics.median(a / b for a, b in zip(speeds[n], separate[n])),
+                        'low': min(a / b for a, b in zip(speeds[n], separate[n])), 'high': max(a / b for a, b in zip(speeds[n], separate[n]))}
+                       for n in counts], config, ' --quick' * config.quick)
+
+
+def loop(config):
+    """What trix_tiny's loop does beside the step: seconds each time and the part of the run's time that they are."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        lines = training_lines(f'{folder}/run', training_run(f'{folder}/run', 1, config, '--max_steps=60'))[1:]
+        tiny = train.load([str(ROOT / 'config' / TINY)])
+        step = tiny.batch_tokens / statistics.median(line['tokens_per_s'] for line in lines)
+        device = hardware.resolve(config.device, config.dtype)[0]
+        model, optimize = training_step(tiny.pick(GPTConfig), 2, device, torch.float32)
+        optimize()
+        log, logged = runlog.RunLog(f'{folder}/log'), dict(lines[-1])
+        state = {'model': model.state_dict(), 'optimizer': optimize.optimizer.state_dict(), 'step': 1, 'config': {}, 'tokenizer': {}, 'data': {}}
+        path = Path(folder, 'log', 'checkpoints', 'step_0000001.pt')
+        checkpoint.save(path, state)
+        content = path.read_bytes()
+
+        def write():
+            with runlog.replacing(path.with_name('plain.pt')) as file:
+                file.write(content)
+        times = interleaved({
+            'statistics': lambda: timed(model.statistics, device),
+            'metrics, log, status': lambda: timed(lambda: (log.line('metrics.jsonl', **logged), log.say('x' * 100), log.status(**logged)), device),
+            'checkpoint': lambda: timed(lambda: checkpoint.save(path, state), device),
+            'its bytes written': lambda: timed(write, device)}, config.repeats)
+    every = {'statistics': tiny.log_interval, 'metrics, log, status': tiny.log_interval, 'checkpoint': tiny.save_interval,
+             'its bytes written': tiny.save_interval}
+    rows = [{'what': name, 'ms': 1000 * statistics.median(seconds), 'every steps': every[name],
+             'percent of the time': 100 * statistics.median(seconds) / every[name] / step} for name, seconds in times.items()]
+    wait = statistics.median(line['loader_wait'] for line in lines)
+    ratio = statistics.median(a / b for a, b in zip(times['checkpoint'], times['its bytes written']))
+    report('loop', [{'what': 'step', 'ms': 1000 * step, 'every steps': 1, 'percent of the time': 100.0},
+                    {'what': 'waiting for a batch', 'ms': 1000 * wait * step, 'every steps': 1, 'percent of the time': 100 * wait}, *rows], config)
+    print(f'a checkpoint ({len(content) / 1e6:.1f} MB) takes {ratio:.2f} of the time of writing its bytes (median of {config.repeats})')
+
+
+COMMANDS = {'blocks': blocks, 'context': context, 'head': head, 'quality': quality, 'peers': peers, 'scaling': scaling, 'loop': loop}
 
 
 def main(argv):

@@ -7,8 +7,6 @@
 A checkpoint is one dict of tensors and plain containers in torch's zip format. It is always read with
 weights_only=True, which unpickles nothing else, so a file from a stranger can't run code.
 """
-import contextlib
-import os
 import re
 import zipfile
 from dataclasses import fields
@@ -18,33 +16,10 @@ import torch
 
 from configurator import UserError, typed
 from model import GPT, GPTConfig
+from runlog import replacing
 
 VERSION = 1
 KINDS = {'model': dict, 'optimizer': dict, 'step': int, 'config': dict, 'tokenizer': dict, 'data': dict}  # that every one has
-
-
-@contextlib.contextmanager
-def replacing(path, sync=True):
-    """A file open for writing that becomes `path` only if all went well: temporary name, fsync, rename. Without `sync` it is
-    still whole or not at all for every reader, but the machine must not lose its power."""
-    path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if sync:
-            directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk, too
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save(path, state):

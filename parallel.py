@@ -54,8 +54,11 @@ class Group:
         self.store = dist.distributed_c10d._get_default_store()
 
     def disconnect(self):
+        """The end of a run. The main process, which may keep the store, leaves last."""
         if self.store:
-            self.barrier('the end of the run')
+            self.store.set(f'the end/{self.rank}', '')
+            if self.main:
+                self.wait_for('the end', self.timeout)
             dist.destroy_process_group()
 
     def sum(self, *values):
@@ -79,15 +82,19 @@ class Group:
         return [values.tolist() for values in every]
 
     def barrier(self, what):
-        """Wait for all processes; UserError that names those that are missing after the timeout."""
+        """Wait for all processes; UserError that names those that are missing after the timeout. Once for each `what`."""
         if self.store:
-            try:
-                dist.monitored_barrier(timeout=timedelta(seconds=self.timeout), wait_all_ranks=True)
-            except RuntimeError as error:
-                if self.lost(error):
-                    raise UserError(f'rank {self.rank}: not all of the {self.world} processes reached {what} within {self.timeout} s '
-                                    f'({first_line(error)}): see what they said, or give them longer by --dist_timeout') from error
-                raise
+            self.store.set(f'{what}/{self.rank}', '')
+            self.wait_for(what, self.timeout)
+
+    def wait_for(self, what, timeout):
+        end, missing = time.monotonic() + timeout, range(self.world)
+        while missing := [rank for rank in missing if not self.store.check([f'{what}/{rank}'])]:
+            self.failed_elsewhere()
+            if time.monotonic() > end:
+                raise UserError(f'rank {self.rank}: {what} was not reached within {timeout} s by rank {", ".join(map(str, missing))}: see '
+                                'what they said, or give them longer by --dist_timeout')
+            time.sleep(0.02)
 
     def first(self, work):
         """work() in the main process and then, when that is done, in the others, which wait as long as it takes."""
@@ -104,9 +111,9 @@ class Group:
     def same(self, what, value):
         """UserError unless `value`, a short text, is the same in all processes."""
         if self.store:
-            self.store.set(f'{what}/{self.rank}', value)
+            self.store.set(f'{what} of rank {self.rank}', value)
             self.barrier(f'the comparison of {what}')
-            if (other := self.store.get(f'{what}/0').decode()) != value:
+            if (other := self.store.get(f'{what} of rank 0').decode()) != value:
                 raise UserError(f'rank {self.rank} on {os.uname().nodename} has another {what} than rank 0: {value}, there {other}')
 
     # ---- the model
@@ -210,13 +217,17 @@ def start(timeout):
 # ----------------------------------------------------------------------------------------------------------------------
 # State, whole and sharded
 
-def whole(state):
-    """A state dict with every sharded tensor put together; a collective where there are any, and nothing otherwise."""
+def whole(state, main):
+    """A state dict with every sharded tensor put together in the main process (None in the others, which take part in that);
+    without sharded tensors just the state."""
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: whole(value, main) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(map(whole, state))
-    return full(state).cpu() if hasattr(state, 'full_tensor') else state
+        return type(state)(whole(value, main) for value in state)
+    if not hasattr(state, 'full_tensor'):
+        return state
+    tensor = full(state)
+    return tensor.cpu() if main else None
 
 
 def full(tensor):

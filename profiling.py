@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import device as hardware
-from checkpoint import replacing
+from runlog import replacing
 from model import OncePerStep
 
 

@@ -307,7 +307,20 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     per_token, peak = model.flops_per_token(), hardware.peak_flops(device, dtype)
     boundary = schedules.boundary(config)
     forever = {*config.mandatory_steps, *((boundary, boundary + 1) if boundary is not None else ())}  # before and after a new stage
-    group.barrier('the first step')
+    asked, stop, compiling, savable = [], False, False, True  # signals; whether all have agreed to stop; in the first step; by then
+
+    def on_signal(number, frame):
+        asked.append(number)
+        if compiling:
+            signal.setitimer(signal.ITIMER_REAL, 3)  # steps end by themselves sooner than that, compilations don't
+
+    def on_alarm(number, frame):
+        if compiling:
+            raise Stuck
+    for number, handler in ((signal.SIGTERM, on_signal), (signal.SIGINT, on_signal), (signal.SIGALRM, on_alarm)):
+        signal.signal(number, handler)
+
+    group.barrier('the first step')  # from here on a signal reaches the loop of every process
     log = runlog.RunLog(out, group.main)
     around.enter_context(log.failing())
     log.cut(step)
@@ -329,19 +342,6 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     if origin:
         log.line('metrics.jsonl', kind='event', event='resumed', step=step, checkpoint=str(origin), processes=[processes, group.world])
 
-    asked, stop, compiling, savable = [], False, False, True  # signals; whether all have agreed to stop; in the first step; by then
-
-    def on_signal(number, frame):
-        asked.append(number)
-        if compiling:
-            signal.setitimer(signal.ITIMER_REAL, 3)  # steps end by themselves sooner than that, compilations don't
-
-    def on_alarm(number, frame):
-        if compiling:
-            raise Stuck
-    for number, handler in ((signal.SIGTERM, on_signal), (signal.SIGINT, on_signal), (signal.SIGALRM, on_alarm)):
-        signal.signal(number, handler)
-
     def stopping():
         """Whether any process was asked to stop; all of them must call this at the same points."""
         nonlocal stop
@@ -356,7 +356,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     def save():
         path = out / 'checkpoints' / f'step_{step:07d}.pt'
         content = {
-            'model': parallel.whole(model.state_dict()), **{name: parallel.whole(o.state_dict()) for name, o in optimizers.items()},
+            'model': parallel.whole(model.state_dict(), group.main),
+            **{name: parallel.whole(optimizer.state_dict(), group.main) for name, optimizer in optimizers.items()},
             'scaler': scaler.state_dict(), 'step': step, 'tokens': step * config.batch_tokens, 'best': best, 'best_step': best_step,
             'skipped': skipped, 'recent': recent, 'seconds': seconds, 'config': config.as_dict(), 'tokenizer': data.tokenizer,
             'data': {'path': str(data.path), 'fingerprint': data.fingerprint}, 'rng': random_state(device), 'processes': group.world}

@@ -391,7 +391,7 @@ def table(rows):
 
 def report(runs, now):
     """A page about a run, or one that compares several, that loads nothing and runs nothing."""
-    title = html.escape(', '.join(f'{run.name}: {run.state(now)[0]}' for run in runs))
+    title = html.escape(f'{runs[0].name}: {runs[0].state(now)[0]}' if len(runs) == 1 else f'{len(runs)} runs')
     parts = {'': ''.join(f'<p>{html.escape(what)}</p>' for what in remarks(runs, now)) + table(side_by_side(runs, now)),
              'Curves': drawings(panels(runs))}
     if len(runs) == 1:

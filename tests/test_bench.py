@@ -86,3 +86,34 @@ def test_the_end_of_a_candidates_process_is_one_clear_line(monkeypatch):
     shape = replace(bench.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=3)  # impossible: the process fails as it builds it
     with pytest.raises(bench.UserError, match='the process of a model came to its end'):
         bench.side_by_side('here', {'bad': shape}, 1, 1, bench.load(['--device=cpu'], bench.BenchConfig))
+
+
+def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, 'RESULTS', tmp_path)
+    monkeypatch.setattr(bench.os, 'cpu_count', lambda: 2)
+    started = []
+
+    def training_run(folder, processes, config, *words):
+        started.append((processes, dict(word[2:].split('=') for word in words if '=' in word)['batch_tokens']))
+        return folder
+
+    def training_lines(folder, *processes):
+        speed = {'0_1': 100, '0_2': 180}.get(folder.rsplit('/')[-1], 95)
+        return [{'tokens_per_s': 1}] * 5 + [{'tokens_per_s': speed}] * 3
+    monkeypatch.setattr(bench, 'training_run', training_run), monkeypatch.setattr(bench, 'training_lines', training_lines)
+    bench.main(['scaling', '--quick', '--device=cpu'])
+    one, two = json.loads((tmp_path / 'scaling.json').read_text())['rows']
+    assert (one['tokens/s'], one['efficiency'], two['tokens/s'], two['efficiency']) == (100, 1, 180, 0.9)
+    assert two['of the machine'] == pytest.approx(180 / 190)
+    assert started[:2] == [(1, '4096'), (2, '8192')] and started[2:] == [(1, '4096')] * 2
+
+
+def test_the_loop_is_timed_on_a_real_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, 'RESULTS', tmp_path)
+    lines = [{'kind': 'train', 'step': step, 'tokens_per_s': 4096.0, 'loader_wait': 0.01} for step in range(6)]
+    monkeypatch.setattr(bench, 'training_run', lambda *words: None), monkeypatch.setattr(bench, 'training_lines', lambda *words: lines)
+    bench.main(['loop', '--repeats=2', '--device=cpu'])
+    rows = {row['what']: row for row in json.loads((tmp_path / 'loop.json').read_text())['rows']}
+    assert rows['step']['ms'] == 1000 and rows['waiting for a batch']['ms'] == 10
+    assert all(row['percent of the time'] == pytest.approx(row['ms'] / 10 / row['every steps']) for row in rows.values())
+    assert 0 < rows['its bytes written']['ms'] < 5000 and rows['checkpoint']['every steps'] == 122

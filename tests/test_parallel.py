@@ -14,6 +14,7 @@ import torch
 
 import checkpoint
 import parallel
+import train
 from configurator import UserError
 from data import TokenData
 from runs import (arguments, assert_same_run, console_of, end, finish, finish_ranks, lines, lines_so_far, losses, start_ranks)
@@ -166,6 +167,22 @@ def test_a_process_that_never_comes_is_missed_in_one_line(corpus, tmp_path):
     assert end(start_ranks(argv, 2, missing=[1]), 30) == [2]
     said = Path(console_of(argv, '0')).read_text().splitlines()[-1]
     assert 'rank 0: the 2 processes have not met' in said and 'within 3 s' in said
+
+
+def test_processes_with_other_data_and_those_that_never_reach_the_start_are_named(corpus, tmp_path):
+    def other():
+        TokenData.fingerprint = property(lambda self: 'another', lambda self, value: None)
+    codes, said = finish_ranks(arguments(corpus, tmp_path / 'run'), 2, in_rank(1, other))
+    assert codes == [2, 2] and 'rank 1 on ' in said[1] and 'has another data than rank 0: another, there' in said[1]
+
+    def late():
+        train.find_checkpoint = lambda *arguments: time.sleep(60)
+    argv = arguments(corpus, tmp_path / 'run', '--dist_timeout=3')
+    processes = start_ranks(argv, 2, in_rank(1, late))
+    processes[0].join(30)
+    processes[1].kill()
+    assert processes[0].exitcode == 2
+    assert 'rank 0: the comparison of data was not reached within 3 s by rank 1' in Path(console_of(argv, '0')).read_text().splitlines()[-1]
 
 
 def test_a_process_that_stops_answering_ends_the_others_after_the_timeout(corpus, tmp_path):

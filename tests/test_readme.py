@@ -42,7 +42,7 @@ def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_p
 
 
 @pytest.mark.parametrize('command, name', [
-    ('quality', 'quality_tiny'), ('peers --nanogpt=PATH', 'peers'), ('blocks', 'blocks'), ('context', 'context'),
+    ('quality', 'quality_tiny'), ('scaling', 'scaling'), ('loop', 'loop'), ('peers --nanogpt=PATH', 'peers'), ('blocks', 'blocks'), ('context', 'context'),
     ('quality --preset=tiles --seeds=1', 'quality_tiles'), ('quality --preset=routing --seeds=1', 'quality_routing'),
     ('quality --preset=bitnet', 'quality_bitnet')])
 def test_every_number_of_the_tables_is_in_the_results(command, name):

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic save, verified load, retention. Imported by train.py and by every script that takes a run.
+"""Checkpoints: atomic save, verified load, resume, retention. Imported by train.py and by every script that takes a run.
 
     save('runs/x/checkpoints/step_0001000.pt', state)
     path, state = find('runs/x')               # the newest good checkpoint of a run, or a file
@@ -82,6 +82,45 @@ def find(run, map_location='cpu', say=print):
         except UserError as error:
             say(f'skipped: {error}')
     raise UserError(f'{run}: no good checkpoint in {run / "checkpoints"}')
+
+
+def resume(config, data, world, say=print):
+    """(path, state) from which a run with this config of train.py goes on, or (None, None) to start afresh; says what has changed.
+
+    UserError if it can't go on with this config and data, or config.out_dir holds a run that it would write over."""
+    out, source = Path(config.out_dir), Path(config.out_dir if config.resume == 'auto' else config.resume)
+    there = steps(out / 'checkpoints')
+    own = config.resume and out.resolve() in (source.resolve(), *source.resolve().parents)
+    if not own and (there or (out / 'metrics.jsonl').exists()):
+        raise UserError(f'{out} already holds a run: go on with it by --resume=auto, or start another by --out_dir={out}-2')
+    if not config.resume:
+        return None, None
+    if config.resume == 'auto' and not there:
+        say(f'--resume=auto: no checkpoint in {out}, starting at step 0')
+        return None, None
+    path, state = find(source, say=say)
+    if path == source and own and path.name < there[-1].name:
+        raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
+                        f'or from here in another directory by --out_dir={out}-2')
+    saved = state['config']
+    changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
+    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size'} | {'optimizer'}  # chunk_size: how, not what is computed
+    if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: that can\'t change on the way'
+                 for key, (old, new) in changed.items() if key in model_keys]:
+        raise UserError(*wrong)
+    theirs, ours = state['data'].get('fingerprint'), data.fingerprint
+    if data.tokenizer != state['tokenizer']:
+        raise UserError(f'{path}: trained with another tokenizer than that of {data.path} (data {theirs}, here {ours})')
+    if theirs != ours and not config.other_data:
+        raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {theirs}, here {ours}): bring that back, '
+                        'or go on with what is here by --other_data')
+    changed = {key: pair for key, pair in changed.items() if key not in ('resume', 'out_dir', 'plan')}
+    if state.get('processes', 1) != world:
+        changed['processes'] = state.get('processes', 1), world
+    say(f'resuming from {path}, step {state["step"]:,}')
+    for key, (old, new) in changed.items():
+        say(f'  changed: {key} {old} -> {new}')
+    return path, state
 
 
 def model_config(state, path):

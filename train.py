@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -171,43 +171,6 @@ def find_data(config):
     return TokenData(path, config.block_size, config.vocab_size)
 
 
-def find_checkpoint(config, data, world, say):
-    """(path, state) to resume from, or (None, None) to start afresh. UserError if it can't go on with this config and data."""
-    out, source = Path(config.out_dir), Path(config.out_dir if config.resume == 'auto' else config.resume)
-    there = checkpoint.steps(out / 'checkpoints')
-    own = config.resume and out.resolve() in (source.resolve(), *source.resolve().parents)
-    if not own and (there or (out / 'metrics.jsonl').exists()):
-        raise UserError(f'{out} already holds a run: go on with it by --resume=auto, or start another by --out_dir={out}-2')
-    if not config.resume:
-        return None, None
-    if config.resume == 'auto' and not there:
-        say(f'--resume=auto: no checkpoint in {out}, starting at step 0')
-        return None, None
-    path, state = checkpoint.find(source, say=say)
-    if path == source and own and path.name < there[-1].name:
-        raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
-                        f'or from here in another directory by --out_dir={out}-2')
-    saved = state['config']
-    changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
-    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size'} | {'optimizer'}  # chunk_size: how, not what is computed
-    if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: that can\'t change on the way'
-                 for key, (old, new) in changed.items() if key in model_keys]:
-        raise UserError(*wrong)
-    there, here = state['data'].get('fingerprint'), data.fingerprint
-    if data.tokenizer != state['tokenizer']:
-        raise UserError(f'{path}: trained with another tokenizer than that of {data.path} (data {there}, here {here})')
-    if there != here and not config.other_data:
-        raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {there}, here {here}): bring that back, '
-                        'or go on with what is here by --other_data')
-    changed = {key: pair for key, pair in changed.items() if key not in ('resume', 'out_dir', 'plan')}
-    if state.get('processes', 1) != world:
-        changed['processes'] = state.get('processes', 1), world
-    say(f'resuming from {path}, step {state["step"]:,}')
-    for key, (old, new) in changed.items():
-        say(f'  changed: {key} {old} -> {new}')
-    return path, state
-
-
 def random_state(device):
     return {'cpu': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None}
 
@@ -272,7 +235,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     """The run -> exit code. `around` is an ExitStack that the caller leaves."""
     use_compile, why_compile = hardware.choose_compile(config.compile, device)
     data = group.first(lambda: find_data(config))
-    origin, state = find_checkpoint(config, data, group.world, say)
+    origin, state = checkpoint.resume(config, data, group.world, say)
     group.same('data', data.fingerprint)
     group.same('checkpoint', str(origin))
     out, encoding = Path(config.out_dir), load_tokenizer(data.tokenizer)

@@ -14,7 +14,6 @@ import torch
 
 import checkpoint
 import parallel
-import train
 from configurator import UserError
 from data import TokenData
 from runs import (arguments, assert_same_run, console_of, end, finish, finish_ranks, lines, lines_so_far, losses, start_ranks)
@@ -176,7 +175,7 @@ def test_processes_with_other_data_and_those_that_never_reach_the_start_are_name
     assert codes == [2, 2] and 'rank 1 on ' in said[1] and 'has another data than rank 0: another, there' in said[1]
 
     def late():
-        train.find_checkpoint = lambda *arguments: time.sleep(60)
+        checkpoint.resume = lambda *arguments: time.sleep(60)
     argv = arguments(corpus, tmp_path / 'run', '--dist_timeout=3')
     processes = start_ranks(argv, 2, in_rank(1, late))
     processes[0].join(30)

@@ -286,6 +286,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     group.barrier('the first step')  # from here on a signal reaches the loop of every process
     log = runlog.RunLog(out, group.main)
     around.enter_context(log.failing())
+    around.enter_context(memory_guard(out_of_memory))  # in validation, say, or in the optimizer
     log.cut(step)
     log.config(config.as_dict())
     if group.main:

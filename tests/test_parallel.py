@@ -271,3 +271,23 @@ def test_what_is_split_has_a_share_of_the_weights_in_each_process(corpus, tmp_pa
     for text in said:
         held, whole = map(int, re.search(r'held (\d+) of (\d+)', text).groups())
         assert held <= whole / 2 + 16
+
+
+def test_gradients_are_averaged_in_the_last_micro_step_alone_from_its_forward_on(corpus, tmp_path):
+    def spy():
+        wrap = parallel.Group.wrap
+
+        def spied(group, model, *arguments):
+            trained, forward = wrap(group, model, *arguments), model.forward
+
+            def said(*inputs, **words):
+                if model.training:
+                    print('sync', trained.require_backward_grad_sync)
+                return forward(*inputs, **words)
+            model.forward = said
+            return trained
+        parallel.Group.wrap = spied
+    words = ['--batch_tokens=192', '--batch_size=2', '--max_steps=4', '--eval_interval=0', '--sample_interval=0']
+    codes, said = finish_ranks(arguments(corpus, tmp_path / 'run', *words), 2, spy)
+    assert codes == [0, 0], said
+    assert re.findall(r'^sync (\w+)', said[1], re.M) == ['False', 'False', 'True'] * 4

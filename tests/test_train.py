@@ -427,16 +427,26 @@ def whole_without_guard(corpus, tmp_path, before):
     return tmp_path / 'off'
 
 
-def test_out_of_memory_is_one_line_with_the_knobs_that_help(corpus, tmp_path):
-    def exhaust():
-        backward, count = torch.Tensor.backward, iter(range(10**6))
+def exhausted(*arguments, **words):
+    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
 
-        def exhausted(loss, *args, **kwargs):
-            if next(count) == 6:
-                raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
-            return backward(loss, *args, **kwargs)
-        torch.Tensor.backward = exhausted
-    code, said = finish(arguments(corpus, tmp_path / 'run', '--n_layer=4'), exhaust)
+
+def out_of_memory_in_backward():
+    backward, count = torch.Tensor.backward, iter(range(10**6))
+    torch.Tensor.backward = lambda loss, *more, **words: (exhausted if next(count) == 6 else backward)(loss, *more, **words)
+
+
+def out_of_memory_in_the_optimizer():
+    torch.optim.AdamW.step = exhausted
+
+
+def out_of_memory_in_validation():
+    train.validate = exhausted
+
+
+@pytest.mark.parametrize('where', [out_of_memory_in_backward, out_of_memory_in_the_optimizer, out_of_memory_in_validation])
+def test_out_of_memory_is_one_line_with_the_knobs_that_help(corpus, tmp_path, where):
+    code, said = finish(arguments(corpus, tmp_path / 'run', '--n_layer=4'), where)
     assert code == 2 and 'Traceback' not in said
     line = said.splitlines()[-1]
     assert re.match(r'out of memory: parameters .* activations [\d.]+ kB for 4 x 16 tokens: ', line)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import socket
 import sys
 import time
@@ -94,7 +95,8 @@ class RunLog:
         if self.active:
             start = '\r\x1b[K' if self.open_line else ''
             self.open_line = progress and self.terminal
-            print(start + text, end='' if self.open_line else '\n', flush=True)
+            shown = text[:shutil.get_terminal_size().columns - 1] if self.open_line else text  # a wrapped line can't be written over
+            print(start + shown, end='' if self.open_line else '\n', flush=True)
             self.append('log.txt', text)
 
     def line(self, name, **values):
@@ -119,6 +121,8 @@ class RunLog:
         try:
             yield
         except Exception as error:
+            if self.open_line:
+                print(flush=True)
             with contextlib.suppress(UserError):
                 self.status(**{**self.last, 'state': 'failed', 'reason': str(error)})
                 if self.active:

@@ -219,6 +219,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     p = logits.mul_(keep / total).scatter_add_(1, ts, -keep.float()).to(low)  # d loss / d logits
                     dx[i:i + rows] = p @ w
                     dw.addmm_(p.T, xs) if low == torch.float32 else dw.add_(p.T @ xs)
+                    del p
+                del logits  # before the next chunk is made, not after
         if need:
             ctx.save_for_backward(dx, dw.to(weight.dtype))
         return loss

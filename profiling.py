@@ -107,10 +107,10 @@ def saved_bytes(model, rows, device, dtype):
 
 
 def logit_bytes(model, rows, device, dtype):
-    """Of the chunks of logits in ChunkedCrossEntropy: fp32 and a copy in `dtype`, the last one still there as the next is made."""
+    """Of a chunk of logits in ChunkedCrossEntropy: fp32 and a copy in `dtype`."""
     V, positions = model.config.vocab_size, rows * model.config.block_size
     chunk = max(64, 2 ** 20 // V // 64 * 64) * (1 if device.type == 'cpu' else 32)
-    return min(2 * chunk, positions) * V * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+    return min(chunk, positions) * V * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # The smallest size of the TriX plan (source A): 2,032,512 parameters (0.8M in ternary tiles, a quarter of them used by a
-# token), 5M tokens of Python's own standard library. Under 15 minutes on two CPU cores. Its dense twin is
+# token), 5M tokens of Python's own standard library. About 15 minutes on two CPU cores. Its dense twin is
 # config/dense_tiny.py. `--dataset=fineweb_edu` gives the plan's corpus.
 ffn = 'trix'
 n_layer, n_head, n_embd = 3, 4, 128

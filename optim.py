@@ -18,10 +18,8 @@ def make_optimizers(model, config, device):
     elsewhere = {id(p) for p in hidden}
     matrices = [p for p in decayed if id(p) not in elsewhere]
     elsewhere |= {id(p) for p in matrices}
-    groups = [{'params': matrices, 'weight_decay': config.weight_decay},
-              {'params': [p for p in model.parameters() if id(p) not in elsewhere], 'weight_decay': 0.0}]
-    for group in groups:
-        group['decays'] = group['weight_decay'] > 0 or group is groups[0]
+    groups = [{'params': matrices, 'weight_decay': config.weight_decay, 'decays': True},
+              {'params': [p for p in model.parameters() if id(p) not in elsewhere], 'weight_decay': 0.0, 'decays': False}]
     found = {'optimizer': torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                                             fused=device.type != 'mps')}
     if hidden:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import prepare
+import schedule
 import train
+from configurator import UserError
 from model import GPT, GPTConfig
 
 FOLDER = Path(__file__).parent.parent / 'config'
@@ -30,17 +32,18 @@ DIMENSIONS = {  # what the sources fix; budget: tokens, batch: (sequences of a m
                        budget=50_000_000, dataset='fineweb_edu'),
     'trix_medium': dict(ffn='trix', n_embd=512, n_head=8, n_layer=8, vocab_size=32_000, block_size=512, learning_rate=3e-4,
                         budget=500_000_000, dataset='fineweb_edu'),
-    'resonance_small': dict(RESONANCE, n_embd=768, num_frequencies=64, n_layer=6, batch=(4, 8)),
-    'resonance_medium': dict(RESONANCE, n_embd=1024, num_frequencies=128, n_layer=12, batch=(4, 8)),
-    'resonance_large': dict(RESONANCE, n_embd=2048, num_frequencies=256, n_layer=16, batch=(2, 16)),
-    'resonance_xlarge': dict(RESONANCE, n_embd=4096, num_frequencies=512, n_layer=24, batch=(1, 32)),
-    'resonance_32k': dict(RESONANCE, n_embd=1024, num_frequencies=128, n_layer=8, chunk_size=256, batch=(4, 4)),
+    'resonance_small': dict(RESONANCE, schedule='restarts', n_embd=768, num_frequencies=64, n_layer=6, batch=(4, 8)),
+    'resonance_medium': dict(RESONANCE, schedule='restarts', n_embd=1024, num_frequencies=128, n_layer=12, batch=(4, 8)),
+    'resonance_large': dict(RESONANCE, schedule='restarts', n_embd=2048, num_frequencies=256, n_layer=16, batch=(2, 16)),
+    'resonance_xlarge': dict(RESONANCE, schedule='restarts', n_embd=4096, num_frequencies=512, n_layer=24, batch=(1, 32)),
+    'resonance_32k': dict(RESONANCE, schedule='onecycle', n_embd=1024, num_frequencies=128, n_layer=8, chunk_size=256, batch=(4, 4)),
     'wikitext_tiny': dict(GPT2, n_embd=256, n_head=4, n_layer=4, d_ff=1024, block_size=256, dataset='wikitext2'),
     'wikitext_small': dict(GPT2, n_embd=512, n_head=8, n_layer=6, d_ff=2048, block_size=512, dataset='wikitext103'),
     'wikitext_medium': dict(GPT2, n_embd=768, n_head=12, n_layer=12, d_ff=3072, block_size=1024, dataset='wikitext103'),
     'bitnet_95m': dict(linear='bitnet', ffn='swiglu', norm='rmsnorm', positions='rotary', tie_embeddings=True, vocab_size=32_000,
                        n_layer=8, n_embd=768, n_head=12, n_kv_head=6, d_ff=3072, dataset='fineweb_edu', weight_decay=0.1,
-                       beta1=0.9, beta2=0.95, learning_rate=1.5e-3, warmup_steps=2000, log_interval=100),
+                       beta1=0.9, beta2=0.95, learning_rate=1.5e-3, warmup_steps=2000, log_interval=100,
+                       schedule='two_stage'),
 }
 EXACT = {'bitnet_95m': 95_367_936, 'wikitext_medium': 124_439_808}  # known from elsewhere: the source, GPT-2 small
 each_preset = pytest.mark.parametrize('name', DIMENSIONS)
@@ -81,6 +84,30 @@ def test_it_is_true_to_its_source(name):
         assert 0 <= wanted.pop('budget') - shown['budget'] < config.batch_tokens and config.max_steps >= 700
     assert {key: shown[key] for key in wanted} == wanted
     assert 0.01 < config.warmup_steps / config.max_steps <= 0.1
+
+
+def test_bitnet_has_two_stages_and_resonance_cycles_that_fill_the_run():
+    config = load('bitnet_95m')
+    edge = schedule.boundary(config)
+    rates = {step: schedule.schedule(step, config) for step in (0, 2000, edge - 1, edge, config.max_steps)}
+    assert rates[0] == pytest.approx((1.5e-3 / 2000, 0.1)) and rates[2000] == pytest.approx((1.5e-3, 0.1)) and rates[edge - 1][1] == 0.1
+    assert rates[edge] == pytest.approx((1e-3, 0.0)) and rates[config.max_steps] == pytest.approx((1.5e-5, 0.0))
+    for name in ('small', 'medium', 'large', 'xlarge'):
+        config = load(f'resonance_{name}')
+        first, length = schedule.cycle(config.max_steps - 1, config)
+        assert length == 4 * config.restart_steps and 0.85 < (config.max_steps - first) / length <= 1
+        assert schedule.schedule(config.max_steps - 1, config)[0] < 0.15 * config.learning_rate
+    config = load('resonance_32k')
+    assert config.warmup_steps == config.max_steps // 10
+    assert schedule.schedule(config.warmup_steps - 1, config)[0] == pytest.approx(config.learning_rate)
+
+
+def test_a_run_cut_short_on_the_command_line_leaves_out_what_does_not_fit():
+    short = load('bitnet_95m', '--max_steps=100')
+    assert (short.warmup_steps, short.boundary_step, schedule.boundary(short)) == (5, 0, 50)
+    assert 'shorter than that of' in short.source['warmup_steps']
+    with pytest.raises(UserError, match='warmup_steps=200 is longer than the run of max_steps=100'):
+        load('bitnet_95m', '--max_steps=100', '--warmup_steps=200')
 
 
 @each_preset

@@ -207,7 +207,8 @@ def test_watching_on_a_terminal_draws_in_place_and_never_more_than_fits(tmp_path
 
 def test_ctrl_c_ends_watching_without_a_traceback(tmp_path):
     watcher = subprocess.Popen([sys.executable, ROOT / 'watch.py', make(tmp_path / 'x', pid=os.getpid()), '--watch', '--every=0.05'],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
     assert 'x' in watcher.stdout.readline()
     watcher.send_signal(signal.SIGINT)
     _, said = watcher.communicate(timeout=20)

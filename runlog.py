@@ -102,8 +102,9 @@ class RunLog:
     def line(self, name, **values):
         if self.active:
             self.append(name, json.dumps(plain(values), allow_nan=False))
-            for tracker in self.trackers:
-                tracker(name, values)
+            with self.writing(name):
+                for tracker in self.trackers:
+                    tracker(name, values)
 
     def append(self, name, text):
         with self.writing(name), open(self.out / name, 'a') as file:

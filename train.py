@@ -331,7 +331,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         return path
 
     def status(state, **more):
-        log.status(state=state, step=step, max_steps=config.max_steps, tokens=step * config.batch_tokens, best=best, best_step=best_step,
+        log.status(state=state, step=step, max_steps=config.max_steps, tokens=step * config.batch_tokens,
+                   best=best if math.isfinite(best) else None, best_step=best_step,
                    checkpoint=str(saved) if saved else None, processes=group.world, **more)
 
     def micro_losses():

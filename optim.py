@@ -11,7 +11,7 @@ OPTIMIZERS = ('adamw', 'muon')
 
 
 def make_optimizers(model, config, device):
-    """Which parameters decay, the model says; Muon takes the projections of the blocks among them (TriX tiles are 3-D, which it is not for)."""
+    """Which parameters decay, the model says; Muon takes the projections of the blocks among them (not TriX tiles, which are 3-D)."""
     decayed = model.decayed()
     names = {id(p): name for name, p in model.named_parameters()}
     hidden = [p for p in decayed if config.optimizer == 'muon' and names[id(p)].endswith('proj.weight')]
@@ -50,7 +50,8 @@ class Muon(torch.optim.Muon):
                 mean.lerp_(p.grad, 1 - group['momentum'])
                 update = p.grad.lerp(mean, group['momentum']) if group['nesterov'] else mean
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                p.add_(orthogonal(update, group['ns_coefficients'], group['ns_steps'], group['eps']), alpha=-group['lr'] * 0.2 * math.sqrt(max(p.shape)))
+                p.add_(orthogonal(update, group['ns_coefficients'], group['ns_steps'], group['eps']),
+                       alpha=-group['lr'] * 0.2 * math.sqrt(max(p.shape)))
 
 
 def orthogonal(x, coefficients, steps, eps):

@@ -51,7 +51,8 @@ def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
 def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=1337):
     """Yield the next token (B,) int64, up to max_new_tokens times, after the prompts idx (B, T >= 1).
 
-    Only the first n_vocab ids are chosen from: a model's vocabulary may be padded beyond its tokenizer's. Every token costs one step with the cache. A full context goes on from its last half."""
+    Only the first n_vocab ids are chosen from: a model's vocabulary may be padded beyond its tokenizer's. Every token costs one
+    step with the cache. A full context goes on from its last half."""
     training, size = model.training, model.config.block_size
     model.eval()
     generator = torch.Generator().manual_seed(seed)

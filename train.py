@@ -367,9 +367,9 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         log.line('metrics.jsonl', kind='event', event=event, step=step + 1, loss=loss, grad_norm=norm, lr=lr,
                  windows=[sum(ranks, []) for ranks in rows_of], micro_losses=every, nonfinite_gradients=len(names), first_of_them=names[:5],
                  recent_mean=statistics.fmean(recent) if recent else None)
-        log.say(f'step {step + 1:,} skipped: loss {loss:.4f}, gradient norm {norm:.4g}' + (f', {len(names)} parameters with non-finite gradients '
-                f'from {names[0]} on' if names else ', a spike' if event == 'spike' else '')
-                + f' ({skipped + 1} in a row, {config.max_skipped} end the run)')
+        why = f', {len(names)} parameters with non-finite gradients from {names[0]} on' if names else ', a spike' if event == 'spike' else ''
+        log.say(f'step {step + 1:,} skipped: loss {loss:.4f}, gradient norm {norm:.4g}{why} '
+                f'({skipped + 1} in a row, {config.max_skipped} end the run)')
 
     last_loss, saved = None, origin
     batches = Prefetcher(batch, ((s, m) for s in range(step, config.max_steps) for m in range(micro_steps)))

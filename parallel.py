@@ -58,7 +58,7 @@ class Group:
         if self.store:
             self.store.set(f'the end/{self.rank}', '')
             if self.main:
-                self.wait_for('the end', self.timeout)
+                self.wait_for('the end')
             dist.destroy_process_group()
 
     def sum(self, *values):
@@ -85,14 +85,14 @@ class Group:
         """Wait for all processes; UserError that names those that are missing after the timeout. Once for each `what`."""
         if self.store:
             self.store.set(f'{what}/{self.rank}', '')
-            self.wait_for(what, self.timeout)
+            self.wait_for(what)
 
-    def wait_for(self, what, timeout):
-        end, missing = time.monotonic() + timeout, range(self.world)
+    def wait_for(self, what):
+        end, missing = time.monotonic() + self.timeout, range(self.world)
         while missing := [rank for rank in missing if not self.store.check([f'{what}/{rank}'])]:
             self.failed_elsewhere()
             if time.monotonic() > end:
-                raise UserError(f'rank {self.rank}: {what} was not reached within {timeout} s by rank {", ".join(map(str, missing))}: see '
+                raise UserError(f'rank {self.rank}: {what} was not reached within {self.timeout} s by rank {", ".join(map(str, missing))}: see '
                                 'what they said, or give them longer by --dist_timeout')
             time.sleep(0.02)
 
@@ -230,11 +230,11 @@ def whole(state, main):
     return tensor.cpu() if main else None
 
 
-def full(tensor):
+def full(tensor):  # all of a tensor that FSDP has split; a collective then
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
-def local(tensor):
+def local(tensor):  # the part of this process
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 

@@ -16,8 +16,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import device as hardware
-from runlog import replacing
 from model import OncePerStep
+from parallel import local
+from runlog import replacing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,10 +39,6 @@ def untouched(model, device):
                 module.reshard()
         for buffer, before in buffers:
             buffer.copy_(before)
-
-
-def local(t):  # of a tensor that FSDP has split: the part of this process
-    return getattr(t, '_local_tensor', t)
 
 
 def codes(model):

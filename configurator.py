@@ -36,13 +36,13 @@ class UserError(Exception):
 
 
 class Config:
-    """Every key is an attribute; `source` maps it to 'default', 'config/x.py' or 'command line', in field order."""
+    """Every key is an attribute; `origin` maps it to 'default', 'config/x.py' or 'command line', in field order."""
 
-    def __init__(self, values, source):
-        vars(self).update(values, source=source)
+    def __init__(self, values, origin):
+        vars(self).update(values, origin=origin)
 
     def __setattr__(self, key, value):
-        assert key in self.source, f'config.{key} = ...: no class has such a field{nearest(key, self.source)}'
+        assert key in self.origin, f'config.{key} = ...: no class has such a field{nearest(key, self.origin)}'
         vars(self)[key] = value
 
     def pick(self, cls):
@@ -51,11 +51,11 @@ class Config:
 
     def as_dict(self):
         """Plain values in field order, equal to what comes back from JSON (so a tuple is a list)."""
-        values = {key: getattr(self, key) for key in self.source}
+        values = {key: getattr(self, key) for key in self.origin}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def table(self):
-        return columns([(key, repr(getattr(self, key)), where) for key, where in self.source.items()])
+        return columns([(key, repr(getattr(self, key)), where) for key, where in self.origin.items()])
 
 
 def load(argv, *classes, positional=(), usage='', check=None):
@@ -70,7 +70,7 @@ def load(argv, *classes, positional=(), usage='', check=None):
         print('\n\n'.join([usage.strip(), *map(describe, classes)]).strip(), flush=True)
         raise SystemExit(0)
 
-    source = dict.fromkeys(values, 'default')
+    origin = dict.fromkeys(values, 'default')
     unreadable, unknown = [], []  # apart, because combinations can't be judged while a value is missing
 
     def assign(where, key, value, written):
@@ -78,7 +78,7 @@ def load(argv, *classes, positional=(), usage='', check=None):
             unknown.append(f'{where}: unknown key {key!r}{nearest(key, kinds)}')
             return
         try:
-            values[key], source[key] = typed(value, kinds[key]), where
+            values[key], origin[key] = typed(value, kinds[key]), where
         except (ValueError, OverflowError):
             unreadable.append(f'{written}: expected {KINDS[kinds[key]]}')
 
@@ -111,7 +111,7 @@ def load(argv, *classes, positional=(), usage='', check=None):
             continue
         assign('command line', key, parse(text, kinds.get(key)), f'--{key}={text!r}')
 
-    config = Config(values, source)
+    config = Config(values, origin)
     problems = unreadable + unknown
     if not unreadable:
         problems += [problem for cls in classes if hasattr(cls, 'problems') for problem in config.pick(cls).problems()]
@@ -130,7 +130,7 @@ def schema(classes):
             key, kind = field.name, hints[field.name]
             where = f'{cls.__name__}.{key}'
             assert key not in kinds, f'{where}: another class has this field, rename one'
-            assert key != 'source' and not hasattr(Config, key), f'{where}: Config uses this name, rename it'
+            assert key != 'origin' and not hasattr(Config, key), f'{where}: Config uses this name, rename it'
             assert kind in KINDS and field.default is not MISSING, f'{where}: give it a default and a type of KINDS'
             kinds[key], values[key] = kind, field.default
     return kinds, values

@@ -119,12 +119,12 @@ def schedule_problems(config):
         if config.warmup_steps == -1:
             config.warmup_steps = max(0, config.max_steps // (10 if config.schedule == 'onecycle' else 20))
         found = schedules.problems(config) if config.max_steps >= 1 else []
-        short = [key for key in parts if config.source[key] not in ('default', 'command line')]
-        if not found or config.source['max_steps'] != 'command line' or not short:
+        short = [key for key in parts if config.origin[key] not in ('default', 'command line')]
+        if not found or config.origin['max_steps'] != 'command line' or not short:
             break
         for key in short:
             setattr(config, key, parts[key])
-            config.source[key] = f'automatic, for a run shorter than that of {config.source[key]}'
+            config.origin[key] = f'automatic, for a run shorter than that of {config.origin[key]}'
     return found
 
 

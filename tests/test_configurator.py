@@ -69,7 +69,7 @@ def write(tmp_path, monkeypatch):
 def test_without_arguments_every_key_has_its_default_and_says_so():
     config = config_of()
     assert [getattr(config, key) for key in KEYS] == [3, 4, False, 3e-4, '# ééééé', 0, (), True]
-    assert config.source == dict.fromkeys(KEYS, 'default') and list(config.source) == KEYS
+    assert config.origin == dict.fromkeys(KEYS, 'default') and list(config.origin) == KEYS
 
 
 def test_pick_returns_a_class_with_its_fields_also_after_an_assignment():
@@ -116,8 +116,8 @@ def test_two_classes_with_the_same_field_are_refused():
 def test_a_field_that_would_hide_part_of_config_is_refused():
     @dataclass
     class Other:
-        source: str = ''  # Config.source
-    with pytest.raises(AssertionError, match='Other.source'):
+        origin: str = ''  # Config.origin
+    with pytest.raises(AssertionError, match='Other.origin'):
         load([], Other)
 
 
@@ -133,7 +133,7 @@ def test_every_value_comes_back_from_the_command_line_with_its_type(integer, rea
                   + ['--mandatory_steps=' + ','.join(map(str, integers))], Train)
     for key, value in values.items():
         assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
-        assert config.source[key] == 'command line'
+        assert config.origin[key] == 'command line'
 
 
 @no_deadline
@@ -217,7 +217,7 @@ def test_misspelt_key_on_the_command_line_names_the_nearest_key():
 def test_words_fill_the_positional_fields_in_turn_and_one_too_many_is_named():
     options = {'positional': ('dataset', 'warmup_steps')}
     config = config_of('a=b', '--n_layer=6', '5', **options)
-    assert (config.dataset, config.warmup_steps, config.source['dataset']) == ('a=b', 5, 'command line')
+    assert (config.dataset, config.warmup_steps, config.origin['dataset']) == ('a=b', 5, 'command line')
     assert problems_of('a', '5', 'b', **options) == ["unexpected argument 'b'"]
     assert problems_of('a', 'b', **options) == ["--warmup_steps='b': expected int"]
 
@@ -233,7 +233,7 @@ def test_later_files_win_and_the_command_line_wins_over_all_whatever_the_order(w
     a, b = write('n_layer = 6; n_head = 8; warmup_steps = 1', 'a'), write('n_head = 2; warmup_steps = 2', 'b')
     config = config_of('--warmup_steps=3', a, b)
     assert (config.n_layer, config.n_head, config.warmup_steps) == (6, 2, 3)
-    assert [config.source[key] for key in ('n_layer', 'n_head', 'warmup_steps')] == [a, b, 'command line']
+    assert [config.origin[key] for key in ('n_layer', 'n_head', 'warmup_steps')] == [a, b, 'command line']
 
 
 def test_a_file_reads_defaults_earlier_files_and_its_own_names_but_not_the_command_line(write):

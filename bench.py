@@ -9,15 +9,19 @@
     python bench.py peers --nanogpt=PATH     # a checkout of nanoGPT: its model and loop against ours
     python bench.py scaling                  # one process against several, each with one thread or one GPU (five minutes)
     python bench.py loop                     # what surrounds a step: loading, logging, a checkpoint (a minute)
+    python bench.py data                     # encoding, preparing and loading: speed and memory (six minutes)
 """
 import contextlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
 import re
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +30,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, process
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +38,21 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import corpus
 import device as hardware
+import prepare
 import runlog
+import tokenizer
 import train
 from checkpoint import load_model
 from configurator import UserError, load, run
-from data import TokenData, load_tokenizer, token_bytes
+from data import TokenData
 from evaluate import validate
 from model import GPT, GPTConfig, chunked_cross_entropy
 from optim import make_optimizers
 from runlog import read_lines
+from shards import open_data
+from tokenizer import load_tokenizer, token_bytes
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'results'
@@ -64,9 +74,9 @@ CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn=
 
 @dataclass
 class BenchConfig:
-    command: str = ''  # blocks, context, head, quality, peers, scaling or loop (empty: blocks --quick and head); may stand without --command=
+    command: str = ''  # blocks, context, head, quality, peers, scaling, loop or data (empty: blocks --quick and head); may stand without --command=
     repeats: int = 15  # timed repeats of each candidate (blocks and context: a half to a fifteenth of it, the longer a step the fewer)
-    quick: bool = False  # blocks and context: at most two repeats, contexts up to 4096
+    quick: bool = False  # blocks and context: at most two repeats, contexts up to 4096; data: no corpus of 1 GB
     preset: str = 'tiny'  # quality: tiny, tiles, routing or bitnet
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
@@ -504,7 +514,123 @@ def loop(config):
     print(f'a checkpoint ({len(content) / 1e6:.1f} MB) takes {ratio:.2f} of the time of writing its bytes (median of {config.repeats})')
 
 
-COMMANDS = {'blocks': blocks, 'context': context, 'head': head, 'quality': quality, 'peers': peers, 'scaling': scaling, 'loop': loop}
+def texts_of_pylib(folder, megabytes):
+    """A .jsonl of so much text: the standard library, over and over with another last line, so that nothing is there twice."""
+    texts, size = [document.text for document in corpus.pylib_corpus().documents() if document.text], 0
+    path = Path(folder) / f'{megabytes}.jsonl'
+    with open(path, 'w') as file:
+        for copy in itertools.count():
+            for text in texts:
+                if size >= megabytes * 1e6:
+                    return path
+                text += f'# {copy}\n'
+                size += len(text.encode())
+                file.write(json.dumps({'text': text}) + '\n')
+
+
+def preparation(path, out, *words):
+    """prepare.py on a .jsonl, as a process -> seconds, and the peak memory in GB of the largest of its processes."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, ROOT / 'prepare.py', f'--dataset=text:{path}', f'--out={out}', *words],
+                               stdout=subprocess.DEVNULL)
+    _, code, usage = os.wait4(process.pid, 0)
+    if code:
+        raise UserError(f'prepare.py failed on {path}')
+    return time.perf_counter() - start, usage.ru_maxrss / 1e6
+
+
+def data(config):
+    """
+    What prepare.py and data.py do: text encoded by one thread of tiktoken, by the processes of prepare.py, and by prepare.py from
+    file to file; the byte-level BPE; the memory for a small and a large corpus; shards opened and read.
+    """
+    processes, repeats = min(os.cpu_count(), 16), 2 if config.quick else max(3, config.repeats // 3)
+    with tempfile.TemporaryDirectory() as folder:
+        path = texts_of_pylib(folder, 100)
+        with open(path) as file:
+            texts = [json.loads(line)['text'] for line in file]
+        content = tokenizer.train_bpe(texts[:len(texts) // 4], 8192)
+        Path(folder, 'tokenizer.json').write_text(json.dumps(content))
+        encoding = load_tokenizer(content)
+        batches = [texts[i::200] for i in range(200)]  # half a megabyte each
+        size = [sum(len(text.encode()) for text in batch) / 1e6 for batch in batches]
+
+        def one_thread():  # as everybody writes it
+            start = time.perf_counter()
+            for text in chain.from_iterable(batches[:60]):
+                encoding.encode_ordinary(text)
+            return (time.perf_counter() - start) / sum(size[:60])
+
+        def encoded():
+            stream = prepare.encoded((prepare.Batch(i, None, None, {'train': batch}) for i, batch in enumerate(batches)), folder, processes)
+            for _ in range(2 * processes):  # they start, and load the tokenizer
+                next(stream)
+            start = time.perf_counter()
+            for _ in stream:
+                pass
+            return (time.perf_counter() - start) / sum(size[2 * processes:])
+
+        def end_to_end():
+            shutil.rmtree(Path(folder, 'out'), ignore_errors=True)
+            return preparation(path, f'{folder}/out', f'--tokenizer={folder}/tokenizer.json')[0] / sum(size)
+
+        times = interleaved({'one thread of tiktoken': one_thread, f'{processes} processes': encoded, 'prepare.py, file to file': end_to_end},
+                            repeats, warmup=0)
+        rows = compare(times, 'one thread of tiktoken')
+        whole = compare(times, f'{processes} processes')
+        report('data', [{'name': row['name'], 'MB/s': 1 / row['seconds'], 'ratio': row['ratio'], 'low': row['low'], 'high': row['high'],
+                         'ratio to processes': other['ratio']} for row, other in zip(rows, whole)], config)
+
+        rows = []
+        for megabytes in (30,) if config.quick else (30, 250, 1000):
+            path = texts_of_pylib(folder, megabytes)
+            seconds, peak = preparation(path, f'{folder}/{megabytes}', '--vocab_size=32000')
+            rows.append({'corpus MB': megabytes, 'seconds': seconds, 'peak GB of the largest process': peak,
+                         'documents': sum(json.loads(Path(folder, str(megabytes), 'meta.json').read_text())['documents'][split]
+                                          for split in ('train', 'val'))})
+            path.unlink()
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+            seconds, peak, megabytes = pool.submit(bpe_training, 32_000, 30).result()
+        rows.append({'corpus MB': f'{megabytes:.0f}: BPE alone', 'seconds': seconds, 'peak GB of the largest process': peak, 'documents': 0})
+        report('preparing', rows, config, name='data_memory')
+        report('shards', [opened_shards(folder)], config, name='data_shards')
+
+
+def bpe_training(vocab_size, megabytes):
+    """Seconds, peak GB of the process, and how many MB of text there were."""
+    texts, size = [], 0
+    for document in corpus.pylib_corpus().documents():
+        if document.text and size < megabytes * 1e6:
+            texts.append(document.text)
+            size += len(document.text.encode())
+    start = time.perf_counter()
+    tokenizer.train_bpe(texts, vocab_size)
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, size / 1e6
+
+
+def opened_shards(folder):
+    """1,000 files of 100 x 32,768 ids (holes on the disk): opened, and random batches of 4 rows read."""
+    path, head = Path(folder) / 'shards', io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {'descr': '<u2', 'fortran_order': False, 'shape': (100, 32_768)})
+    entry, files = {'first': 0, 'rows': 100, 'tokens': 3_276_800, 'bytes': head.tell() + 6_553_600, 'max_id': 0, 'sha256': ''}, {}
+    for split, count in (('train', 990), ('val', 10)):
+        (path / split).mkdir(parents=True)
+        files[split] = [{'name': f'{split}/{i:04d}.npy', **entry} for i in range(count)]
+        for listed in files[split]:
+            (path / listed['name']).write_bytes(head.getvalue())
+            os.truncate(path / listed['name'], entry['bytes'])
+    (path / 'meta.json').write_text(json.dumps({'version': 1, 'kind': 'shards', 'source': {}, 'vocab_size': 50_257, 'row': 32_768, 'files': files}))
+    before = hardware.peak_memory_gb(torch.device('cpu'))
+    start = time.perf_counter()
+    shards = open_data(path, 32_768, 50_257)
+    opened = time.perf_counter() - start
+    after = hardware.peak_memory_gb(torch.device('cpu'))
+    seconds = [timed(lambda: shards.batch(step, 0, 4, 4), torch.device('cpu')) for step in range(200)]
+    return {'files': 1000, 'tokens': shards.train_tokens, 'seconds to open': opened, 'GB more': after - before,
+            'ms a batch of 4 rows': 1000 * statistics.median(seconds), 'slowest of 200': 1000 * max(seconds)}
+
+
+COMMANDS = {'data': data, 'blocks': blocks, 'context': context, 'head': head, 'quality': quality, 'peers': peers, 'scaling': scaling, 'loop': loop}
 
 
 def main(argv):

@@ -19,7 +19,8 @@ from model import GPT, GPTConfig
 from runlog import replacing
 
 VERSION = 1
-KINDS = {'model': dict, 'optimizer': dict, 'step': int, 'config': dict, 'tokenizer': dict, 'data': dict}  # that every one has
+# What every one has; the tokenizer is None after training on shards without one.
+KINDS = {'model': dict, 'optimizer': dict, 'step': int, 'config': dict, 'tokenizer': (dict, type(None)), 'data': dict}
 
 
 def save(path, state):
@@ -57,7 +58,7 @@ def load(path, map_location='cpu'):
         raise UserError(f'{path}: not a checkpoint of this project')
     if state.get('version') != VERSION:
         raise UserError(f'{path}: checkpoint version {state.get("version")}, this code reads version {VERSION}')
-    if wrong := [key for key, kind in KINDS.items() if not isinstance(state.get(key), kind)]:
+    if wrong := [key for key, kind in KINDS.items() if key not in state or not isinstance(state[key], kind)]:
         raise UserError(f'{path}: broken: no valid {", ".join(wrong)} in it')
     return state
 

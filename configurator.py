@@ -13,6 +13,7 @@ import ast
 import builtins
 import difflib
 import inspect
+import json
 import math
 import os
 import sys
@@ -188,6 +189,20 @@ def typed(value, kind):
     if kind == tuple[int, ...] and isinstance(value, (list, tuple)):
         return tuple(typed(item, int) for item in value)
     raise ValueError
+
+
+def read_json(path, advice=''):
+    """The object in a JSON file. Raises UserError with advice, by default for a file of a prepared directory."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError('no JSON object')
+        return content
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}')
+    except (ValueError, RecursionError) as error:
+        advice = advice or f'remove {path.parent} and prepare it again'
+        raise UserError(f'{path}: broken ({error}): {advice}')
 
 
 def nearest(name, names, shown=str):

@@ -4,11 +4,9 @@ Prepared token bins -> batches, as a pure function of (seed, step). Imported by 
     data = TokenData('data/pylib', block_size=256, vocab_size=8192)
     x, y = data.batch(step, micro, batch_size=16, batch_rows=64, rank=0, world=2, seed=1337)   # (16, 256) each
     x, y = data.val_batch(data.val_windows(eval_tokens=500_000)[:16])
-    encoding = load_tokenizer('data/pylib')                                                   # a tiktoken.Encoding
 
 A loader has no state, so a resumed run and a run on another number of processes see the very same batches.
 """
-import base64
 import hashlib
 import json
 import os
@@ -19,75 +17,31 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
-from configurator import UserError
+from configurator import UserError, read_json
+from tokenizer import load_tokenizer
 
-VERSION = 1  # of meta.json and of tokenizer.json
-EOT = '<|endoftext|>'
+VERSION = 1  # of meta.json
 HASHED_BYTES = 2 * 10**9  # hashing 20 GB at every start would take a minute: above this a file is checked batch by batch
 GAMMA = 0x9e3779b97f4a7c15  # 2^64 / golden ratio: keeps `mix` away from its fixed point 0
 
 
-def data_dir(dataset, root='data'):
-    """'pylib' -> data/pylib, 'text:my/notes' -> data/text-my-notes-<hash>; a path ('data/x', with its slash) is itself."""
+def data_dir(dataset, tokenizer='bpe', root='data'):
+    """
+    Where prepare.py puts a corpus: pylib -> data/pylib, with GPT-2's tokenizer data/pylib-gpt2, text:my/notes ->
+    data/text-my-notes-<hash>; a path ('data/x', with its slash) is itself.
+    """
     kind, colon, path = dataset.partition(':')
-    if not colon:
-        return Path(dataset) if '/' in dataset else Path(root) / dataset
-    slug = re.sub(r'[^A-Za-z0-9.]+', '-', path).strip('-.')[-60:]
-    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:6]  # a/b and a-b have the same slug
-    return Path(root) / f'{kind}-{slug}-{digest}'
+    if not colon and '/' in dataset:
+        return Path(dataset)
+    name = f'{kind}-{slug(path)}' if colon else dataset
+    return Path(root) / (name if tokenizer == 'bpe' else f"{name}-{tokenizer if tokenizer == 'gpt2' else slug(tokenizer)}")
 
 
-def read_json(path):
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError('no JSON object')
-        return content
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}')
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: broken ({error}): remove {path.parent} and prepare it again')
-
-
-def load_tokenizer(source):
-    """
-    tiktoken.Encoding from tokenizer.json: its path, the directory that holds it, or its content (as a checkpoint keeps it).
-    Raises UserError unless the ranks hold every single byte, nothing twice, and the special tokens come directly after them.
-    """
-    if isinstance(source, dict):
-        where, content = 'the tokenizer', source
-    else:
-        where = Path(source) / 'tokenizer.json' if Path(source).is_dir() else Path(source)
-        content = read_json(where)
-    try:
-        if (content['format'], content['version']) != ('nanotrix-tokenizer', VERSION):
-            raise ValueError(f"format {content['format']!r} version {content['version']!r}, expected version {VERSION}")
-        ranks = [base64.b64decode(rank, validate=True) for rank in content['ranks']]
-        special = content['special_tokens']
-        if missing := set(range(256)) - {rank[0] for rank in ranks if len(rank) == 1}:
-            raise ValueError(f'no rank for the byte {min(missing)}')
-        if len(set(ranks)) < len(ranks) or b'' in ranks:
-            raise ValueError('a rank is empty or there twice')
-        if EOT not in special or sorted(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
-            raise ValueError(f'special tokens {special}, expected {EOT} and ids from {len(ranks)} on')
-        if len(ranks) + len(special) > 2**16:
-            raise ValueError(f'{len(ranks) + len(special)} tokens, more than the 65536 that uint16 can number')
-        return tiktoken.Encoding(content['name'], pat_str=content['pattern'], special_tokens=special,
-                                 mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
-    except KeyError as error:
-        raise UserError(f'{where}: broken tokenizer: no {error}')
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f'{where}: broken tokenizer: {error}')
-
-
-def token_bytes(encoding):
-    """(n_vocab,) int32: length of every token in bytes, 0 for special tokens. For bits per byte."""
-    lengths = np.zeros(encoding.n_vocab, np.int32)
-    for token in range(encoding.n_vocab - len(encoding.special_tokens_set)):
-        lengths[token] = len(encoding.decode_single_token_bytes(token))
-    return lengths
+def slug(path):
+    """A path as one readable word. With a hash, for a/b and a-b are one word without."""
+    word = re.sub(r'[^A-Za-z0-9.]+', '-', path).strip('-.')[-60:]
+    return f'{word}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}'
 
 
 def mix(x):

@@ -12,8 +12,9 @@ import torch
 import device as hardware
 from checkpoint import load_model
 from configurator import UserError, load, run
-from data import TokenData, load_tokenizer, token_bytes
 from parallel import Group
+from shards import open_data
+from tokenizer import load_tokenizer, token_bytes
 
 
 @dataclass
@@ -35,8 +36,8 @@ class EvaluateConfig:
 def validate(model, data, lengths, windows, batch_size, device, dtype, stop=lambda: False, group=Group()):
     """Mean loss over fixed windows of the validation split, dealt to the processes of the group in batches and summed.
 
-    lengths (n_vocab,): bytes of each token. -> {loss (nats a token), perplexity, bits_per_byte, tokens}, or None if
-    stop() came true, which is asked before every batch."""
+    lengths (n_vocab,): bytes of each token, None if they are not known. Targets of -1 are not counted. -> {loss (nats a token),
+    perplexity, bits_per_byte (None without lengths), tokens}, or None if stop() came true, which is asked before every batch."""
     training = model.training
     model.eval()
     total, tokens, size = 0.0, 0, 0
@@ -49,13 +50,16 @@ def validate(model, data, lengths, windows, batch_size, device, dtype, stop=lamb
         with hardware.autocast(device, dtype):  # also by a process that has no batch left: a sharded model needs all of them
             loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
         if mine:
-            total, tokens, size = total + loss.item() * y.size, tokens + y.size, size + int(lengths[y].sum())
+            y = y[y >= 0]
+            total, tokens = total + loss.item() * y.size, tokens + y.size
+            size += 0 if lengths is None else int(lengths[y].sum())
     model.train(training)
     if stopped:
         return None
     total, tokens, size = group.sum(total, tokens, size)
     loss = total / tokens
-    return {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': int(tokens), 'bits_per_byte': total / math.log(2) / max(size, 1)}
+    return {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': int(tokens),
+            'bits_per_byte': None if lengths is None else total / math.log(2) / max(size, 1)}
 
 
 def main(argv):
@@ -63,13 +67,12 @@ def main(argv):
     device, dtype, chosen = hardware.resolve(config.device, config.dtype)
     model, state = load_model(config.run, device)
     path = config.data or state['data']['path']
-    data = TokenData(path, model.config.block_size, model.config.vocab_size)
+    data = open_data(path, model.config.block_size, model.config.vocab_size)
     if data.tokenizer != state['tokenizer']:
         raise UserError(f'{path}: its tokenizer is not the one that {config.run} was trained with')
     print(f'{config.run}, step {state["step"]:,}, on {path}, on {chosen}')
-    start = time.perf_counter()
-    result = validate(model, data, token_bytes(load_tokenizer(data.tokenizer)), data.val_windows(config.eval_tokens),
-                      config.batch_size, device, dtype)
+    start, lengths = time.perf_counter(), token_bytes(load_tokenizer(data.tokenizer)) if data.tokenizer else None
+    result = validate(model, data, lengths, data.val_windows(config.eval_tokens), config.batch_size, device, dtype)
     print(f'{result["tokens"]:,} tokens in {time.perf_counter() - start:.1f} s')
     print(json.dumps({'run': config.run, 'step': state['step'], **result}))
 

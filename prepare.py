@@ -2,329 +2,443 @@
 Corpus -> tokenizer.json, train.bin, val.bin, meta.json: everything that data.py reads.
 
     python prepare.py                                                 # pylib: the text of this machine's Python library
-    python prepare.py --dataset=text:notes --vocab_size=4096          # a file, a directory or a 'glob' of .txt and .jsonl
-    python prepare.py --dataset=text:big.jsonl --text_field=body --max_tokens=5e6 --out=data/big
+    python prepare.py --dataset=text:notes --vocab_size=4096          # a file, a directory or a 'glob': .txt, .jsonl, .parquet, .gz, .zst
+    python prepare.py --dataset=fineweb_edu --max_tokens=5e8 --vocab_size=32000 --out=data/edu
+    python prepare.py --dataset=wikitext103 --tokenizer=gpt2          # or a tokenizer.json, ours or one of Hugging Face
+    python prepare.py --dataset=fineweb_edu --shard=3/16 --out=data/edu    # one of 16 machines
+    python prepare.py join data/edu                                   # their directories, brought together there, as one
+    python prepare.py show data/pylib --n=3                           # windows, figures and a picture of what is prepared
 
-Documents are read once, as a stream: exact duplicates go out, the hash of a document's text decides whether it is train or
-val, the train documents of the first 64 MB make the byte-level BPE, and processes encode. All of it is written beside --out
-and renamed to it when it is whole, so that a killed preparation leaves nothing that looks finished.
+Rows of ids that are ready made (.npy, .pt):
+
+    python prepare.py validate DIR                                    # names every file that is broken
+    python prepare.py split DIR OUT --val_ratio=0.01                  # train and val by symbolic links; OUT is ready for train.py
+    python prepare.py pack --dataset=pylib --row=32768 --out=DIR      # any corpus as such rows
+    python prepare.py recommend DIR                                   # what to train on it: sizes, time, memory, commands
+
+Documents are read as a stream: exact duplicates go out, the hash of a document's text decides whether it is train or val, the
+train documents of the first 64 MB make the byte-level BPE, and processes encode. All of it is written in .NAME.tmp beside the
+result and renamed to it when it is whole. A preparation that was killed goes on from its last finished part.
 """
-import base64
-import codecs
-import glob
 import hashlib
-import importlib
-import inspect
-import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import signal
+import sqlite3
 import sys
-import sysconfig
-import textwrap
 import threading
 import time
-import tokenize
-import types
-import warnings
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+import tiktoken
 
-from configurator import UserError, load, run
-from data import EOT, VERSION, data_dir, load_tokenizer, read_json, token_bytes
+import tokenizer
+from configurator import UserError, load, read_json, run
+from corpus import DATASETS, count_words, open_corpus
+from data import VERSION, data_dir
+from tokenizer import load_tokenizer, token_bytes
+from workspace import Bins, Seen, compare, fsync, is_prepared, now, publish, workspace, write_json
 
-# GPT-2's split into words as tiktoken writes it: equal results, but possessive, so that it never backtracks.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 BATCH = 10**6  # bytes of text that a process encodes at a time
-TOKENIZER_BATCHES = 64  # the tokenizer is trained on the train documents of the first so many
+SAMPLE = 64 * BATCH  # bytes of text whose train documents the tokenizer is trained on
+PART = 16  # batches after which what is done is put on the record: a kill costs no more than these
 SLICE = 2**19  # characters that tiktoken gets at a time: a run of a million spaces overflows its stack
-PIECE, PATIENCE, LONGEST = 8 * 1024, 64 * 1024, 128 * 1024  # bytes of a .txt document: see `pieces`
 
 
 @dataclass
 class PrepareConfig:
-    dataset: str = 'pylib'  # pylib, or text:PATH (file, directory or glob of .txt and .jsonl)
-    vocab_size: int = 8192  # tokens, the end-of-text token included
-    val_ratio: float = 0.05  # share of the documents that is kept for validation
+    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH (file, directory, glob) or shards:DIR
+    source: str = ''  # fineweb_edu, wikitext*: .parquet or .jsonl files on this machine (directory, file, glob) instead of a download
+    subset: str = 'sample-10BT'  # fineweb_edu: which part of it
+    min_score: float = 3.0  # fineweb_edu: educational score (0 to 5) that a document needs
+    text_field: str = 'text'  # of .jsonl and .parquet
+    bad_text: str = 'refuse'  # what isn't UTF-8 or JSON: refuse, skip, or replace (by U+FFFD; lines that aren't JSON are skipped)
+    tokenizer: str = 'bpe'  # bpe (trained on the corpus), gpt2, or a tokenizer.json, ours or one of Hugging Face
+    vocab_size: int = 8192  # bpe: tokens, the end-of-text token included
+    val_ratio: float = 0.05  # share of the documents that is kept for validation (wikitext* have splits of their own)
     max_tokens: int = 0  # train tokens after which reading stops, 0: all
-    text_field: str = 'text'  # of a line of .jsonl
+    max_documents: int = 0  # documents after which reading stops, 0: all
+    shard: str = ''  # i/n: prepare the i-th (from 0) of n parts, each on its own machine; together they are the whole
     out: str = ''  # directory to make, '': data/NAME
     num_proc: int = 0  # processes that encode, 0: one a CPU
     seed: int = 1337  # of the split into train and val
 
     def problems(self):
-        if self.dataset != 'pylib' and not re.match('text:.', self.dataset):
-            yield f'--dataset={self.dataset}: unknown, expected pylib or text:PATH'
+        if self.dataset not in DATASETS and not re.match('(text|shards):.', self.dataset) and not is_path(self.dataset):
+            yield f"--dataset={self.dataset}: unknown, expected {', '.join(DATASETS)}, text:PATH or shards:DIR"
+        if self.source and self.dataset not in ('fineweb_edu', 'wikitext2', 'wikitext103'):
+            yield f'--source={self.source}: --dataset={self.dataset} has none (files of your own: --dataset=text:{self.source})'
+        if self.bad_text not in ('refuse', 'skip', 'replace'):
+            yield f'--bad_text={self.bad_text}: expected refuse, skip or replace'
         if not 257 <= self.vocab_size <= 2**16:
             yield f'--vocab_size={self.vocab_size}: expected 257 (bytes and end of text) to 65536 (ids are uint16)'
         if not 0 < self.val_ratio < 1:
             yield f'--val_ratio={self.val_ratio}: expected a share between 0 and 1'
-        for key in ('max_tokens', 'num_proc', 'seed'):
+        for key in ('max_tokens', 'max_documents', 'num_proc', 'seed'):
+            if getattr(self, key) < 0:
+                yield f'--{key}={getattr(self, key)}: must not be negative'
+        if self.shard:
+            i, _, n = self.shard.partition('/')
+            if not (i.isdecimal() and n.isdecimal() and int(i) < int(n) <= 99_999):
+                yield f'--shard={self.shard}: expected i/n with 0 <= i < n, as in --shard=0/4'
+            if self.max_tokens:
+                yield f'--max_tokens={self.max_tokens}: with --shard no machine knows the tokens of the others: use --max_documents'
+
+
+@dataclass
+class PackConfig:
+    row: int = 32_768  # ids in a row
+    rows_per_shard: int = 100  # rows in a file
+
+    def problems(self):
+        return (f'--{key}={getattr(self, key)}: must be at least 1' for key in ('row', 'rows_per_shard') if getattr(self, key) < 1)
+
+
+@dataclass
+class SplitConfig:
+    path: str = ''  # directory, file or glob of .npy and .pt
+    out: str = ''  # directory to make
+    val_ratio: float = 0.01  # share of the files that is kept for validation
+    vocab_size: int = 0  # ids must be below it, 0: any
+    seed: int = 1337  # of the split
+
+    def problems(self):
+        if not self.path or not self.out:
+            yield 'name the shards and the directory to make: python prepare.py split DIR OUT'
+        if not 0 < self.val_ratio < 1:
+            yield f'--val_ratio={self.val_ratio}: expected a share between 0 and 1'
+
+
+@dataclass
+class PathConfig:
+    path: str = ''  # what prepare.py made, or shards
+    vocab_size: int = 0  # validate: ids must be below it, 0: any
+    n: int = 3  # show: windows to print
+    card_gb: float = 0.0  # recommend: memory of the card to train on, 0: what this machine has
+
+    def problems(self):
+        if not self.path:
+            yield 'name a directory: python prepare.py validate|recommend|show|join DIR'
+        for key in ('vocab_size', 'n', 'card_gb'):
             if getattr(self, key) < 0:
                 yield f'--{key}={getattr(self, key)}: must not be negative'
 
 
+def is_path(dataset):
+    """Whether this is a directory that was prepared already, as in pack --dataset=data/x."""
+    return '/' in dataset and (Path(dataset) / 'meta.json').is_file()
+
+
 def main(argv):
-    config = load(argv, PrepareConfig, usage=__doc__)
-    out = Path(config.out) if config.out else data_dir(config.dataset)
+    command, *rest = argv if argv and argv[0] in COMMANDS else ('', *argv)
     try:
-        prepare(config, out)
+        COMMANDS.get(command, prepare_command)(rest)
     except BrokenPipeError:  # the reader of our output went away: `run` knows
         raise
-    except OSError as error:  # a corpus that can't be read names itself, a full disk doesn't
-        raise UserError(f'{error.filename or out}: {error.strerror}')
+    except OSError as error:  # a file that can't be read names itself, a full disk doesn't
+        raise UserError(f"{error.filename or ' '.join(['prepare.py', *argv])}: {error.strerror or error}")
 
+
+def prepare_command(argv):
+    config = load(argv, PrepareConfig, usage=__doc__)
+    out = Path(config.out) if config.out else data_dir(config.dataset, config.tokenizer)
+    if config.dataset.startswith('shards:'):
+        import shards
+        vocab_size = config.vocab_size if config.origin['vocab_size'] != 'default' else 0
+        shards.split(config.dataset.removeprefix('shards:'), out, config.val_ratio, vocab_size, config.seed)
+    else:
+        prepare(config, out)
+
+
+def pack_command(argv):
+    config = load(argv, PrepareConfig, PackConfig, usage=__doc__)
+    if not config.out:
+        raise UserError('--out: name the directory to make: python prepare.py pack --dataset=NAME --row=32768 --out=DIR')
+    import shards
+    bins = data_dir(config.dataset, config.tokenizer)
+    if not is_path(config.dataset):
+        prepare(config, bins)
+    shards.pack(bins, config.row, Path(config.out), config.rows_per_shard)
+
+
+def split_command(argv):
+    config = load(argv, SplitConfig, positional=('path', 'out'), usage=__doc__)
+    import shards
+    shards.split(config.path, Path(config.out), config.val_ratio, config.vocab_size, config.seed)
+
+
+def path_command(function):
+    def command(argv):
+        config = load(argv, PathConfig, positional=('path',), usage=__doc__)
+        function(config)
+    return command
+
+
+def validate(config):
+    import shards
+    shards.validate(config.path, config.vocab_size)
+
+
+def show(config):
+    import show as module
+    module.show(config.path, config.n)
+
+
+def recommend(config):
+    import recommend as module
+    module.recommend(config.path, card_gb=config.card_gb)
+
+
+COMMANDS = {'pack': pack_command, 'split': split_command, 'validate': path_command(validate), 'show': path_command(show),
+            'recommend': path_command(recommend), 'join': path_command(lambda config: join(Path(config.path), ask=True))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A corpus
 
 def prepare(config, out):
     start = time.time()
-    source, documents = open_corpus(config)
-    request = {'version': VERSION, 'source': source, 'filter': 'no exact duplicates, no empty documents', 'seed': config.seed,
-               'val_ratio': config.val_ratio, 'max_tokens': config.max_tokens, 'vocab_size': config.vocab_size}
-    if is_prepared(out, request):
+    corpus = open_corpus(config)
+    content = make_tokenizer(config)
+    filters = ', '.join(filter(None, ('' if corpus.own_splits else 'no exact duplicates, no empty documents', corpus.filter)))
+    request = {'version': VERSION, 'source': corpus.source, 'filter': filters, 'seed': config.seed,
+               'val_ratio': None if corpus.own_splits else config.val_ratio, 'max_tokens': config.max_tokens,
+               'max_documents': config.max_documents, 'bad_text': config.bad_text, 'tokenizer': tokenizer.label(content),
+               'vocab_size': load_tokenizer(content).n_vocab if content else config.vocab_size}
+    if is_prepared(out, request, bool(config.shard)):
         print(f'{out} is already prepared: nothing to do')
         return
-
-    with workspace(out.resolve()) as work:
-        print(f'{config.dataset}: reading', flush=True)
-        stream = batches(documents, config)
-        head = list(islice(stream, TOKENIZER_BATCHES))
-        sample = [text for _, texts in head for text in texts['train']]
-        if not any(texts['val'] for _, texts in head) and not sample:
-            raise UserError(f'{config.dataset}: the corpus is empty, no document has any text')
-        if not sample:
-            raise UserError(f'{config.dataset}: no text for the train split: more documents, or a smaller --val_ratio')
-        print(f'tokenizer: training {config.vocab_size} tokens on {len(sample):,} documents', flush=True)
-        write_json(work / 'tokenizer.json', train_tokenizer(sample, config.vocab_size))
-        print(f'encoding, after {time.time() - start:.1f} s', flush=True)
-        counts, files = encode_corpus(chain(head, stream), work, config)
-        if not counts['val']:
-            raise UserError(f"{config.dataset}: none of {counts['train']} documents fell into the val split: "
-                            f'more documents, or a larger --val_ratio')
-        seconds = round(time.time() - start, 1)
-        write_json(work / 'meta.json', {
-            **request, 'eot_id': config.vocab_size - 1, 'documents': counts, 'files': files,
-            'created': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'seconds': seconds})
-        fsync(work)
-        if not is_prepared(out, request):  # another run may have been faster
-            work.rename(out.resolve())
-            fsync(out.resolve().parent)
-
-    (train,), (val,) = files['train'], files['val']
-    size, tokens = train['bytes'] + val['bytes'], train['tokens'] + val['tokens']
-    print(f"{out}: {train['tokens']:,} train + {val['tokens']:,} val tokens from {counts['train'] + counts['val']:,} documents, "
-          f'{size / 1e6:.1f} MB, {size / tokens:.2f} bytes per token, {seconds} s')
+    whole, part = out, request
+    if config.shard:
+        i, n = map(int, config.shard.split('/'))
+        out, part = out / f'shard-{i:05d}-of-{n:05d}', request | {'shard': config.shard}
+        check_shards(whole, request, n)
+    with workspace(out, part) as work:
+        if work:
+            if not (work / 'meta.json').exists():
+                build(config, corpus, content, part, work, start)
+            publish(work, out)
+    summary(out)
+    if config.shard:
+        join(whole)
 
 
-def open_corpus(config):
-    """What identifies the corpus, for meta.json, and an iterator over its documents: str, or None for an unreadable one."""
-    if config.dataset == 'pylib':
-        return {'dataset': 'pylib', 'python': f'{platform.python_implementation()} {platform.python_version()}'}, pylib()
-    path = os.path.expanduser(config.dataset.removeprefix('text:'))
-    if os.path.isdir(path):
-        files = [file for file in Path(path).rglob('*') if file.suffix in ('.txt', '.jsonl')]
-    else:
-        files = map(Path, [path] if os.path.exists(path) else glob.glob(path, recursive=True))
-    files = sorted(file for file in files if file.is_file())
-    if not files:
-        raise UserError(f'{path}: no such file, and no directory or glob with .txt or .jsonl files')
-    source = {'dataset': config.dataset, 'files': len(files), 'bytes': sum(file.stat().st_size for file in files)}
-    if any(file.suffix == '.jsonl' for file in files):
-        source['text_field'] = config.text_field
-    return source, chain.from_iterable(jsonl(file, config.text_field) if file.suffix == '.jsonl' else pieces(file)
-                                       for file in files)
-
-
-def pylib():
-    """Every .py file of the standard library, its tests included, and the docstrings of its modules written in C."""
-    roots = [Path(root) for root in dict.fromkeys(sysconfig.get_paths()[key] for key in ('stdlib', 'platstdlib'))]
-    files = {}
-    for root in roots:
-        for folder, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if name not in ('site-packages', 'dist-packages', '__pycache__')]
-            paths = [Path(folder) / name for name in names if name.endswith('.py')]
-            files |= {path.relative_to(root).as_posix(): path for path in paths}
-    for _, path in sorted(files.items()):
-        try:
-            with tokenize.open(path) as file:  # in the encoding that the source declares (PEP 263)
-                text = file.read()
-            text.encode()
-        except (OSError, SyntaxError, LookupError, ValueError):  # the library's tests have broken sources on purpose
-            text = None
-        yield text
-    extensions = {path.name.partition('.')[0] for root in roots for path in (root / 'lib-dynload').glob('*.*')}
-    for name in sorted(extensions | set(sys.builtin_module_names)):
-        if 'test' not in name and not name.lstrip('_').startswith('xx'):
-            yield c_docstrings(name)
-
-
-def c_docstrings(name):
-    """The public functions, classes and methods of a module written in C, as a stub that holds their docstrings."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # deprecated modules
-            module = importlib.import_module(name)
-    except ImportError:  # a system library is missing
+def make_tokenizer(config):
+    """The content of tokenizer.json, or None where it is to be trained on the corpus."""
+    if config.tokenizer == 'bpe':
         return None
-
-    def docstring(thing, indent=''):
-        doc = thing.__doc__
-        return [textwrap.indent(f'"""{inspect.cleandoc(doc)}"""', indent)] if isinstance(doc, str) else []
-
-    def function(key, thing, indent=''):
-        signature = re.sub(r'\$module(, /)?(, )?', '', getattr(thing, '__text_signature__', None) or '(...)').replace('$', '')
-        doc = docstring(thing, indent + '    ')
-        return [f'\n{indent}def {key}{signature}:', *doc] if doc else []
-
-    def public(owner):
-        return sorted((key, thing) for key, thing in vars(owner).items() if not key.startswith('_'))
-
-    methods = (types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType, staticmethod)
-    lines = docstring(module)
-    for key, thing in public(module):
-        if isinstance(thing, types.BuiltinFunctionType):
-            lines += function(key, thing)
-        elif isinstance(thing, type):
-            lines += [f'\nclass {key}:', *docstring(thing, '    ')]
-            for name, method in public(thing):
-                lines += function(name, method, '    ') if isinstance(method, methods) else []
-    return '\n'.join(lines) + '\n'
+    content = tokenizer.gpt2() if config.tokenizer == 'gpt2' else tokenizer.from_file(config.tokenizer)
+    if (n := load_tokenizer(content).n_vocab) != config.vocab_size and config.origin['vocab_size'] != 'default':
+        raise UserError(f'--vocab_size={config.vocab_size}: --tokenizer={config.tokenizer} has {n} tokens: leave --vocab_size out')
+    return content
 
 
-def pieces(path):
+def build(config, corpus, content, request, work, start):
+    """Everything that a prepared directory holds, meta.json last, in the directory `work`; what is there already is used."""
+    print(f'{config.dataset}: reading', flush=True)
+    if not (work / 'tokenizer.json').exists():
+        sample, size, share = read_sample(corpus, config)
+        if not content:
+            print(f'tokenizer: training {config.vocab_size} tokens on {len(sample):,} documents', flush=True)
+            content = tokenizer.train_bpe(sample, config.vocab_size)
+        check_room(load_tokenizer(content), sample, size / share if share else 0, config, work)
+        del sample
+        write_json(work / 'tokenizer.json', content)
+    print(f'encoding, after {time.time() - start:.1f} s', flush=True)
+    try:
+        counts, files = encode_corpus(corpus, work, config)
+    except sqlite3.Error as error:
+        raise UserError(f"{work / 'seen.sqlite'}: {error}: make room on the disk and try again, or remove {work} and start again")
+    if not counts['train'] or not counts['val']:
+        empty, other = ('val', 'larger') if counts['train'] else ('train', 'smaller')
+        shutil.rmtree(work)
+        raise UserError(f"{config.dataset}: none of {counts['train'] + counts['val']} documents fell into the {empty} split: "
+                        f'more documents, or a {other} --val_ratio')
+    extra = {}
+    if (text := corpus.test()) is not None:
+        (work / 'test.txt').write_bytes(text.encode())
+        fsync(work / 'test.txt')
+        extra['test'] = {'name': 'test.txt', 'bytes': len(text.encode()), **count_words(text),
+                         'sha256': hashlib.sha256(text.encode()).hexdigest()}
+    write_json(work / 'meta.json', {
+        **request, 'eot_id': load_tokenizer(work).eot_token, 'documents': counts, 'files': files, **extra,
+        'created': now(), 'seconds': round(time.time() - start, 1)})
+
+
+def summary(out):
+    meta = read_json(out / 'meta.json')
+    train, val = (meta['files'][split] for split in ('train', 'val'))
+    tokens, size = (sum(file[key] for file in train + val) for key in ('tokens', 'bytes'))
+    counts = meta['documents']
+    dropped = ''.join(f', {count:,} {name}' for name, count in counts.items() if name not in ('read', 'train', 'val') and count)
+    print(f"{counts['read']:,} documents read, {counts['train'] + counts['val']:,} kept{dropped}")
+    print(f"{out}: {sum(file['tokens'] for file in train):,} train + {sum(file['tokens'] for file in val):,} val tokens from "
+          f"{counts['train'] + counts['val']:,} documents, {size / 1e6:.1f} MB, {size / tokens:.2f} bytes per token, "
+          f"{meta['seconds']} s")
+
+
+class Batch(NamedTuple):
+    """About 1 MB of text, and where the corpus goes on behind it."""
+    number: int
+    position: tuple  # documents read so far, and the position of the last of them
+    counts: Counter  # documents read and dropped on the way
+    texts: dict  # {'train': [str], 'val': [str]}
+
+
+def batches(corpus, config, is_new, shard=(0, 1), number=0, position=(0, None)):
     """
-    Documents of a .txt file, which joined are the file: cut at the first blank line after 8 KB, at the first line end after
-    8 KB where 64 KB have no such blank line, and at 128 KB where no line ends. So text that is appended to the file changes
-    the last document alone. Raises UserError where the file isn't UTF-8.
+    The documents of the corpus from `position` on as Batch after Batch: those of the shard, sorted into train and val.
+
+    Which split and which shard a document belongs to depends on nothing but its text and the seed: no document changes sides
+    when the corpus grows or comes in another order, duplicates meet in one shard, and shards need not know of each other.
+    is_new(digest, number): whether no document had this digest before.
     """
-    blank_line = re.compile(rb'\n[ \t\r]*\n')
-    with open(path, 'rb') as file:
-        offset = 3 if file.read(3) == codecs.BOM_UTF8 else 0
-        file.seek(offset)
-        text = b''
-        while text := text + file.read(LONGEST - len(text)):
-            if cut := blank_line.search(text, PIECE, PATIENCE):
-                end = cut.end()
-            elif len(text) < PATIENCE:
-                end = len(text)
-            else:
-                end = text.find(b'\n', PIECE) + 1 or len(text)
-            try:
-                document, end = codecs.utf_8_decode(text[:end], 'strict', end < LONGEST)  # not final: may end inside a character
-            except UnicodeDecodeError as error:
-                raise UserError(f'{path}: not UTF-8 at byte {offset + error.start}')
-            yield document
-            offset, text = offset + end, text[end:]
-
-
-def jsonl(path, field):
-    """Documents of a .jsonl file, one a line. Raises UserError with the number of a line that holds none."""
-    with open(path, 'rb') as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line.decode('utf-8-sig'))
-                text = row.get(field) if isinstance(row, dict) else None
-                if not isinstance(text, str):
-                    raise ValueError(f'no text in a field {field!r}, which --text_field names')
-                text.encode()  # json lets half a surrogate pair pass
-            except (ValueError, RecursionError) as error:
-                raise UserError(f'{path}:{number}: broken line: {error}')
-            yield text
-
-
-def batches(documents, config):
-    """
-    (counts, texts) of about 1 MB: how many documents were read and dropped, and {'train': [str], 'val': [str]}. The counts
-    travel with the texts because reading runs ahead of encoding. Takes 100 bytes of memory a document, for the digests.
-    """
-    seen, key = set(), str(config.seed).encode()[:64]
-    counts, texts, size = Counter(), {'train': [], 'val': []}, 0
-    for text in documents:
-        counts['read'] += 1
-        if text is None:
-            counts['unreadable'] += 1
-            continue
+    key, (i, n) = str(config.seed).encode()[:64], shard
+    (read, at), counts, texts, size = position, Counter(), {'train': [], 'val': []}, 0
+    for document in corpus.documents(at):
+        if config.max_documents and read == config.max_documents:
+            break
+        read, at, text = read + 1, document.position, document.text
         if not text or text.isspace():
-            counts['empty'] += 1
+            if i == 0:  # no text, no digest: the first shard counts it
+                counts.update(('read', document.dropped or 'empty'))
             continue
         data = text.encode()
         digest = hashlib.blake2b(data, digest_size=16, key=key).digest()
-        if digest in seen:
+        if int.from_bytes(digest[8:], 'little') % n != i:
+            continue
+        counts['read'] += 1
+        if document.dropped:  # mended, and kept
+            counts[document.dropped] += 1
+        if not corpus.own_splits and not is_new(digest, number):
             counts['duplicates'] += 1
             continue
-        seen.add(digest)
-        # By nothing but the text and the seed: no document changes sides when the corpus grows or comes in another order.
-        split = 'val' if int.from_bytes(digest[:8], 'little') < config.val_ratio * 2**64 else 'train'
-        texts[split].append(text)
+        is_val = int.from_bytes(digest[:8], 'little') < config.val_ratio * 2**64
+        texts[document.split or ('val' if is_val else 'train')].append(text)
         size += len(data)
         if size >= BATCH:
-            yield counts, texts
-            counts, texts, size = Counter(), {'train': [], 'val': []}, 0
-    yield counts, texts
+            yield Batch(number, (read, at), counts, texts)
+            number, counts, texts, size = number + 1, Counter(), {'train': [], 'val': []}, 0
+    yield Batch(number, (read, at), counts, texts)
 
 
-def train_tokenizer(texts, vocab_size):
-    """The content of tokenizer.json: a byte-level BPE, ranks are the 256 bytes and then the tokens as they were merged."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 characters by which the library writes bytes
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False))
-    vocab = bpe.get_vocab()
-    if len(vocab) < vocab_size - 1:
-        raise UserError(f'--vocab_size={vocab_size}: this corpus makes at most {len(vocab) + 1} tokens: give that, or more text')
-    # A printable byte is written as its own character, the others in their order as characters from 256 on.
-    own = [ord(character) for character in alphabet if ord(character) < 256]
-    byte_of = dict(zip(alphabet, own + sorted(set(range(256)) - set(own))))
-    merged = sorted(vocab, key=vocab.get)[256:]
-    ranks = [bytes([byte]) for byte in range(256)] + [bytes(byte_of[character] for character in token) for token in merged]
-    return {'format': 'nanotrix-tokenizer', 'version': VERSION, 'name': f'nanotrix-{vocab_size}', 'pattern': PATTERN,
-            'special_tokens': {EOT: len(ranks)}, 'ranks': [base64.b64encode(rank).decode() for rank in ranks]}
-
-
-def encode_corpus(stream, work, config):
-    """Write train.bin and val.bin. Returns the documents counted and the files described, as meta.json has them."""
-    lengths, eot = token_bytes(load_tokenizer(work)), config.vocab_size - 1
-    counts = Counter(dict.fromkeys(('read', 'unreadable', 'empty', 'duplicates', 'train', 'val'), 0))
-    bins = {split: Bin(work / f'{split}.bin', lengths) for split in ('train', 'val')}
-    start = said = time.time()
-    for batch_counts, ids in encoded(stream, work, config.num_proc or min(os.cpu_count(), 16)):
-        room = config.max_tokens - bins['train'].tokens
-        if full := config.max_tokens and len(ids['train']) >= room:
-            ids['train'] = ids['train'][:room]
-            ids['train'][-1] = eot  # the document that reaches max_tokens is cut, and ends
-        counts.update(batch_counts)
-        for split, bin in bins.items():
-            bin.write(ids[split])
-            counts[split] += int((ids[split] == eot).sum())
-        if full:
+def read_sample(corpus, config):
+    """
+    The train documents of the first 64 MB, the same for every shard, how many bytes of text these 64 MB are, and what share of
+    the corpus (None: unknown).
+    """
+    seen, sample, size, share = set(), [], 0, None
+    for batch in batches(corpus, config, lambda digest, _: digest not in seen and not seen.add(digest)):
+        sample += batch.texts['train']
+        size += sum(len(text.encode()) for texts in batch.texts.values() for text in texts)
+        share = corpus.progress(batch.position[1])
+        if size >= SAMPLE:
             break
-        if time.time() - said > 5:
-            said = time.time()
-            tokens, size = (sum(getattr(bin, key) for bin in bins.values()) for key in ('tokens', 'bytes'))
-            done = counts['train'] + counts['val']
-            print(f'  {done:,} documents, {size / 1e6:.1f} MB, {tokens / (said - start):,.0f} tokens/s', flush=True)
-    return counts, {split: [bin.close()] for split, bin in bins.items()}
+    if not size:
+        raise UserError(f'{config.dataset}: the corpus is empty, no document has any text')
+    if not sample:
+        raise UserError(f'{config.dataset}: no text for the train split: more documents, or a smaller --val_ratio')
+    return sample, size, share
+
+
+def check_room(encoding, sample, size, config, work):
+    """Raises UserError where the disk has no room for the bins of `size` bytes of text (0: unknown), as the sample makes tokens."""
+    texts = sample[::max(1, len(sample) // 100)]
+    texts = [text[:SLICE // 8] for text in texts]
+    rate = sum(len(encoding.encode_ordinary(text)) + 1 for text in texts) / sum(len(text.encode()) for text in texts)
+    tokens = size * rate / shard_of(config)[1]
+    if config.max_tokens:
+        tokens = min(tokens or config.max_tokens, config.max_tokens / (1 - config.val_ratio))
+    if not tokens:
+        return
+    need, free = 2 * tokens, shutil.disk_usage(work).free
+    print(f'about {tokens / 1e6:,.1f}M tokens, {need / 1e9:,.3f} GB of disk ({free / 1e9:,.3f} GB are free)', flush=True)
+    if need > free:
+        raise UserError(f'{work.parent}: about {need / 1e9:,.3f} GB of tokens, but only {free / 1e9:,.3f} GB are free: make room, '
+                        f'choose another --out, or prepare less with --max_tokens or --max_documents')
+
+
+def encode_corpus(corpus, work, config):
+    """
+    Write the bins of both splits. Returns the documents counted and the files described, as meta.json has them.
+
+    Every PART batches what is done is put on record: the bins, then the digests, then state.json, which says where the former
+    two stood. What lies behind that in them is the work of a killed preparation, and goes.
+    """
+    done = read_json(work / 'state.json') if (work / 'state.json').exists() else {}
+    encoding = load_tokenizer(work)
+    lengths, eot = token_bytes(encoding), encoding.eot_token
+    counts = Counter(dict.fromkeys(('read', 'unreadable', 'empty', 'duplicates', 'train', 'val'), 0) | done.get('counts', {}))
+    bins = {split: Bins(work, split, lengths, done.get('files', {}).get(split, [])) for split in ('train', 'val')}
+    number, position = done.get('batches', 0), done.get('position', (0, None))
+    if number:
+        print(f"going on behind {position[0]:,} documents, {bins['train'].tokens:,} train tokens", flush=True)
+    say = progress(corpus, config, position[1], bins)
+    with Seen(work / 'seen.sqlite', number) as seen:
+        stream = batches(corpus, config, seen.is_new, shard_of(config), number, position)
+        for batch, ids in encoded(stream, work, config.num_proc or min(os.cpu_count(), 16)):
+            room = config.max_tokens - bins['train'].tokens
+            if full := config.max_tokens and len(ids['train']) >= room:
+                ids['train'] = ids['train'][:room]
+                ids['train'][-1] = eot  # the document that reaches max_tokens is cut, and ends
+            counts.update(batch.counts)
+            for split, bin in bins.items():
+                bin.append(ids[split])
+                counts[split] += int((ids[split] == eot).sum())
+            if full:
+                break
+            if (batch.number + 1) % PART == 0:
+                files = {split: bin.sync() for split, bin in bins.items()}
+                seen.commit()
+                write_json(work / 'state.json', {
+                    'batches': batch.number + 1, 'position': batch.position, 'counts': counts, 'files': files})
+            say(batch.position, counts)
+    return counts, {split: bin.close() for split, bin in bins.items()}
+
+
+def progress(corpus, config, position, bins):
+    """-> say(position, counts): a line every five seconds."""
+    start, before, there = time.time(), {}, corpus.progress(position) or 0
+    said = start
+
+    def totals():
+        return {key: sum(getattr(bin, key) for bin in bins.values()) for key in ('tokens', 'bytes')}
+
+    def say(position, counts):
+        nonlocal said
+        if (now := time.time()) - said < 5:
+            return
+        said, total, seconds = now, totals(), now - start
+        share = corpus.progress(position[1]) or 0
+        if config.max_tokens:
+            share = max(share, bins['train'].tokens / config.max_tokens)
+        left = f'{seconds * (1 - share) / (share - there):,.0f} s left' if share > there else 'of an unknown size'
+        need = f" of {2 * total['tokens'] / share / 1e9:,.2f}" if share else ''
+        print(f"  {counts['train'] + counts['val']:,} documents, {total['tokens'] / 1e6:,.1f}M tokens, "
+              f"{(total['bytes'] - before['bytes']) / seconds / 1e6:.1f} MB/s, {2 * total['tokens'] / 1e9:,.2f}{need} GB of disk, {left}",
+              flush=True)
+
+    before = totals()
+    return say
 
 
 def encoded(stream, work, num_proc):
-    """`encode` of every batch, in order. Only two batches a process are in the works (Pool.imap would read the corpus ahead)."""
+    """
+    (batch, its ids) in order. Only two batches a process are in the works (Pool.imap would read the corpus ahead), and their
+    texts go as soon as a process has them.
+    """
     if num_proc == 1:
         open_tokenizer(work)
-        yield from map(encode, stream)
+        for batch in stream:
+            yield batch, encode(batch.texts)
         return
     spawn = multiprocessing.get_context('spawn')  # the tokenizer's training has started threads: a fork could hang
     try:
@@ -334,13 +448,15 @@ def encoded(stream, work, num_proc):
                 # A worker is born with its parent's signal mask: Ctrl-C is the parent's to handle.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
-                    ahead.append(pool.submit(encode, batch))
+                    ahead.append((batch._replace(texts=None), pool.submit(encode, batch.texts)))
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 if len(ahead) == 2 * num_proc:
-                    yield ahead.popleft().result()
+                    batch, ids = ahead.popleft()
+                    yield batch, ids.result()
             while ahead:
-                yield ahead.popleft().result()
+                batch, ids = ahead.popleft()
+                yield batch, ids.result()
     except BrokenProcessPool:
         raise UserError(f'one of the {num_proc} processes that encode died (out of memory?): try a smaller --num_proc')
 
@@ -357,95 +473,67 @@ def open_tokenizer(work):
     encoding = load_tokenizer(work)
 
 
-def encode(batch):
-    """(counts, {split: [str]}) -> (counts, {split: (n,) uint16 ids}), with the end of text after every document."""
-    counts, texts = batch
-    ids = {split: [] for split in texts}
-    for split, documents in texts.items():
-        for document in documents:
-            for start in range(0, len(document), SLICE):
-                ids[split] += encoding.encode_ordinary(document[start:start + SLICE])  # '<|endoftext|>' in it is plain text
-            ids[split].append(encoding.n_vocab - 1)
-    return counts, {split: np.array(ids[split], '<u2') for split in ids}
+def encode(texts):
+    """{split: [str]} -> {split: (n,) uint16 ids}, with the end of text after every document."""
+    eot = np.array([encoding.eot_token], '<u2')
+    return {split: np.concatenate([part for document in documents for part in (*encode_document(document), eot)] or [eot[:0]])
+            for split, documents in texts.items()}
 
 
-class Bin:
-    """A token file in the making, and its entry in meta.json."""
-
-    def __init__(self, path, lengths):
-        self.file, self.lengths, self.sha256 = open(path, 'wb'), lengths, hashlib.sha256()
-        self.tokens, self.bytes, self.max_id = 0, 0, 0
-
-    def write(self, ids):
-        self.file.write(ids)
-        self.sha256.update(ids)
-        self.tokens += len(ids)
-        self.bytes += int(self.lengths[ids].sum())
-        self.max_id = max(self.max_id, int(ids.max(initial=0)))
-
-    def close(self):
-        self.file.close()
-        fsync(self.file.name)
-        return {'name': os.path.basename(self.file.name), 'tokens': self.tokens, 'bytes': self.bytes, 'max_id': self.max_id,
-                'sha256': self.sha256.hexdigest()}
+def encode_document(document):
+    size = SLICE if isinstance(encoding, tiktoken.Encoding) else len(document)
+    for start in range(0, len(document), size):  # '<|endoftext|>' in it is plain text
+        yield encoding.encode_to_numpy(document[start:start + size], disallowed_special=()).astype('<u2')
 
 
-def is_prepared(out, request):
-    """Whether `out` holds what `request` asks for. Raises UserError if it holds anything else: nothing is overwritten."""
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
-        return False
-    if not (out / 'meta.json').is_file():
-        raise UserError(f'{out}: in the way, it is no prepared data (no meta.json): choose another --out')
-    meta = read_json(out / 'meta.json')
-    for key, value in request.items():
-        if (old := meta.get(key)) != value:
-            raise UserError(f'{out}: was prepared with {key} {old!r}, not {value!r}: remove it, or choose another --out')
-    return True
+# ----------------------------------------------------------------------------------------------------------------------
+# Directories
+
+def shard_of(config):
+    return tuple(map(int, (config.shard or '0/1').split('/')))
 
 
-@contextmanager
-def workspace(out):
-    """A directory beside `out`, gone when the work ends, however it ends. Those of killed preparations go as well."""
-    work, made = out.with_name(f'.{out.name}.tmp-{os.getpid()}'), not out.parent.exists()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for other in out.parent.glob(f'.{glob.escape(out.name)}.tmp-*'):
-        pid = other.name.rpartition('-')[2]
-        if pid.isdigit() and not is_alive(int(pid)):
-            shutil.rmtree(other)
-    work.mkdir()
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if made:
-            with suppress(OSError):  # not empty if all went well
-                out.parent.rmdir()
+def check_shards(out, request, n):
+    """Raises UserError where shards that are prepared beside this one don't go with it."""
+    for meta in out.glob('shard-*/meta.json'):
+        compare(read_json(meta), request | {'shard': f"{int(meta.parent.name[6:11])}/{n}"}, f'{meta.parent}: was prepared',
+                'remove it, or choose another --out')
 
 
-def is_alive(pid):
-    """Whether another process has this id. Not our own: in containers every preparation can have the same one."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return pid != os.getpid()
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=1), encoding='utf-8')
-    fsync(path)
-
-
-def fsync(path):
-    """Contents on the disk: of a file, or of a directory the names in it."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def join(out, ask=False):
+    """The meta.json of all shards in `out` as one corpus, if all are there. ask: it is a UserError if they aren't."""
+    metas = {file.parent.name: read_json(file) for file in sorted(out.glob('shard-*-of-*/meta.json'))}
+    if not metas:
+        raise UserError(f'{out}: no directories shard-00000-of-... with a meta.json: make them with --shard=i/n')
+    n = int(next(iter(metas))[-5:])
+    if missing := [i for i in range(n) if f'shard-{i:05d}-of-{n:05d}' not in metas]:
+        need = f"{out}: {len(missing)} of {n} shards are missing ({', '.join(map(str, missing[:10]))}{' ...' * (len(missing) > 10)})"
+        if ask:
+            raise UserError(f'{need}: copy their directories here')
+        print(f'{need}: with all of them here, python prepare.py join {out}')
+        return
+    first = next(iter(metas.values()))
+    request = {key: value for key, value in first.items() if key not in ('shard', 'documents', 'files', 'test', 'created', 'seconds')}
+    tokenizers = {name: read_json(out / name / 'tokenizer.json') for name in metas}
+    for name, meta in metas.items():
+        compare(meta, request | {'shard': f'{int(name[6:11])}/{n}'}, f'{out / name}: was prepared', 'it is no part of this corpus')
+        if tokenizers[name] != next(iter(tokenizers.values())):
+            raise UserError(f'{out / name}: its tokenizer is not that of the other shards: prepare it again')
+    files = {split: [{**file, 'name': f"{name}/{file['name']}"} for name, meta in metas.items() for file in meta['files'][split]]
+             for split in ('train', 'val')}
+    counts = Counter()
+    for meta in metas.values():
+        counts.update(meta['documents'])  # unlike a sum it keeps zeros
+    test = {'test': {**first['test'], 'name': f"{next(iter(metas))}/{first['test']['name']}"}} if 'test' in first else {}
+    write_json(out / 'tokenizer.json', next(iter(tokenizers.values())))
+    write_json(out / 'meta.json', {
+        **request, 'shards': n, 'documents': counts, 'files': files, **test,
+        'created': max(meta['created'] for meta in metas.values()),
+        'seconds': max(meta['seconds'] for meta in metas.values())})
+    summary(out)
 
 
 if __name__ == '__main__':
-    for number in (signal.SIGINT, signal.SIGTERM):  # leave through `workspace`, which cleans up
+    for number in (signal.SIGINT, signal.SIGTERM):  # leave through `workspace`
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     run(main)

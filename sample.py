@@ -12,7 +12,7 @@ import torch
 import device as hardware
 from checkpoint import load_model
 from configurator import UserError, load, run
-from data import load_tokenizer
+from tokenizer import load_tokenizer
 
 
 @dataclass
@@ -149,6 +149,8 @@ def main(argv):
     config = load(argv, SampleConfig, positional=('run',), usage=__doc__)
     device, dtype, chosen = hardware.resolve(config.device, config.dtype)
     model, state = load_model(config.run, device)
+    if state['tokenizer'] is None:
+        raise UserError(f'{config.run}: there is no tokenizer in it, its data were shards without a tokenizer.json: no text')
     encoding = load_tokenizer(state['tokenizer'])
     if encoding.n_vocab > model.config.vocab_size:
         raise UserError(f'{config.run}: its tokenizer has {encoding.n_vocab} tokens, its model {model.config.vocab_size}')

@@ -28,19 +28,23 @@ import parallel
 import profiling
 import runlog
 import schedule as schedules
-from configurator import UserError
-from data import Prefetcher, TokenData, data_dir, load_tokenizer, read_json, token_bytes
+from configurator import UserError, read_json
+from corpus import DATASETS
+from data import Prefetcher, data_dir
 from evaluate import validate
 from hints import hints
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, make_optimizers, set_rates
 from sample import sample_grid
+from shards import open_data
+from tokenizer import load_tokenizer, token_bytes
 
 
 @dataclass
 class TrainConfig:
     out_dir: str = ''  # directory of the run (empty: runs/<name of the last config file>)
-    dataset: str = 'pylib'  # pylib, text:<file, directory or glob>, or a directory that prepare.py made
+    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, or a directory that prepare.py made
+    tokenizer: str = 'bpe'  # of a dataset that has yet to be prepared: bpe (trained on it, of vocab_size), gpt2, or a tokenizer.json
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 16  # sequences in a micro-step of each process, at most
     batch_tokens: int = 0  # tokens in an optimizer step over all processes, a multiple of batch_size * block_size (0: just that)
@@ -155,20 +159,24 @@ def micro_batches(config, world):
 
 def find_data(config):
     """The directory of the tokens that config.dataset names; prepared now if it is missing and can be."""
-    path, name = data_dir(config.dataset), config.dataset
-    can_prepare = name == 'pylib' or name.startswith('text:')
-    if can_prepare and (path / 'meta.json').is_file() and read_json(path / 'meta.json').get('vocab_size') != config.vocab_size:
+    path, name, shards = data_dir(config.dataset, config.tokenizer), config.dataset, config.dataset.startswith('shards:')
+    if shards and (Path(name[7:]) / 'meta.json').is_file():
+        path = Path(name[7:])  # made by prepare.py pack or split
+    can_prepare, bpe = name in DATASETS or name.startswith(('text:', 'shards:')), not shards and config.tokenizer == 'bpe'
+    if can_prepare and bpe and (path / 'meta.json').is_file() and read_json(path / 'meta.json').get('vocab_size') != config.vocab_size:
         path = path.with_name(f'{path.name}-{config.vocab_size}')  # the same corpus in another vocabulary
     if can_prepare and not (path / 'meta.json').is_file():
         print(f'{path} is not there yet: preparing {name} (once; under a minute for pylib)', flush=True)
-        command = [sys.executable, str(Path(__file__).with_name('prepare.py')), f'--dataset={name}',
-                   f'--vocab_size={config.vocab_size}', f'--out={path}']
+        command = [sys.executable, str(Path(__file__).with_name('prepare.py')), f'--dataset={name}', f'--out={path}']
+        command += [f'--vocab_size={config.vocab_size}'] if bpe or shards else [f'--tokenizer={config.tokenizer}']
+        if name == 'fineweb_edu':  # as much of it as the run reads
+            command += [f'--max_tokens={config.max_steps * config.batch_tokens + 1}']
         if code := subprocess.run(command).returncode:
             sys.exit(code)  # prepare.py has said why
     if not path.is_dir() and not can_prepare:
-        raise UserError(f'dataset={name}: no directory {path}, and prepare.py can make pylib and text:PATH alone: bring the tokens '
-                        'there, or choose --dataset=pylib')
-    return TokenData(path, config.block_size, config.vocab_size)
+        raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH and '
+                        'shards:DIR: bring the tokens there, or choose --dataset=pylib')
+    return open_data(path, config.block_size, config.vocab_size)
 
 
 def random_state(device):
@@ -238,8 +246,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     origin, state = checkpoint.resume(config, data, group.world, say)
     group.same('data', data.fingerprint)
     group.same('checkpoint', str(origin))
-    out, encoding = Path(config.out_dir), load_tokenizer(data.tokenizer)
-    lengths, windows = token_bytes(encoding), data.val_windows(config.eval_tokens)
+    out, encoding = Path(config.out_dir), load_tokenizer(data.tokenizer) if data.tokenizer else None
+    lengths, windows = token_bytes(encoding) if encoding else None, data.val_windows(config.eval_tokens)
 
     def out_of_memory():
         return profiling.advice(model, list(optimizers.values()), config, device, dtype, group.world)
@@ -303,6 +311,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
             f'{data.train_tokens:,} training tokens in {data.path}; {config.max_steps:,} steps of {config.batch_tokens:,} tokens '
             f'= {f"{group.world} processes x " * (group.world > 1)}{micro_steps} micro-step{"s" * (micro_steps > 1)} of '
             f'{rows} x {config.block_size}: {config.max_steps * config.batch_tokens / data.train_tokens:.2f} epochs')
+    if not encoding:
+        log.say('no tokenizer.json beside the shards: no samples and no bits per byte')
     if origin:
         log.line('metrics.jsonl', kind='event', event='resumed', step=step, checkpoint=str(origin), processes=[processes, group.world])
 
@@ -390,12 +400,12 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         if due(config.eval_interval) and (result := validate(model, data, lengths, windows, rows, device, dtype, stopping, group)):
             evals.append({'kind': 'eval', 'step': step, **result, 'tokens': step * config.batch_tokens})
             log.line('metrics.jsonl', **evals[-1])
-            log.say(f'step {step:,}: validation loss {result["loss"]:.4f}, perplexity {result["perplexity"]:.1f}, '
-                    f'{result["bits_per_byte"]:.4f} bits per byte')
+            log.say(f'step {step:,}: validation loss {result["loss"]:.4f}, perplexity {result["perplexity"]:.1f}'
+                    + (f', {result["bits_per_byte"]:.4f} bits per byte' if encoding else ''))
             better = result['loss'] < best
             if better:
                 best, best_step = result['loss'], step
-        if due(config.sample_interval) and not stop:
+        if encoding and due(config.sample_interval) and not stop:
             with hardware.autocast(device, dtype):
                 samples = sample_grid(model, encoding, config.sample_prompts.split('|'), config.sample_tokens, config.seed, stopping)
             for sample in samples if not stop else ():
@@ -482,7 +492,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     status('finished', loss=last_loss)
     log.say(f'finished: {step:,} steps, {step * config.batch_tokens / 1e6:.1f}M tokens in {seconds / 60:.1f} minutes of training; '
             + (f'best validation loss {best:.4f} at step {best_step:,}' if math.isfinite(best) else f'last loss {last_loss}'))
-    if saved:
+    if saved and encoding:
         log.say(f'sample from it: {Path(sys.executable).name} sample.py {out} --num=3')
     return 0
 

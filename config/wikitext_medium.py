@@ -7,7 +7,7 @@ d_ff = 3072
 block_size, vocab_size = 1024, 50_257  # GPT-2's vocabulary
 dropout = 0.1
 
-dataset = 'wikitext103'
+dataset, tokenizer = 'wikitext103', 'gpt2'
 batch_size = 8
 batch_tokens = 64 * block_size
 max_steps = 400_000_000 // batch_tokens  # our choice; train.py prints the epochs

@@ -7,7 +7,7 @@ d_ff = 2048
 block_size, vocab_size = 512, 50_257  # GPT-2's vocabulary
 dropout = 0.1
 
-dataset = 'wikitext103'
+dataset, tokenizer = 'wikitext103', 'gpt2'
 batch_size = 16
 batch_tokens = 64 * block_size
 max_steps = 300_000_000 // batch_tokens  # our choice; train.py prints the epochs

@@ -7,7 +7,7 @@ d_ff = 1024
 block_size, vocab_size = 256, 50_257  # GPT-2's vocabulary
 dropout = 0.1
 
-dataset = 'wikitext2'
+dataset, tokenizer = 'wikitext2', 'gpt2'
 batch_size = 16
 batch_tokens = 16 * block_size
 max_steps = 10_000_000 // batch_tokens  # our choice; train.py prints the epochs

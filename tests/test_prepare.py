@@ -1,20 +1,19 @@
 import json
-import os
 import random
+import re
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 import prepare
+import workspace
 from configurator import UserError
-from data import TokenData, load_tokenizer
+from data import TokenData
+from tokenizer import load_tokenizer
 
 ROOT = Path(prepare.__file__).parent
 WORDS = 'the of model token byte window train while gradient descent loss layer attention résumé 数据 return def self'.split()
@@ -44,7 +43,7 @@ def prepared(corpus, out, **options):
 def start(code, *argv):
     """`code` in a new Python, which stands for prepare.py with something in it replaced."""
     return subprocess.Popen([sys.executable, '-c', code, *map(str, argv)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def command(*argv):
@@ -116,28 +115,28 @@ def test_bins_are_the_same_for_any_number_of_processes(large, tmp_path):
     assert {**meta(tmp_path / 'two'), 'created': 0, 'seconds': 0} == {**meta(out), 'created': 0, 'seconds': 0}
 
 
-def test_documents_are_encoded_in_order_with_a_bounded_number_in_flight(large, tmp_path, monkeypatch):
+def test_batches_are_encoded_in_order_with_a_bounded_number_in_flight(large, tmp_path, monkeypatch):
     _, out = large
     taken = []
 
     def stream():
         for i in range(20):
             taken.append(i)
-            yield Counter(), {'train': [f'{i} ' * 50], 'val': []}
+            yield prepare.Batch(i, (i, None), {}, {'train': [f'{i} ' * 50], 'val': []})
 
     class Pool(prepare.ProcessPoolExecutor):
         def __init__(self, num_proc, context, initializer, initargs):
             prepare.open_tokenizer(*initargs)
 
-        def submit(self, function, batch):
-            return type('Future', (), {'result': lambda _: function(batch)})()
+        def submit(self, function, texts):
+            return type('Future', (), {'result': lambda _: function(texts)})()
 
         def __exit__(self, *_):
             pass
 
     monkeypatch.setattr(prepare, 'ProcessPoolExecutor', Pool)
-    results = prepare.encoded(stream(), out, 3)
-    for i, (_, ids) in enumerate(results):
+    for i, (batch, ids) in enumerate(prepare.encoded(stream(), out, 3)):
+        assert batch.number == i and batch.texts is None  # texts in flight are held once, by the pool
         assert load_tokenizer(out).decode(ids['train'].tolist()) == f'{i} ' * 50 + '<|endoftext|>'
         assert len(taken) == min(20, i + 6)
 
@@ -175,136 +174,99 @@ def test_growing_the_corpus_never_moves_a_document_between_splits(corpus, tmp_pa
     assert set(documents(other, 'val')) != set(documents(small, 'val'))
 
 
-# The tokenizer
-
-@pytest.fixture(scope='module')
-def both_tokenizers():
-    """tiktoken's ids of a text, and those of the library that trained the tokenizer."""
-    kept, original = [], prepare.Tokenizer
-    prepare.Tokenizer = lambda model: kept.append(original(model)) or kept[-1]
-    try:
-        code = [path.read_text() for path in (ROOT / 'prepare.py', ROOT / 'data.py', Path(__file__))]
-        encoding = load_tokenizer(prepare.train_tokenizer(code + texts(100), 1000))
-    finally:
-        prepare.Tokenizer = original
-    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
-    others = [byte for byte in range(256) if byte not in printable]  # as GPT-2's encoder.py writes bytes
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
-    rank = {encoding.decode_single_token_bytes(i): i for i in range(999)}
-    return encoding, lambda text: [rank[bytes(byte_of[c] for c in token)] for token in kept[0].encode(text).tokens]
+def test_max_documents_is_a_limit_on_what_is_read(corpus, tmp_path):
+    out = prepared(corpus, tmp_path / 'out', max_documents=60)
+    assert sorted(documents(out, 'train') + documents(out, 'val')) == sorted(texts(150)[:60])
+    assert meta(out)['documents']['read'] == 60 and meta(out)['max_documents'] == 60
 
 
-CODE = (ROOT / 'prepare.py').read_text() + (ROOT / 'model.py').read_text()
-code_slices = st.builds(lambda start, length: CODE[start:start + length], st.integers(0, len(CODE)), st.integers(0, 500))
+def test_large_splits_are_several_files_and_read_as_one(large, tmp_path, monkeypatch):
+    corpus, out = large
+    monkeypatch.setattr(workspace, 'BIN_TOKENS', 400_000)
+    files = prepared(corpus, tmp_path / 'files')
+    names = [file['name'] for file in meta(files)['files']['train']]
+    n = -(-len(np.fromfile(out / 'train.bin', '<u2')) // 400_000)
+    assert names == [f'train-{i:05d}-of-{n:05d}.bin' for i in range(n)] and n > 1
+    assert b''.join((files / name).read_bytes() for name in names) == (out / 'train.bin').read_bytes()
+    assert [file['tokens'] for file in meta(files)['files']['train']][:-1] == [400_000] * (n - 1)
+    one, many = TokenData(out, 64, 300), TokenData(files, 64, 300)
+    assert np.array_equal(one.batch(0, 0, 64, 64), many.batch(0, 0, 64, 64))
+    assert sum(file['bytes'] for file in meta(files)['files']['train']) == meta(out)['files']['train'][0]['bytes']
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.one_of(st.text(), st.text(alphabet="aé'sltv 1\n\t 數"), code_slices))
-@example("I'll  don't\r\n\n  x \u2028\x85  ")
-def test_tiktoken_gives_the_ids_of_the_trained_tokenizer(both_tokenizers, text):
-    encoding, trained = both_tokenizers
-    ids = encoding.encode_ordinary(text)
-    assert ids == trained(text)
-    assert encoding.decode_bytes(ids) == text.encode()
+def test_a_tokenizer_that_is_there_is_used(corpus, large, tmp_path):
+    out = prepared(corpus, tmp_path / 'out', tokenizer=large[1] / 'tokenizer.json')
+    assert (out / 'tokenizer.json').read_bytes() == (large[1] / 'tokenizer.json').read_bytes()
+    assert sorted(documents(out, 'train') + documents(out, 'val')) == sorted(texts(150))
+    assert meta(out)['tokenizer'] != 'bpe' and meta(out)['vocab_size'] == 300
 
 
-def test_tokenizer_is_bytes_first_then_merges_and_the_end_last(large):
-    encoding = load_tokenizer(large[1])
-    assert encoding.n_vocab == 300 and encoding.eot_token == 299
-    tokens = [encoding.decode_single_token_bytes(i) for i in range(299)]
-    assert tokens[:256] == [bytes([byte]) for byte in range(256)]
-    for i, token in enumerate(tokens[256:], 256):
-        assert any(token[:k] in tokens[:i] and token[k:] in tokens[:i] for k in range(1, len(token)))
+# Shards: machines that know nothing of each other
 
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_shards_together_are_the_whole(tmp_path, n):
+    rows = texts(400)
+    corpus = write_jsonl(tmp_path / 'c.jsonl', [*rows, *rows[50:90], '', ' '])  # duplicates far from their originals
+    whole = prepared(corpus, tmp_path / 'whole')
+    for i in random.Random(n).sample(range(n), n):
+        prepared(corpus, tmp_path / 'parts', shard=f'{i}/{n}')
+        assert (tmp_path / 'parts' / 'meta.json').exists() == (len(list((tmp_path / 'parts').glob('shard-*'))) == n)
+    for split in ('train', 'val'):
+        parts = [documents(folder, split) for folder in sorted((tmp_path / 'parts').glob('shard-*'))]
+        assert sorted(sum(parts, [])) == sorted(documents(whole, split))
+        assert n == 1 or max(map(len, parts)) < len(documents(whole, split))
+    described, expected = meta(tmp_path / 'parts'), meta(whole)
+    assert described['documents'] == expected['documents']
+    assert {key: described[key] for key in ('source', 'filter', 'val_ratio', 'vocab_size', 'eot_id')} == \
+           {key: expected[key] for key in ('source', 'filter', 'val_ratio', 'vocab_size', 'eot_id')}
+    assert (tmp_path / 'parts' / 'tokenizer.json').read_bytes() == (whole / 'tokenizer.json').read_bytes()
+    assert TokenData(tmp_path / 'parts', 16, 300).train_tokens == TokenData(whole, 16, 300).train_tokens
+
+
+def test_join_is_a_command_and_names_what_is_missing(corpus, tmp_path, capsys):
+    for i in (0, 2):
+        prepared(corpus, tmp_path / 'out', shard=f'{i}/3')
+    assert '1 of 3 shards are missing (1): with all of them here, python prepare.py join' in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'1 of 3 shards are missing \(1\): copy their directories here'):
+        prepare.main(['join', str(tmp_path / 'out')])
+    prepared(corpus, tmp_path / 'elsewhere', shard='1/3')
+    (tmp_path / 'elsewhere' / 'shard-00001-of-00003').rename(tmp_path / 'out' / 'shard-00001-of-00003')
+    prepare.main(['join', str(tmp_path / 'out')])
+    assert TokenData(tmp_path / 'out', 8, 300).train_tokens > 0
+
+
+def test_shards_of_another_corpus_are_refused(corpus, tmp_path):
+    prepared(corpus, tmp_path / 'out', shard='0/2')
+    for change, said in (({'shard': '1/3'}, "shard '0/2', not '0/3'"), ({'shard': '1/2', 'seed': 5}, 'seed 1337, not 5')):
+        with pytest.raises(UserError, match=f'shard-00000-of-00002: was prepared with {said}'):
+            prepared(corpus, tmp_path / 'out', **change)
+    with pytest.raises(UserError, match='in the way, it is no prepared data'):
+        prepared(corpus, tmp_path / 'out')
+    prepared(corpus, tmp_path / 'other', shard='1/2', val_ratio=0.3)
+    (tmp_path / 'other' / 'shard-00001-of-00002').rename(tmp_path / 'out' / 'shard-00001-of-00002')
+    with pytest.raises(UserError, match='shard-00001-of-00002: was prepared with val_ratio 0.3, not 0.2'):
+        prepare.main(['join', str(tmp_path / 'out')])
+    assert not (tmp_path / 'out' / 'meta.json').exists()
+
+
+# Encoding
 
 def test_long_runs_of_spaces_are_encoded(large):
     prepare.open_tokenizer(large[1])
     text = ' \t' * 600_000 + 'x'
-    _, ids = prepare.encode((Counter(), {'train': [text], 'val': []}))
+    ids = prepare.encode({'train': [text], 'val': []})
     assert prepare.encoding.decode(ids['train'].tolist()) == text + '<|endoftext|>'
-
-
-# The corpora
-
-def test_text_reads_files_directories_and_globs_in_order(tmp_path):
-    (tmp_path / 'b').mkdir()
-    for name in ('c.txt', 'b/a.txt', 'b/z.md'):
-        (tmp_path / name).write_text(name)
-    write_jsonl(tmp_path / 'a.jsonl', ['one', 'two'])
-
-    def read(path, field='text'):
-        return list(prepare.open_corpus(prepare.PrepareConfig(dataset=f'text:{path}', text_field=field))[1])
-
-    assert read(tmp_path) == ['one', 'two', 'b/a.txt', 'c.txt']
-    assert read(tmp_path / 'b' / 'z.md') == ['b/z.md']
-    assert read(f'{tmp_path}/**/*.txt') == ['b/a.txt', 'c.txt']
-    (tmp_path / 'a.jsonl').write_text('\ufeff{"body": "x"}\n\n{"body": "y", "text": 1}')
-    assert read(tmp_path / 'a.jsonl', 'body') == ['x', 'y']
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(alphabet='aé數🙂\n\r ', max_size=300), st.text(alphabet='aé數🙂\n\r ', max_size=100), st.booleans())
-def test_pieces_are_the_file_and_appending_changes_the_last_alone(tmp_path_factory, text, more, bom):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (('PIECE', 8), ('PATIENCE', 30), ('LONGEST', 60)):
-            patch.setattr(prepare, name, value)
-        file = tmp_path_factory.getbasetemp() / 'pieces.txt'
-        file.write_bytes(b'\xef\xbb\xbf' * bom + text.encode())
-        before = list(prepare.pieces(file))
-        file.write_bytes(b'\xef\xbb\xbf' * bom + (text + more).encode())
-        after = list(prepare.pieces(file))
-    assert ''.join(before) == text and ''.join(after) == text + more
-    assert after[:len(before[:-1])] == before[:-1]
-    assert max(map(len, map(str.encode, after)), default=0) <= 60
-
-
-def test_pieces_are_cut_at_blank_lines_then_line_ends_then_anywhere(tmp_path):
-    def lengths(text):
-        (tmp_path / 'a.txt').write_bytes(text)
-        return [len(piece.encode()) for piece in prepare.pieces(tmp_path / 'a.txt')]
-
-    paragraph = b'x' * 999 + b'\n' + b'y' * 998 + b'\n\n'  # 2000 bytes
-    assert lengths(paragraph * 10) == [10_000, 10_000]
-    assert lengths(paragraph.replace(b'\n', b'\r\n') * 6) == [10_015, 2_003]
-    line = b'z' * 999 + b'\n'
-    assert lengths(line * 100) == [9_000] * 4 + [64_000]  # the last 64 KB may yet get a blank line
-    assert lengths(b'w' * 300_000) == [131_072, 131_072, 37_856]
-    assert lengths('數'.encode() * 100_000) == [131_070, 131_070, 37_860]
-
-
-def test_pylib_is_source_in_its_declared_encoding_and_docstrings_of_c(tmp_path, monkeypatch):
-    files = {'b/test/t.py': b'x = 1\r\n', 'a.py': '# coding: latin-1\ns = "é"\n'.encode('latin-1'), 'bad.py': b'# coding: none\n',
-             'c.txt': b'no', 'site-packages/p.py': b'no', 'b/__pycache__/q.py': b'no',
-             'half.py': b'# coding: raw_unicode_escape\ns = "\\ud800"\n', 'worse.py': b's = "\xff"\n'}
-    for name, content in files.items():
-        (tmp_path / 'lib' / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / 'lib' / name).write_bytes(content)
-    monkeypatch.setattr(prepare.sysconfig, 'get_paths', lambda: {key: str(tmp_path / 'lib') for key in ('stdlib', 'platstdlib')})
-    found = list(prepare.pylib())
-    assert found[:5] == ['# coding: latin-1\ns = "é"\n', 'x = 1\n', None, None, None]
-    builtin = next(text for text in found[5:] if text.startswith('"""Built-in functions'))
-    assert '\ndef len(obj, /):\n    """Return the number of items in a container."""\n' in builtin
-    assert '\nclass dict:\n    """dict() -> new empty dictionary\n' in builtin
-    assert '    def get(self, key, default=None, /):\n' in builtin
-    prepare.main([f'--out={tmp_path}/out', '--vocab_size=400', '--val_ratio=0.3', '--num_proc=1'])
-    described = meta(tmp_path / 'out')
-    assert described['documents']['unreadable'] == 3
-    assert described['source'] == {'dataset': 'pylib', 'python': 'CPython ' + '.'.join(map(str, sys.version_info[:3]))}
-
-
-def test_docstrings_of_c_are_the_same_in_every_run():
-    code = 'import prepare; print(*map(prepare.c_docstrings, ["math", "builtins", "_io", "itertools", "sys"]))'
-    outputs = {subprocess.run([sys.executable, '-c', imports + code], cwd=ROOT, capture_output=True, check=True,
-                              env=os.environ | {'PYTHONHASHSEED': seed}).stdout
-               for imports, seed in (('', '1'), ('import asyncio, decimal, unittest; ', '2'))}
-    (output,) = outputs
-    assert b'def acos(x, /):' in output and b' at 0x' not in output
 
 
 # Refusals
 
 @pytest.mark.parametrize('options, message', [
-    ({'dataset': 'nolib'}, '--dataset=nolib: unknown, expected pylib or text:PATH'),
+    ({'dataset': 'nolib'}, '--dataset=nolib: unknown, expected pylib, '),
+    ({'source': 'x'}, '--source=x: --dataset=text:{tmp}/c.jsonl has none'),
+    ({'bad_text': 'keep'}, '--bad_text=keep: expected refuse, skip or replace'),
+    ({'shard': '2/2'}, '--shard=2/2: expected i/n with 0 <= i < n'),
+    ({'shard': '0/2', 'max_tokens': 5}, '--max_tokens=5: with --shard no machine knows'),
+    ({'tokenizer': '{tmp}/none.json'}, '{tmp}/none.json: No such file'),
     ({'dataset': 'text:'}, '--dataset=text:: unknown'),
     ({'dataset': 'text:{tmp}/none'}, '{tmp}/none: no such file'),
     ({'dataset': 'text:{tmp}/*.none'}, '{tmp}/*.none: no such file'),
@@ -367,7 +329,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(corpus, tmp_path):
             'configurator.run(prepare.main)')
     process = start(code, *arguments(corpus, tmp_path / 'out'))
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2 and stderr == f'{tmp_path}/out: File too large\n'
+    assert process.returncode == 2 and re.fullmatch(f'{tmp_path}/.*: (File too large|disk I/O error.*|database or disk is full.*)\n', stderr)
     assert sorted(tmp_path.iterdir()) == [corpus]
 
 
@@ -397,55 +359,160 @@ def test_empty_directory_and_link_to_one_are_filled(corpus, tmp_path):
     assert (tmp_path / 'link').is_symlink() and (tmp_path / 'elsewhere' / 'meta.json').is_file()
 
 
-@pytest.mark.parametrize('function, call', [('train_tokenizer', 1), ('encode', 1), ('fsync', 2), ('fsync', 4), ('fsync', 5)])
-def test_killed_preparation_leaves_nothing_that_looks_finished_and_the_next_one_works(corpus, tmp_path, function, call):
-    code = ('import os, prepare, sys\n'
-            f'original, calls = prepare.{function}, []\n'
-            'def kill(*arguments):\n'
-            f'    calls.append(1) or len(calls) == {call} and os.kill(os.getpid(), 9)\n'
-            '    return original(*arguments)\n'
-            f'prepare.{function} = kill\n'
-            'prepare.main(sys.argv[1:])')
-    process = start(code, *arguments(corpus, tmp_path / 'out'))
+SMALL = 'prepare.BATCH, prepare.SAMPLE, prepare.PART = 20_000, 200_000, 3\n'  # so that a small corpus has many parts
+
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory, large):
+    """What many parts make of the corpus when nobody interrupts them."""
+    out = tmp_path_factory.mktemp('parts') / 'out'
+    process = start(f'import prepare, sys\n{SMALL}prepare.main(sys.argv[1:])', *arguments(large[0], out))
+    assert process.communicate(timeout=60)[1] == ''
+    return out
+
+
+KILLED = """
+import os, prepare, sys
+{small}
+owner, name = eval({owner!r}), {name!r}
+original, calls = getattr(owner, name), []
+def kill(*arguments, **options):
+    calls.append(1) or len(calls) == {call} and os.kill(os.getpid(), 9)
+    result = original(*arguments, **options)
+    len(calls) == -{call} and os.kill(os.getpid(), 9)  # afterwards
+    return result
+setattr(owner, name, kill)
+prepare.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize('owner, name, call', [
+    ('prepare.tokenizer', 'train_bpe', 1), ('prepare', 'encode', 1), ('prepare', 'encode', 77), ('prepare.Bins', 'sync', 4),
+    ('prepare.Bins', 'sync', -5), ('prepare.Seen', 'commit', 9), ('prepare.Seen', 'commit', -9), ('prepare', 'write_json', 5), ('prepare', 'write_json', -5), ('prepare.Bins', 'close', 1),
+    ('prepare.Bins', 'close', -1), ('prepare.Bins', 'close', -2), ('prepare', 'publish', 1), ('prepare.Path', 'unlink', -1),
+    ('prepare.Path', 'unlink', -2), ('prepare', 'publish', -1)])
+def test_preparation_killed_at_any_point_goes_on_to_the_same_bins(large, parts, tmp_path, owner, name, call):
+    process = start(KILLED.format(small=SMALL, owner=owner, name=name, call=call), *arguments(large[0], tmp_path / 'out'))
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert leftovers(tmp_path) == [f'.out.tmp-{process.pid}'] and not (tmp_path / 'out').exists()
-    expected = prepared(corpus, tmp_path / 'uninterrupted')
-    assert bins(prepared(corpus, tmp_path / 'out')) == bins(expected)
-    assert leftovers(tmp_path) == []
+    finished = (name, call) == ('publish', -1)
+    assert finished == (tmp_path / 'out').exists() and leftovers(tmp_path) == ([] if finished else ['.out.tmp'])
+    process = start(f'import prepare, sys\n{SMALL}prepare.main(sys.argv[1:])', *arguments(large[0], tmp_path / 'out'))
+    said, errors = process.communicate(timeout=60)
+    assert errors == '' and bins(tmp_path / 'out') == bins(parts) and leftovers(tmp_path) == []
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
+    assert {**meta(tmp_path / 'out'), 'created': 0, 'seconds': 0} == {**meta(parts), 'created': 0, 'seconds': 0}
+    if (name, call) in (('encode', 77), ('commit', -9), ('sync', 4)):
+        assert 'going on behind' in said
 
 
-def test_work_of_a_living_preparation_is_left_alone(corpus, tmp_path):
-    mine, others, foreign = (tmp_path / f'.out.tmp-{suffix}' for suffix in (os.getpid(), os.getppid(), 'x'))
-    for folder in (mine, others, foreign):  # in a container a killed preparation can have had our own process id
-        folder.mkdir()
-        (folder / 'meta.json').write_text('{}')
-    prepared(corpus, tmp_path / 'out')
-    assert leftovers(tmp_path) == sorted([others.name, foreign.name])
+def test_ten_kills_at_random_moments_change_no_bit(large, parts, tmp_path):
+    slow = ('import prepare, sys, time\n' + SMALL + 'original = prepare.encode\n'
+            'prepare.encode = lambda texts: time.sleep(0.01) or original(texts)\n'
+            "prepare.main(sys.argv[1:])\n")
+    draw, kills, resumed = random.Random(7), 0, 0
+    for attempt in range(40):
+        process = start(slow, *arguments(large[0], tmp_path / 'out'))
+        assert process.stdout.readline().endswith('reading\n')
+        try:
+            said, _ = process.communicate(timeout=draw.uniform(0, 0.35) if kills < 10 else 60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+        resumed += 'going on behind' in said
+    assert kills == 10 and resumed >= 3
+    assert bins(tmp_path / 'out') == bins(parts) and meta(tmp_path / 'out')['documents'] == meta(parts)['documents']
 
 
-def test_of_two_equal_preparations_the_faster_one_wins(corpus, tmp_path, monkeypatch):
-    original = prepare.encode_corpus
+def test_finished_parts_are_neither_encoded_nor_read_again(large, parts, tmp_path):
+    kill = KILLED.format(small=SMALL, owner='prepare', name='write_json', call=-31)
+    assert start(kill, *arguments(large[0], tmp_path / 'out')).wait(60) == -signal.SIGKILL
+    code = ('import prepare, sys\n' + SMALL + 'count = [0, 0]\noriginal, jsonl = prepare.encode, prepare.open_corpus\n'
+            'def encode(texts):\n    count[0] += sum(map(len, texts.values()))\n    return original(texts)\n'
+            'prepare.encode = encode\nprepare.main(sys.argv[1:])\nprint(count[0])')
+    said = start(code, *arguments(large[0], tmp_path / 'out')).communicate(timeout=60)[0].splitlines()
+    behind = int(next(line for line in said if line.startswith('going on behind')).split()[3].replace(',', ''))
+    assert behind > 4000 and int(said[-1]) == 9000 - behind
 
-    def overtaken(*arguments):
-        result = original(*arguments)
-        assert command(*map(str, globals()['arguments'](corpus, tmp_path / 'out'))).returncode == 0
-        return result
 
-    monkeypatch.setattr(prepare, 'encode_corpus', overtaken)
-    prepared(corpus, tmp_path / 'out')
-    assert TokenData(tmp_path / 'out', 8, 300).train_tokens > 0 and leftovers(tmp_path) == []
+def test_unfinished_work_of_another_request_is_neither_used_nor_lost(large, tmp_path):
+    kill = KILLED.format(small=SMALL, owner='prepare', name='write_json', call=-4)
+    start(kill, *arguments(large[0], tmp_path / 'out')).wait(60)
+    before = {path: path.read_bytes() for path in (tmp_path / '.out.tmp').iterdir() if 'seen' not in path.name}
+    with pytest.raises(UserError, match=r'.out.tmp: holds an unfinished preparation with seed 1337, not 2: finish that one, or'):
+        prepared(large[0], tmp_path / 'out', seed=2)
+    assert before == {path: path.read_bytes() for path in (tmp_path / '.out.tmp').iterdir() if 'seen' not in path.name}
+
+
+def test_damage_to_unfinished_work_is_named(large, tmp_path):
+    kill = KILLED.format(small=SMALL, owner='prepare', name='write_json', call=-4)
+    for name, said in (('train-00000.bin', 'damaged since it was written'), ('seen.sqlite', 'file is not a database'),
+                       ('state.json', 'broken')):
+        out = tmp_path / name
+        start(kill, *arguments(large[0], out)).wait(60)
+        file = tmp_path / f'.{name}.tmp' / name
+        file.write_bytes(b'x' * file.stat().st_size)
+        file.with_name(f'{name}-wal').unlink(missing_ok=True)
+        with pytest.raises(UserError, match=f'{name}: {said}.* remove '):
+            prepared(large[0], out)
+
+
+def test_a_second_preparation_waits_for_the_first(large, tmp_path):
+    code = ('import prepare, sys, time\noriginal = prepare.encode_corpus\n'
+            'prepare.encode_corpus = lambda *a: (print("here", flush=True), sys.stdin.readline(), original(*a))[2]\n'
+            'prepare.main(sys.argv[1:])')
+    first = start(code, *arguments(large[0], tmp_path / 'out'))
+    while first.stdout.readline() != 'here\n':
+        pass
+    second = start('import prepare, sys; prepare.main(sys.argv[1:])', *arguments(large[0], tmp_path / 'out'))
+    assert second.stdout.readline() == f'{tmp_path}/.out.tmp: another process is at work there: waiting for it\n'
+    first.communicate('\n', timeout=60)
+    said, errors = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode, errors) == (0, 0, '') and f'{tmp_path}/out: ' in said
+    assert leftovers(tmp_path) == [] and TokenData(tmp_path / 'out', 8, 300).train_tokens > 0
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_preparation_cleans_up(large, tmp_path, number, code):
-    process = subprocess.Popen([sys.executable, ROOT / 'prepare.py', *arguments(large[0], tmp_path / 'out')],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().endswith('reading\n')
-    assert leftovers(tmp_path) == [f'.out.tmp-{process.pid}']
-    process.send_signal(number)
-    assert process.communicate(timeout=60)[1] == '' and process.returncode == code
+def test_interrupted_preparation_keeps_its_parts_and_nothing_else(large, parts, tmp_path, number, code):
+    program = ('import configurator, prepare, signal, sys\n' + SMALL +
+               'for n in (2, 15):\n    signal.signal(n, lambda n, frame: sys.exit(128 + n))\n'
+               'original, calls = prepare.{name}, []\n'
+               'def wait(*arguments):\n    calls.append(1)\n    if len(calls) == {call}:\n'
+               '        print("now", flush=True)\n        signal.pause()\n    return original(*arguments)\n'
+               'prepare.{name} = wait\nconfigurator.run(prepare.main)')
+    for name, call, kept in (('read_sample', 1, []), ('encode', 40, ['.out.tmp'])):
+        process = start(program.format(name=name, call=call), *arguments(large[0], tmp_path / 'out'))
+        while process.stdout.readline() != 'now\n':
+            pass
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[1] == '' and process.returncode == code
+        assert [path.name for path in tmp_path.iterdir()] == kept
+    assert bins(prepared(large[0], tmp_path / 'out')) == bins(parts)
+
+
+def test_a_disk_without_room_is_refused_before_the_work(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: type('', (), {'free': 10**6})())
+    with pytest.raises(UserError, match=r'about 0.003 GB of tokens, but only 0.001 GB are free: make room, choose another --out, or'):
+        prepared(large[0], tmp_path / 'out')
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_text_may_be_skipped_after_it_stopped_a_preparation(large, tmp_path):
+    lines = large[0].read_bytes().splitlines(keepends=True)
+    (tmp_path / 'c.jsonl').write_bytes(b''.join([*lines[:6000], b'{broken\n', *lines[6000:]]))
+    code = f'import configurator, prepare, sys\n{SMALL}configurator.run(prepare.main)'
+    process = start(code, *arguments(tmp_path / 'c.jsonl', tmp_path / 'out'))
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and errors.startswith(f'{tmp_path}/c.jsonl:6001: ') and errors.count('\n') == 1
+    process = start(code, *arguments(tmp_path / 'c.jsonl', tmp_path / 'out', bad_text='skip'))
+    said, errors = process.communicate(timeout=60)
+    assert errors == '' and 'going on behind' in said
+    assert meta(tmp_path / 'out')['documents'] == meta(large[1])['documents'] | {'read': 9001, 'not_json': 1}
+    assert sorted(documents(tmp_path / 'out', 'val')) == sorted(documents(large[1], 'val'))
 
 
 WITH_WORKERS = '''
@@ -453,7 +520,7 @@ import multiprocessing, os, prepare, signal, sys, time, configurator
 if __name__ == '__main__':
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has us ignore it
-    prepare.BATCH, prepare.TOKENIZER_BATCHES = 3000, 3
+    prepare.BATCH, prepare.SAMPLE = 3000, 9000
     original = prepare.batches
     def batches(*arguments):
         for batch in original(*arguments):

@@ -19,8 +19,9 @@ import prepare
 import sample
 import train
 from configurator import UserError
-from data import TokenData, load_tokenizer
+from data import TokenData
 from model import GPT, GPTConfig
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 

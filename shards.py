@@ -1,0 +1,541 @@
+"""
+Shards: token ids that another program has made, as .npy or .pt files of rows. Imported by prepare.py, train.py, evaluate.py:
+
+    validate('shards')                                    # reads everything, names every bad file, prints what there is
+    split('shards', 'data/mine', val_ratio=0.01)          # -> data/mine: links to the shards, and meta.json
+    pack('data/pylib', row=32768, out='data/packed')      # bins of a prepared directory -> shards
+    data = open_data('data/mine', block_size=1024, vocab_size=50304)   # ShardData, or TokenData where there are bins
+
+A file is one array (rows, L) of whole numbers, all files with the same L. Nothing in a file is ever run: .npy is read by its
+header alone, a .pt only if its pickle names nothing but one plain tensor. No file stays open or mapped, so that any number of
+shards works under any limit on open files.
+"""
+import glob
+import hashlib
+import json
+import math
+import os
+import pickletools
+import re
+import shutil
+import stat
+import struct
+import zipfile
+from bisect import bisect_right
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+import tokenizer
+from configurator import UserError, columns, read_json
+from data import VERSION, TokenData
+from workspace import clear, fsync, is_prepared, now, publish, workspace, write_json
+
+LARGEST_VOCAB = 2**24  # where no vocabulary is given, larger ids are taken for something else
+BLOCK = 2**23  # bytes that are read at a time
+DTYPES = [f'{kind}int{size}' for kind in ('', 'u') for size in (8, 16, 32, 64)]
+# What the pickle of one plain tensor names: no other name gets as far as torch, whose weights_only knows many more.
+PICKLED = re.compile(r'torch\._utils _rebuild_tensor_v[23]|collections OrderedDict|torch (\w+Storage|u?int\d+)|'
+                     r'torch\.storage UntypedStorage')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+def find_shards(path):
+    """The .npy and .pt files of a directory and all below it (but hidden ones), of a glob, or the file itself; sorted."""
+    path = Path(path).expanduser()
+
+    def fail(error):
+        raise UserError(f'{error.filename}: {error.strerror}')
+    if path.is_dir():
+        found, seen = [], set()
+        for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
+            here = os.path.realpath(folder)
+            folders[:] = [] if here in seen else [name for name in folders if name[0] != '.']  # links can make a circle
+            found += [] if here in seen else [Path(folder, name) for name in names if name[0] != '.']
+            seen.add(here)
+    else:
+        found = [path] if os.path.lexists(path) else [Path(name) for name in glob.glob(str(path), recursive=True)]
+    files = sorted(file for file in found if file.suffix in ('.npy', '.pt'))
+    if not files:
+        raise UserError(f'{path}: ' + ('no .npy or .pt files in it' if path.is_dir() else
+                                       'no shard, they end in .npy or .pt' if found else 'no such file, directory or glob'))
+    return files
+
+
+def inspect(file):
+    """
+    (rows, L, dtype, offset) of a shard by its header alone: row r is at byte offset + r * L * itemsize of the file.
+    Raises UserError, naming file and reason, unless it is a whole file with a 2-D array of whole numbers, row by row.
+    """
+    file = Path(file)
+    header, maker = (pt_header, 'torch.save since version 1.6') if file.suffix == '.pt' else (npy_header, 'numpy.save')
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+            raise UserError('not a regular file')
+        if not status.st_size:
+            raise UserError('empty')
+        with open(file, 'rb') as source:
+            shape, dtype, offset = header(source, status.st_size)
+        if dtype not in DTYPES:
+            raise UserError(f'ids of type {dtype}, expected little-endian whole numbers of 1 to 8 bytes')
+        if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
+            raise UserError(f'shape {shape}, expected (rows, tokens of a row), at least (1, 2)')
+        missing = offset + math.prod(shape) * np.dtype(dtype).itemsize - status.st_size
+        if missing > 0 or missing and header is npy_header:
+            raise UserError(f'truncated, {missing:,} bytes are missing' if missing > 0 else f'{-missing:,} bytes too many')
+        return *shape, np.dtype(dtype), offset
+    except OSError as error:
+        broken = file.is_symlink() and not file.exists()
+        raise UserError(f'{file}: ' + (f'broken symbolic link to {os.readlink(file)}' if broken else error.strerror or str(error)))
+    except UserError as error:
+        raise UserError(f'{file}: {str(error)[:300]}')
+    except Exception as error:  # the parsers of numpy and zipfile raise whatever a damaged file leads them to
+        raise UserError(f'{file}: damaged, or not what {maker} writes ({type(error).__name__}: {str(error)[:300]})')
+
+
+def npy_header(source, size):
+    """(shape, name of the dtype, offset) of an open .npy file."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read[np.lib.format.read_magic(source)](source)
+    if dtype.hasobject:
+        raise UserError('an array of Python objects, which is a pickle: not opened')
+    if fortran:
+        raise UserError('in Fortran order, column by column: save numpy.ascontiguousarray(array)')
+    return tuple(map(int, shape)), str(dtype), source.tell()
+
+
+def pt_header(source, size):
+    """(shape, name of the dtype, offset) of an open .pt file that holds one tensor."""
+    with zipfile.ZipFile(source) as archive:
+        records = {info.filename.lower(): info for info in archive.infolist()}  # torch finds them in any case
+        if len(records) < len(archive.infolist()) or any(info.compress_type for info in records.values()):
+            raise UserError('not what torch.save writes: compressed, or two records of one name')
+        if sum(info.file_size for info in records.values()) > size:
+            raise UserError('truncated')
+        top = archive.namelist()[0].partition('/')[0]
+        tensors = [name for name in archive.namelist() if re.fullmatch(r'[^/]+/data/[^/]+', name)]
+        if len(tensors) != 1 or archive.getinfo(f'{top}/data.pkl').file_size > 10_000:
+            raise UserError(f'it holds {len(tensors)} tensors or other objects, expected one tensor')
+        if f'{top}/byteorder' in records and archive.read(f'{top}/byteorder') != b'little':
+            raise UserError('its ids are not little-endian')
+        named = [arg for code, arg, _ in pickletools.genops(archive.read(f'{top}/data.pkl')) if code.name == 'GLOBAL']
+        if wrong := [name for name in named if not PICKLED.fullmatch(name)]:
+            raise UserError(f'its pickle names {wrong[0].replace(" ", ".")}, expected one plain tensor: not opened')
+        record = archive.getinfo(tensors[0])
+    source.seek(-22, os.SEEK_END)
+    if not re.fullmatch(rb'PK\x05\x06.{16}\0\0', source.read(), re.DOTALL):  # the end of a zip without a comment
+        raise UserError('there are other bytes behind its end')
+    source.seek(record.header_offset + 26)
+    start = source.tell() + 4 + sum(struct.unpack('<2H', source.read(4)))  # behind the record's name and padding
+
+    import torch  # here: it takes seconds, and only .pt files need it
+    try:
+        tensor = torch.load(source.name, map_location='cpu', weights_only=True, mmap=True)
+    except Exception:  # of several types, and the text advises to switch weights_only off
+        raise UserError('damaged, or it holds more than one plain tensor: torch.load with weights_only refuses it')
+    if type(tensor) is not torch.Tensor:
+        raise UserError(f'it holds a {type(tensor).__name__}, expected one tensor')
+    if not tensor.is_contiguous() or tensor.is_neg():
+        raise UserError('its rows do not follow each other in memory: save tensor.contiguous()')
+    offset = tensor.storage_offset() * tensor.element_size()
+    if offset + tensor.numel() * tensor.element_size() > record.file_size:
+        raise UserError('truncated')
+    return tuple(tensor.shape), str(tensor.dtype).removeprefix('torch.'), start + offset
+
+
+def blocks(source, size):
+    """The next `size` bytes of an open file, at most BLOCK at a time. Raises OSError if there are fewer."""
+    while size:
+        block = source.read(min(size, BLOCK))
+        if len(block) < min(size, BLOCK):
+            raise OSError('it became shorter while it was read')
+        size -= len(block)
+        yield block
+
+
+def scan(file, offset, count, dtype, limit):
+    """
+    Read a file with `count` ids from byte `offset` on -> {tokens, min_id, max_id, bytes, sha256, seen} as `check` has them.
+    Memory for a block and the vocabulary, whatever the size of the file. UserError names the first id outside range(limit).
+    """
+    digest, seen, low, high, at = hashlib.sha256(), np.zeros(2**16, bool), limit, 0, 0
+    try:
+        with open(file, 'rb') as source:
+            for block in blocks(source, offset):
+                digest.update(block)
+            for block in blocks(source, count * dtype.itemsize):
+                digest.update(block)
+                ids = np.frombuffer(block, dtype)
+                least, most = int(ids.min()), int(ids.max())
+                if least < 0 or most >= limit:
+                    k = int(np.argmax((ids < 0) | (ids >= limit)))
+                    raise UserError(f'{file}: id {ids[k]} at position {at + k:,} is outside the vocabulary of {limit:,}')
+                if most >= len(seen):
+                    seen = np.pad(seen, (0, most + 1 - len(seen)))
+                seen[ids] = True
+                low, high, at = min(low, least), max(high, most), at + len(ids)
+            while block := source.read(BLOCK):
+                digest.update(block)
+            size = source.tell()
+    except OSError as error:
+        raise UserError(f'{file}: {error.strerror or error}')
+    return {'tokens': count, 'min_id': low, 'max_id': high, 'bytes': size, 'sha256': digest.hexdigest(), 'seen': seen[:high + 1]}
+
+
+def check(file, vocab_size=0):
+    """
+    Read a whole shard -> {file, rows, length, dtype, tokens, min_id, max_id, bytes (of the file), sha256 (of the file), seen:
+    (max_id + 1,) bool, which ids occur}. UserError for what `inspect` refuses, damage, and ids outside the vocabulary (0: 2**24).
+    """
+    file = Path(file)
+    rows, length, dtype, offset = inspect(file)
+    if file.suffix == '.pt':
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except Exception as error:
+            damaged = type(error).__name__
+        if damaged:
+            raise UserError(f'{file}: damaged (the checksum of {damaged} is wrong)')
+    found = scan(file, offset, rows * length, dtype, vocab_size or LARGEST_VOCAB)
+    return {'file': file, 'rows': rows, 'length': length, 'dtype': str(dtype), **found}
+
+
+def check_all(files, vocab_size):
+    """
+    ([what check() finds in a file, or its UserError], which ids occur in any: bool array), in threads: reading, hashing and numpy
+    leave Python's lock alone.
+    """
+    occurring, lock = [np.zeros(0, bool)], Lock()
+
+    def attempt(file):
+        try:
+            found = check(file, vocab_size)
+        except UserError as error:
+            return error
+        with lock:
+            occurring[0] = union(occurring[0], found.pop('seen'))
+        return found
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        return list(pool.map(attempt, files)), occurring[0]
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C doesn't wait for the rest
+
+
+def union(a, b):
+    """Of two bool arrays over ids, the longer one changed in place."""
+    a, b = (a, b) if len(a) > len(b) else (b, a)
+    a[:len(b)] |= b
+    return a
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validate, split, pack
+
+def validate(path, vocab_size=0, say=print):
+    """
+    Read all that `path` holds, shards or a prepared directory, and say what it is -> {format, files, rows, length, dtype, tokens,
+    min_id, max_id, vocab_size, unique, bytes, checked: [what check() found, without `seen`]}. UserError with a line a bad file.
+    """
+    path = Path(path).expanduser()
+    meta = read_json(path / 'meta.json') if (path / 'meta.json').is_file() else {}
+    if meta and meta.get('kind') != 'shards':
+        return validate_bins(TokenData(path, 1, vocab_size or 2**16), say)
+    entries = {entry['name']: entry for entry in chain(*entries_of(meta, path).values())} if meta else {}
+    vocab_size = vocab_size or (int(meta['vocab_size']) if meta else 0)
+    files = find_shards(path)
+    say(f'{path}: reading {len(files):,} files')
+    results, seen = check_all(files, vocab_size)
+    checked = [found for found in results if not isinstance(found, UserError)]
+    problems = [problem for found in results if isinstance(found, UserError) for problem in found.args]
+    usual = Counter(found['length'] for found in checked).most_common(1)
+    problems += [f"{found['file']}: rows of {found['length']:,} tokens, where most files have {usual[0][0]:,}"
+                 for found in checked if found['length'] != usual[0][0]]
+    if entries and not problems:
+        hashes = {found['file'].relative_to(path).as_posix(): found['sha256'] for found in checked}
+        problems = [f'{path / name}: not the file that meta.json tells of: remove {path} and split it again'
+                    for name in sorted({*entries, *hashes}) if name not in entries or hashes.get(name) != entries[name]['sha256']]
+        checked = list({found['file'].resolve(): found for found in checked}.values())  # of a single file both splits are
+    if problems:
+        raise UserError(*problems)
+    return summary('+'.join(sorted({file.suffix[1:] for file in files})), checked, seen, vocab_size, say)
+
+
+def validate_bins(data, say):
+    """validate() for a TokenData, which has checked its files except for the hashes of very big ones."""
+    checked, seen, problems = [], np.zeros(0, bool), []
+    for entry in data.meta['files']['train'] + data.meta['files']['val']:
+        found = scan(data.path / entry['name'], 0, int(entry['tokens']), np.dtype('<u2'), data.n_vocab)
+        if found['sha256'] != entry['sha256']:
+            problems.append(f"{data.path / entry['name']}: damaged, its sha256 is not the one in meta.json: {data.again}")
+        seen = union(seen, found.pop('seen'))
+        checked.append({'file': data.path / entry['name'], 'rows': 0, 'length': 0, 'dtype': 'uint16', **found})
+    if problems:
+        raise UserError(*problems)
+    documents = data.meta.get('documents') or {}
+    return summary('bin', checked, seen, data.n_vocab, say, documents.get('train', 0) + documents.get('val', 0))
+
+
+def summary(kind, checked, seen, vocab_size, say, documents=0):
+    """Say, and return, what validate() does."""
+    total = {key: sum(found[key] for found in checked) for key in ('rows', 'tokens', 'bytes')}
+    low, high, unique = min(found['min_id'] for found in checked), max(found['max_id'] for found in checked), int(seen.sum())
+    dtype, size = ', '.join(sorted({found['dtype'] for found in checked})), vocab_size or high + 1
+    rows = sorted({found['rows'] for found in checked})
+    shape = f'{rows[0]:,}' + f' to {rows[-1]:,}' * (len(rows) > 1) + f", {checked[0]['length']:,}"
+    say(columns([
+        ('format', kind), ('files', f"{len(checked):,}, {total['bytes'] / 1e6:,.1f} MB"),
+        ('shape', f'({shape})' if rows[-1] else f"({total['tokens']:,},)"), ('dtype', dtype), ('ids', f'{low} to {high:,}'),
+        ('sequences', f"{total['rows'] or documents:,}"),
+        ('tokens', f"{total['tokens']:,}"), ('vocabulary', f'{size:,}' + ' (the highest id + 1)' * (not vocab_size)),
+        ('unique tokens', f'{unique:,} ({unique / size:.1%} of the vocabulary)')]))
+    return {'format': kind, 'files': len(checked), **total, 'length': checked[0]['length'], 'dtype': dtype, 'min_id': low,
+            'max_id': high, 'vocab_size': size, 'unique': unique, 'checked': checked}
+
+
+def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
+    """
+    Validate the shards of `path` and make `out`, a directory that open_data() reads: train/ and val/ with links to them, and
+    meta.json, which is returned. Which files are val hangs on (seed, name) alone; where `path` has train/ and val/ already, they
+    are the splits; the last rows of a single file are val. A tokenizer.json beside the shards, ours or Hugging Face's, comes along.
+    """
+    path, out = Path(path).expanduser(), Path(out)
+    if not 0 < val_ratio < 1:
+        raise UserError(f'val_ratio={val_ratio}: expected a share between 0 and 1')
+    if (path / 'meta.json').is_file():
+        raise UserError(f'{path}: prepared already (it has a meta.json): use it as it is')
+    if path.resolve() in [out.resolve(), *out.resolve().parents]:
+        raise UserError(f'{out}: inside {path}, whose shards it would be split from: choose another place')
+    files = find_shards(path)
+    root = path if path.is_dir() else os.path.commonpath([file.parent.absolute() for file in files])
+    beside, content, encoding = Path(root, 'tokenizer.json'), None, None
+    if beside.exists():
+        content = tokenizer.from_file(beside)
+        encoding = tokenizer.load_tokenizer(content)
+    size = sum(file.stat().st_size for file in files if file.exists())
+    request = {'version': VERSION, 'kind': 'shards', 'source': {'dataset': f'shards:{path}', 'files': len(files), 'bytes': size},
+               'seed': seed, 'val_ratio': val_ratio, 'given_vocab_size': vocab_size,
+               'tokenizer': tokenizer.label(content) if content else None}
+    if is_prepared(out, request):
+        say(f'{out}: split already, nothing to do')
+        return read_json(out / 'meta.json')
+    if encoding and vocab_size not in (0, encoding.n_vocab):
+        say(f'{beside} has {encoding.n_vocab} tokens: that is the vocabulary, not {vocab_size}')
+
+    found = validate(path, encoding.n_vocab if encoding else vocab_size, say)
+    names = [Path(os.path.relpath(file.absolute(), Path(root).absolute())).as_posix() for file in files]
+    parts = deal(dict(zip(names, found['checked'])), val_ratio, seed, say)
+    meta = {**request, 'vocab_size': found['vocab_size'], 'row': found['length'],
+            'eot_id': encoding.eot_token if encoding else None, 'created': now(),
+            'files': {part: [entry(name, *rest) for name, *rest in parts[part]] for part in parts}}
+    with workspace(out, request) as work:
+        if work:
+            clear(work)
+            for name, checked, *_ in chain(*parts.values()):
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                (work / name).symlink_to(checked['file'].absolute())
+            finish(work, out, meta, content)
+    counts = [f'{sum(rows for *_, rows in dealt):,} {part} rows of {len(dealt):,} files' for part, dealt in parts.items()]
+    say(f"{out}: {', '.join(counts)}")
+    return meta
+
+
+def deal(checked, val_ratio, seed, say):
+    """{name below the root: what check() found} -> {split: [(name below the directory to make, found, first row, rows)]}"""
+    def whole(names, folder=''):
+        return [(folder + name, checked[name], 0, checked[name]['rows']) for name in names]
+    own = {part: [name for name in checked if name.startswith(f'{part}/')] for part in ('train', 'val')}
+    if own['train'] and own['val']:
+        left = len(checked) - sum(map(len, own.values()))
+        say('the splits are those that are there, train/ and val/' + f'; {left:,} files elsewhere are left out' * bool(left))
+        return {part: whole(own[part]) for part in own}
+    if len(checked) == 1:
+        (name, found), = checked.items()
+        if found['rows'] == 1:
+            raise UserError(f"{found['file']}: a single row can't be both train and val: bring more")
+        last = min(max(1, round(val_ratio * found['rows'])), found['rows'] - 1)
+        first = found['rows'] - last
+        return {'train': [(f'train/{name}', found, 0, first)], 'val': [(f'val/{name}', found, first, last)]}
+    order = sorted(checked, key=lambda name: hashlib.sha256(os.fsencode(f'{seed}:{name}')).digest())
+    val = {*order[:min(max(1, round(val_ratio * len(order))), len(order) - 1)]}
+    return {'train': whole([name for name in checked if name not in val], 'train/'), 'val': whole(sorted(val), 'val/')}
+
+
+def entry(name, found, first, rows):
+    """Of a file in meta.json: its rows [first, first + rows) belong to the split; bytes, max_id and sha256 are of all of it."""
+    return {'name': name, 'first': first, 'rows': rows, 'tokens': rows * found['length'],
+            **{key: found[key] for key in ('bytes', 'max_id', 'sha256')}}
+
+
+def pack(data_path, row, out, rows_per_shard=100, say=print):
+    """
+    Bins of a prepared directory -> shards of uint16, (rows_per_shard, row) each, the last of a split smaller, in `out`, a directory
+    that open_data() reads; returns its meta.json. Rows are consecutive tokens; what fills no row at the end of a split is left out.
+    """
+    if row < 2 or rows_per_shard < 1:
+        raise UserError(f'row={row}, rows_per_shard={rows_per_shard}: expected at least 2 tokens in a row and a row in a shard')
+    out, data = Path(out), open_data(data_path, 1, 2**16)
+    if isinstance(data, ShardData):
+        raise UserError(f'{data_path}: shards already')
+    request = {'version': VERSION, 'kind': 'shards', 'source': data.meta['source'], 'row': row, 'rows_per_shard': rows_per_shard,
+               'packed': data.fingerprint}
+    if is_prepared(out, request):
+        say(f'{out}: packed already, nothing to do')
+        return read_json(out / 'meta.json')
+    counts = {part: divmod(sum(entry['tokens'] for entry in data.meta['files'][part]), row) for part in ('train', 'val')}
+    for part, (rows, rest) in counts.items():
+        if not rows:
+            raise UserError(f'{data_path}: the {part} split has {rest:,} tokens, less than a row of {row:,}: --row={rest} or less, '
+                            'or prepare more text' + ' or with a larger --val_ratio' * (part == 'val'))
+        say(f'{part}: {rows:,} rows of {row:,} tokens; the last {rest:,} tokens fill no row and are left out')
+    validate_bins(data, say)
+    with workspace(out, request) as work:
+        if work:
+            clear(work)
+            need, free = 2 * row * sum(rows for rows, _ in counts.values()), shutil.disk_usage(work).free
+            say(f'{out}: {need / 1e6:,.1f} MB, of {free / 1e6:,.1f} MB that are free')
+            if need > free:
+                raise UserError(f'{out}: {need / 1e6:,.1f} MB do not fit on the disk: make room, or choose another place')
+            files = {part: pack_split(data, part, row, rows, rows_per_shard, work / part) for part, (rows, _) in counts.items()}
+            finish(work, out, {**request, 'filter': data.meta.get('filter'), 'vocab_size': data.n_vocab,
+                               'eot_id': data.meta.get('eot_id'), 'created': now(), 'files': files}, data.tokenizer)
+    meta = read_json(out / 'meta.json')
+    say(f"{out}: {len(meta['files']['train']):,} train and {len(meta['files']['val']):,} val shards")
+    return meta
+
+
+def pack_split(data, split, row, rows, rows_per_shard, folder):
+    """Write the first rows of a split into files in `folder` -> their entries in meta.json, read back from them."""
+    folder.mkdir()
+    entries = []
+    for first in range(0, rows, rows_per_shard):
+        file, end = folder / f'shard_{len(entries):05d}.npy', min(first + rows_per_shard, rows)
+        with open(file, 'wb') as target:
+            np.lib.format.write_array_header_1_0(target, {'descr': '<u2', 'fortran_order': False, 'shape': (end - first, row)})
+            target.writelines(data.read(split, start, min(start + BLOCK, end * row)).tobytes()
+                              for start in range(first * row, end * row, BLOCK))
+        fsync(file)
+        entries.append(entry(f'{split}/{file.name}', check(file, data.n_vocab), 0, end - first))
+    return entries
+
+
+def finish(work, out, meta, content):
+    """Give the directory `work` its tokenizer.json (content None: no such file), its meta.json, and its name `out`."""
+    if content:
+        write_json(work / 'tokenizer.json', content)
+    write_json(work / 'meta.json', meta)
+    publish(work, out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+def entries_of(meta, path):
+    """{split: [entry of a file]} of a meta.json, every key there and of its kind. UserError if not."""
+    kinds = {'name': str, 'first': int, 'rows': int, 'bytes': int, 'sha256': str}
+    try:
+        entries = {split: [{key: kind(entry[key]) for key, kind in kinds.items()} for entry in meta['files'][split]]
+                   for split in ('train', 'val')}
+        if meta['version'] != VERSION:
+            raise ValueError(f"version {meta['version']!r}, expected {VERSION}")
+        if not all(entries.values()) or any(entry['first'] < 0 or entry['rows'] < 1 for entry in chain(*entries.values())):
+            raise ValueError('a split without files, or a file without rows')
+        if int(meta['row']) < 2 or int(meta['vocab_size']) < 1:
+            raise ValueError('no row or no vocab_size')
+        return entries
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path / 'meta.json'}: broken ({error!r}): remove {path} and make it again")
+
+
+class ShardData(TokenData):
+    """
+    A directory that split() or pack() made, with the interface of TokenData; .tokenizer is None where there is no tokenizer.json.
+
+    A window lies inside one row of L tokens. Where L - 1 is a multiple of T = block_size, a row has (L - 1) / T windows of T + 1
+    tokens. Where L is one, a row has L / T windows of T tokens, and the last target of every window is -1, that is ignored: in all
+    of them, although only the last one of a row has no next token, so that every micro-batch has the same number of targets and
+    any number of processes computes the same mean. Sizes and headers are checked here, ids in every batch.
+    """
+
+    def __init__(self, path, block_size, vocab_size):
+        self.path, self.block_size = Path(path), block_size
+        self.again = f'remove {self.path} and make it again'
+        self.meta = read_json(self.path / 'meta.json')
+        entries = entries_of(self.meta, self.path)
+        self.row, self.n_vocab = int(self.meta['row']), int(self.meta['vocab_size'])
+        if self.n_vocab > vocab_size:
+            raise UserError(f'{self.path} has a vocabulary of {self.n_vocab}, the model only {vocab_size}: '
+                            f'--vocab_size={self.n_vocab}')
+        self.tokenizer, file = None, self.path / 'tokenizer.json'
+        if file.exists():
+            self.tokenizer = read_json(file)
+            if (tokens := tokenizer.load_tokenizer(self.path).n_vocab) != self.n_vocab:
+                raise UserError(f'{file}: {tokens} tokens, but meta.json says {self.n_vocab}: {self.again}')
+        content = [self.row, self.n_vocab, entries, self.tokenizer]
+        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+        self.whole = (self.row - 1) % block_size == 0 and block_size < self.row  # windows have a target at every position
+        if not self.whole and self.row % block_size:
+            raise UserError(f'{self.path}: block_size={block_size} divides neither its rows of {self.row} tokens nor {self.row - 1}'
+                            + ': ' + ' or '.join(f'--block_size={size}' for size in nearest(self.row, block_size)))
+        self.per_row = (self.row - self.whole) // block_size
+        self.files, self.starts, rows = {}, {}, {}
+        for split, listed in entries.items():
+            self.files[split] = [self.open_shard(**entry) for entry in listed]
+            ends = np.cumsum([entry['rows'] for entry in listed]).tolist()
+            self.starts[split], rows[split] = [0, *ends[:-1]], ends[-1]  # the first row of every file, counted over the split
+        self.train_tokens = rows['train'] * self.row
+        self.n_windows, self.n_val_windows = rows['train'] * self.per_row, rows['val'] * self.per_row
+
+    def open_shard(self, name, first, rows, bytes, sha256):
+        """(file, dtype, byte at which its row `first` begins), its size and header checked."""
+        file = self.path / name
+        there, length, dtype, offset = inspect(file)
+        if file.stat().st_size != bytes or length != self.row or there < first + rows:
+            raise UserError(f'{file}: {there} rows of {length} tokens in {file.stat().st_size} bytes, but meta.json says '
+                            f'{first + rows} rows of {self.row} in {bytes} bytes: {self.again}')
+        return file, dtype, offset + first * length * dtype.itemsize
+
+    def gather(self, split, windows):
+        """(n,) windows -> x, y: (n, T) int64"""
+        T = self.block_size
+        tokens = np.full((len(windows), T + 1), -1)  # what has no token stays an ignored target
+        for i, window in enumerate(windows.tolist()):
+            row, k = divmod(window, self.per_row)
+            number = bisect_right(self.starts[split], row) - 1
+            file, dtype, offset = self.files[split][number]
+            at = (row - self.starts[split][number]) * self.row + k * T
+            try:
+                ids = np.fromfile(file, dtype, T + self.whole, offset=offset + at * dtype.itemsize)
+            except OSError as error:
+                raise UserError(f'{file}: {error.strerror or error}: {self.again}')
+            if len(ids) < T + self.whole:
+                raise UserError(f'{file}: it became shorter: {self.again}')
+            if ids.max() >= self.n_vocab or ids.min() < 0:
+                wrong = int(np.argmax((ids < 0) | (ids >= self.n_vocab)))
+                raise UserError(f'{file}: id {ids[wrong]} at position {at + wrong} of its {split} rows is outside the vocabulary '
+                                f'of {self.n_vocab}: {self.again}')
+            tokens[i, :len(ids)] = ids
+        return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+
+def nearest(row, block_size):
+    """The block sizes next to this one, below and above, that cut a row without a rest."""
+    sizes = sorted({size for n in (row, row - 1) for i in range(1, math.isqrt(n) + 1) if n % i == 0 for size in (i, n // i)})
+    below, above = [size for size in sizes if size < block_size], [size for size in sizes if size > block_size]
+    return below[-1:] + above[:1]
+
+
+def open_data(path, block_size, vocab_size):
+    """The loader of a prepared directory: ShardData where meta.json says 'kind': 'shards', else TokenData. UserError as they."""
+    file = Path(path) / 'meta.json'
+    shards = file.is_file() and read_json(file).get('kind') == 'shards'
+    return (ShardData if shards else TokenData)(path, block_size, vocab_size)

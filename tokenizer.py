@@ -1,0 +1,331 @@
+"""
+Text <-> token ids, exactly: encoding a text and decoding the ids gives back every byte. Imported by every script:
+
+    content = train_bpe(texts, 8192)                  # or gpt2(), or from_file('llama2/tokenizer.json')
+    encoding = load_tokenizer(content)                # also from a prepared directory, as in load_tokenizer('data/pylib')
+    ids = encoding.encode_ordinary('Hello world')     # text alone: '<|endoftext|>' in it is spelled like any other text
+    encoding.decode(ids) == 'Hello world'
+    lengths = token_bytes(encoding)                   # for bits per byte
+
+The content of a tokenizer is what tokenizer.json and every checkpoint hold: a dict of plain values, enough to rebuild it.
+"""
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from configurator import UserError, read_json
+
+VERSION = 1  # of tokenizer.json
+EOT = '<|endoftext|>'
+ENDS = (EOT, '</s>', '<|end_of_text|>', '<eos>')  # names of the end of a text in Hugging Face's files
+# GPT-2's split into words as tiktoken writes it: equal results, but possessive, so that it never backtracks.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+LONG_WORDS = 6_000_000  # bytes of different words of more than 40 characters that a BPE is trained on: see `affordable`
+SLICE = 2**19  # characters that the library of Hugging Face gets at a time: it takes about 150 bytes of memory for each
+SPACE = '\u2581'  # how SentencePiece writes a space
+BYTES = {f'<0x{byte:02X}>': bytes([byte]) for byte in range(256)}  # its tokens for what no other token spells
+PRINTABLE = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+# How a byte-level BPE writes a byte: one that is printable as its own character, the others in order as those from 256 on.
+OTHERS = sorted({*range(256)} - {*PRINTABLE})
+BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + k): byte for k, byte in enumerate(OTHERS)}
+# What a tokenizer must give back byte by byte before it is accepted.
+HARD = "\0 I'll  say\t\r\n\n\xa0\x85\u2028 1234 e\u0301\xe9\ufb01\u212b\xc5İß 數据🙂\U000e0001 "
+HARD += f'a{SPACE}b{SPACE}{SPACE}{SPACE.join(BYTES)}  '
+
+
+def train_bpe(texts, vocab_size):
+    """The content of a byte-level BPE trained on str's: its ranks are the 256 bytes and then the tokens as they were merged."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(affordable(texts), trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=sorted(BYTE_OF), show_progress=False))
+    vocab = bpe.get_vocab()
+    if len(vocab) < vocab_size - 1:
+        raise UserError(f'--vocab_size={vocab_size}: this corpus makes at most {len(vocab) + 1} tokens: give that, or more text')
+    merged = sorted(vocab, key=vocab.get)[256:]
+    return native(f'nanotrix-{vocab_size}', [bytes([byte]) for byte in range(256)] + [spelled(token) for token in merged])
+
+
+def affordable(texts):
+    """
+    The texts, up to where training on more would take over 1 GB. The library keeps every different word, at 100 bytes of memory
+    a byte, and in text without spaces (Chinese, Japanese, Thai) nearly every clause is another word. Of English and code all fits.
+    """
+    seen, size = set(), 0
+    for text in texts:
+        yield text
+        new = {word for word in text.split() if len(word) > 40} - seen
+        seen |= new
+        size += sum(len(word.encode()) for word in new)
+        if size > LONG_WORDS:
+            print(f'tokenizer: {size / 1e6:.1f} MB of text without spaces are enough to train on, the rest is left out', flush=True)
+            return
+
+
+def gpt2():
+    """The content of GPT-2's tokenizer (50,257 tokens), which tiktoken downloads once. Raises UserError where it can't."""
+    try:
+        encoding = tiktoken.get_encoding('gpt2')
+    except Exception as error:  # tiktoken lets through what its libraries raise: no network, no disk, a wrong sha256, ...
+        raise UserError(f"GPT-2's tokenizer: tiktoken can't download it ({error!r:.200}): give Hugging Face's tokenizer.json of it "
+                        'as --tokenizer=FILE, or a TIKTOKEN_CACHE_DIR that holds its files, or train one with --tokenizer=bpe')
+    return native('gpt2', [encoding.decode_single_token_bytes(token) for token in range(encoding.eot_token)])
+
+
+def native(name, ranks):
+    return {'format': 'nanotrix-tokenizer', 'version': VERSION, 'name': name, 'pattern': PATTERN,
+            'special_tokens': {EOT: len(ranks)}, 'ranks': [base64.b64encode(rank).decode() for rank in ranks]}
+
+
+def spelled(token):
+    """The bytes that a token of a byte-level BPE stands for."""
+    return bytes(BYTE_OF[character] for character in token)
+
+
+def from_file(path):
+    """
+    The content of the tokenizer in a file, or in a directory's tokenizer.json: one of ours, or one of Hugging Face's that is a
+    byte-level BPE (GPT-2, SmolLM) or a SentencePiece BPE with byte fallback (LLaMA-2, Mistral). Raises UserError for all others.
+    """
+    file = json_of(path)
+    content = read_json(file, 'expected a tokenizer.json, ours or of Hugging Face')
+    if content.get('format') != 'nanotrix-tokenizer':
+        if 'model' not in content:
+            raise UserError(f"{file}: no tokenizer: neither ours (no 'format') nor of Hugging Face (no 'model')")
+        content = checked(file, content, from_huggingface)
+    checked(file, content, build)
+    return content
+
+
+def load_tokenizer(source):
+    """
+    The encoding in a tokenizer.json: its path, the directory that holds it, or its content. A tiktoken.Encoding, or for what
+    came from Hugging Face a `HuggingFace`, which has the same methods. Raises UserError for all that is wrong with it.
+    """
+    if isinstance(source, dict):
+        return checked('the tokenizer', source, build)
+    file = json_of(source)
+    return checked(file, read_json(file), build)
+
+
+def label(content):
+    """A name for the content of a tokenizer.json, for meta.json. None: one that is trained on the corpus."""
+    if not content:
+        return 'bpe'
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
+    return content['name'] if content['name'] == 'gpt2' else f"{content['name']}-{digest}"
+
+
+def json_of(path):
+    return Path(path, 'tokenizer.json') if os.path.isdir(path) else Path(path)
+
+
+def checked(where, content, function):
+    """function(content), whose complaints name the file."""
+    try:
+        return function(content)
+    except UserError as error:
+        raise UserError(f'{where}: {error}')
+    except KeyError as error:
+        raise UserError(f'{where}: broken tokenizer: no {error}')
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f'{where}: broken tokenizer: {error}')
+
+
+def build(content):
+    """Content -> encoding, which has given back the bytes of a hard text."""
+    if (content['format'], content['version']) != ('nanotrix-tokenizer', VERSION):
+        raise ValueError(f"format {content['format']!r} version {content['version']!r}, expected version {VERSION}")
+    name, special = content['name'], content['special_tokens']
+    encoding = HuggingFace(name, special, content['huggingface']) if 'huggingface' in content else from_ranks(content)
+    text = HARD + SPACE.join(special)
+    try:
+        exact = encoding.decode_bytes(encoding.encode_ordinary(text)) == text.encode()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the libraries, which are written in Rust, is no Exception
+        raise ValueError(error)
+    if not exact:
+        raise UserError('a text changes when it is encoded and decoded: choose another tokenizer')
+    return encoding
+
+
+def from_ranks(content):
+    """The tiktoken.Encoding of ours. The ranks must hold every byte, nothing twice, and special tokens come directly after them."""
+    special, ranks = content['special_tokens'], [base64.b64decode(rank, validate=True) for rank in content['ranks']]
+    if missing := set(range(256)) - {rank[0] for rank in ranks if len(rank) == 1}:
+        raise ValueError(f'no rank for the byte {min(missing)}')
+    if len(set(ranks)) < len(ranks) or b'' in ranks:
+        raise ValueError('a rank is empty or there twice')
+    if EOT not in special or sorted(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
+        raise ValueError(f'special tokens {special}, expected {EOT} and ids from {len(ranks)} on')
+    check_size(len(ranks) + len(special))
+    return tiktoken.Encoding(content['name'], pat_str=content['pattern'], special_tokens=special,
+                             mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
+
+
+def check_size(n_vocab):
+    if n_vocab > 2**16:
+        raise UserError(f'{n_vocab} tokens, more than the 65536 that uint16 can number')
+
+
+def token_bytes(encoding):
+    """(n_vocab,) int32: length of every token in bytes, 0 for special tokens. For bits per byte."""
+    return np.array([0 if encoding.is_special_token(token) else len(encoding.decode_single_token_bytes(token))
+                     for token in range(encoding.n_vocab)], np.int32)
+
+
+# Tokenizers of Hugging Face
+
+def from_huggingface(file):
+    """
+    The JSON of a tokenizer.json of theirs -> our content: the parts of it that say how a text is encoded. Special tokens leave
+    the vocabulary and the merges, so that no text is ever taken for one; added tokens that are spaces are text and stay.
+    """
+    model, added = file['model'], file.get('added_tokens') or []
+    kind = model.get('type') or ('BPE' if 'merges' in model else None)  # the oldest files have no type
+    if kind != 'BPE':
+        raise UserError(f'a model of type {kind}, which can lose text: expected a BPE, byte-level or with byte fallback')
+    if any(model.get(key) for key in ('continuing_subword_prefix', 'end_of_word_suffix')):
+        raise UserError('a BPE that marks the parts of a word, which can lose spaces: expected one without prefix and suffix')
+    pre_tokenizer, prefix = spacing(file.get('normalizer'), file.get('pre_tokenizer'), model.get('byte_fallback'))
+
+    special = {token['content']: token['id'] for token in added if not is_text(token)}
+    vocab = model['vocab'] | {token['content']: token['id'] for token in added if is_text(token)}
+    for token in added:
+        if model['vocab'].get(token['content'], token['id']) != token['id']:
+            raise ValueError(f"{token['content']!r} is there twice, as {token['id']} and as {model['vocab'][token['content']]}")
+    end = next((name for name in ENDS if name in special or name in vocab), None)
+    if end is None:
+        raise UserError(f"no token for the end of a text, expected one of {' '.join(ENDS)}: "
+                        f"the special tokens are {' '.join(special) or 'none'}")
+    special = {EOT: special.pop(end, vocab.get(end)), **special}
+    vocab = {text: token for text, token in vocab.items() if text not in special and text != end}
+    pairs = [tuple(merge.split(' ') if isinstance(merge, str) else merge) for merge in model['merges']]
+    pairs = [pair for pair in pairs if not {*pair, ''.join(pair)} & {end, *special, *BYTES}]
+    n_vocab = max([*vocab.values(), *special.values()]) + 1
+    return {'format': 'nanotrix-tokenizer', 'version': VERSION, 'name': f'huggingface-{n_vocab}',
+            'special_tokens': special, 'huggingface': {
+                'prefix': prefix, 'pre_tokenizer': pre_tokenizer,
+                'model': {'type': 'BPE', 'vocab': vocab, 'merges': [list(pair) for pair in pairs],
+                          'byte_fallback': prefix is not None, 'ignore_merges': bool(model.get('ignore_merges'))}}}
+
+
+def is_text(token):
+    """Whether an added token is plain text: a run of spaces or line ends, as tokenizers for code have them."""
+    return token['content'].isspace() and not any(token.get(key) for key in ('special', 'lstrip', 'rstrip', 'single_word'))
+
+
+def spacing(normalizer, pre_tokenizer, byte_fallback):
+    """
+    How a text is split before the BPE, and what is put in front of it: (pre-tokenizer, None) for a byte-level BPE, (None or
+    pre-tokenizer, ' ' or '') for one of SentencePiece, where a space is written as SPACE. Raises UserError for what loses text.
+    """
+    before, after = steps(normalizer), steps(pre_tokenizer)
+    if any(step['type'] == 'ByteLevel' for step in after):
+        lossy = before + [step for step in after if step['type'] not in ('ByteLevel', 'Split', 'Digits', 'Punctuation')
+                          or step.get('behavior') == 'Removed' or step.get('add_prefix_space')]
+        if lossy:
+            raise UserError(f"{lossy[0]['type']} before the BPE, which can change a text: "
+                            'expected no normalizer, and a pre-tokenizer that keeps every character')
+        return pre_tokenizer, None
+    if not byte_fallback:
+        raise UserError('a BPE that is neither byte-level nor has byte fallback, which loses the characters it does not know')
+    replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
+    if not after and before in ([replace], [{'type': 'Prepend', 'prepend': SPACE}, replace]):
+        return None, ' ' if before[1:] else ''
+    if not before and len(after) == 1 and after[0]['type'] == 'Metaspace' and after[0]['replacement'] == SPACE:
+        never = after[0].get('prepend_scheme') == 'never' or after[0].get('add_prefix_space') is False
+        words = {'type': 'Split', 'pattern': {'String': SPACE}, 'behavior': 'MergedWithNext', 'invert': False}
+        return words if after[0].get('split', True) else None, '' if never else ' '
+    raise UserError(f"{', '.join(step['type'] for step in before + after) or 'nothing'} before the BPE, which can change a text: "
+                    f'expected what writes a space as {SPACE} and does nothing else')
+
+
+def steps(part):
+    """A normalizer or pre-tokenizer as a list of steps."""
+    if part and part['type'] == 'Sequence':
+        return [step for inner in part.get('normalizers') or part['pretokenizers'] for step in steps(inner)]
+    return [part] if part else []
+
+
+class HuggingFace:
+    """
+    A tokenizer of Hugging Face with the methods of tiktoken.Encoding that this project uses. Its ids are the original's, but
+    every text comes back: special tokens in it are text, and SentencePiece's sign for a space is spelled byte by byte.
+
+    SentencePiece's put one space in front of a text. decode() and decode_bytes() take it away at the start and after a special
+    token; decode_single_token_bytes() can't know and keeps it, which is right for tokens that continue a text.
+    """
+
+    def __init__(self, name, special, parts):
+        self.name, self.prefix, self.eot_token, self.special = name, parts['prefix'], special[EOT], special
+        vocab = parts['model']['vocab']
+        ids = [*vocab.values(), *special.values()]
+        if not all(type(token) is int and token >= 0 for token in ids) or len(set(ids)) < len(ids):
+            raise ValueError('an id is there twice or is no id')
+        self.n_vocab = max(ids) + 1
+        check_size(self.n_vocab)
+        if missing := (BYTE_OF.keys() if self.prefix is None else {SPACE, *BYTES}) - vocab.keys():
+            raise ValueError(f'no token {min(missing)}')
+        self.bytes = [b''] * self.n_vocab  # an id that no token has stands for nothing
+        for text, token in vocab.items():
+            if self.prefix is None:
+                self.bytes[token] = spelled(text) if BYTE_OF.keys() >= {*text} else text.encode()
+            else:
+                self.bytes[token] = BYTES.get(text) or text.replace(SPACE, ' ').encode()
+        for text, token in special.items():
+            self.bytes[token] = text.encode()
+        self.space = [vocab.get(f'<0x{byte:02X}>') for byte in SPACE.encode()]  # not a space, but the character itself
+        # In a byte-level vocabulary only added tokens are spaces: it writes a space as another character.
+        added = [text for text in vocab if self.prefix is None and text.isspace()]
+        flags = dict.fromkeys(('special', 'normalized', 'lstrip', 'rstrip', 'single_word'), False)
+        try:
+            self.bpe = Tokenizer.from_str(json.dumps({
+                'version': '1.0', 'pre_tokenizer': parts['pre_tokenizer'], 'model': parts['model'],
+                'added_tokens': [{'id': vocab[text], 'content': text, **flags} for text in added]}))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(error)
+
+    @property
+    def special_tokens_set(self):
+        return set(self.special)
+
+    def is_special_token(self, token):
+        return token in self.special.values()
+
+    def encode_ordinary(self, text):
+        if self.prefix is None:
+            return self.encode_part(text)
+        ids = []
+        for i, part in enumerate((self.prefix + text if text else '').split(SPACE)):
+            ids += self.space if i else []
+            ids += self.encode_part(part.replace(' ', SPACE))
+        return ids
+
+    def encode_part(self, text):
+        return [token for start in range(0, len(text), SLICE)
+                for token in self.bpe.encode(text[start:start + SLICE], add_special_tokens=False).ids]
+
+    def encode_to_numpy(self, text, *, disallowed_special=()):
+        """(n,) uint32. `disallowed_special` is there as tiktoken has it: special tokens are always text."""
+        return np.array(self.encode_ordinary(text), np.uint32)
+
+    def decode_single_token_bytes(self, token):
+        return self.bytes[token]
+
+    def decode_bytes(self, tokens):
+        parts, start = [], bool(self.prefix)
+        for token in tokens:
+            parts.append(self.bytes[token][1:] if start and self.bytes[token][:1] == b' ' else self.bytes[token])
+            start = self.prefix and self.is_special_token(token)
+        return b''.join(parts)
+
+    def decode(self, tokens, errors='replace'):
+        return self.decode_bytes(tokens).decode('utf-8', errors)

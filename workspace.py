@@ -1,0 +1,230 @@
+"""
+A directory in the making: made whole or not at all, by one process at a time, and where it left off if that was killed.
+
+    with workspace(out, request) as work:   # None: `out` has become what is asked for while we waited for another process
+        bins = Bins(work, 'train', lengths, entries=[])
+        bins.append(ids)
+        write_json(work / 'meta.json', {**request, 'files': {'train': bins.close(), ...}, ...})
+        publish(work, out)
+"""
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+
+from configurator import UserError, read_json
+
+BIN_TOKENS = 10**9  # tokens of a file: 2 GB, which data.py still hashes at every start
+
+
+def is_prepared(out, request, sharded=False):
+    """
+    Whether `out` holds what `request` asks for. Raises UserError if it holds anything else: nothing is overwritten.
+    sharded: it may hold shards.
+    """
+    allowed = re.compile(r'\.?shard-\d{5}-of-\d{5}(\.tmp)?' if sharded else '')
+    if not out.exists() or out.is_dir() and all(allowed.fullmatch(path.name) for path in out.iterdir()):
+        return False
+    if not (out / 'meta.json').is_file():
+        raise UserError(f'{out}: in the way, it is no prepared data (no meta.json): choose another --out')
+    compare(read_json(out / 'meta.json'), request, f'{out}: was prepared', 'remove it, or choose another --out')
+    return True
+
+
+def compare(old, request, where, remedy):
+    """Raises UserError where what was prepared isn't what is asked for."""
+    usual = {'tokenizer': 'bpe', 'max_documents': 0, 'bad_text': 'refuse'}  # of directories from before there were these choices
+    for key, value in request.items():
+        if (was := old.get(key, usual.get(key))) != value:
+            raise UserError(f'{where} with {key} {was!r}, not {value!r}: {remedy}')
+
+
+@contextmanager
+def workspace(out, request):
+    """
+    The directory beside `out` in which it is made, for one process at a time, with what a killed preparation of the same has
+    finished; None where another process has prepared `out` meanwhile. When the work fails or is interrupted it stays, if any
+    part is on record, and the same command goes on from there.
+    """
+    out = out.resolve()
+    work, made = out.with_name(f'.{out.name}.tmp'), not out.parent.exists()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = locked(work)
+    try:
+        if is_prepared(out, request):
+            work.rmdir()
+            yield None
+            return
+        old = next((read_json(work / name) for name in ('meta.json', 'request.json') if (work / name).exists()), {})
+        if begun(work):
+            if old.get('bad_text') == 'refuse':  # no text was bad so far
+                old['bad_text'] = request['bad_text']
+            compare(old, request, f'{work}: holds an unfinished preparation', 'finish that one, or remove this directory')
+        elif old != request:
+            clear(work)
+        write_json(work / 'request.json', request)
+        yield work
+    finally:
+        if work.exists() and not begun(work):
+            shutil.rmtree(work)
+        os.close(lock)
+        if made:
+            with suppress(OSError):  # not empty if all went well
+                out.parent.rmdir()
+
+
+def begun(work):
+    """Whether there is anything in `work` that would be missed."""
+    return (work / 'state.json').exists() or (work / 'meta.json').exists()
+
+
+def locked(work):
+    """The directory `work`, made if need be, for this process alone until it closes the handle that this returns, or dies."""
+    while True:
+        work.mkdir(exist_ok=True)
+        handle = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'{work}: another process is at work there: waiting for it', flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if work.exists() and os.path.samestat(os.fstat(handle), work.stat()):  # and has not got its last name while we waited
+            return handle
+        os.close(handle)
+
+
+def clear(work):
+    for path in work.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def publish(work, out):
+    """The finished directory under its name. From meta.json on, this is all that a killed preparation has left to do."""
+    for file in (*work.glob('seen.sqlite*'), *work.glob('.*.tmp'), work / 'state.json', work / 'request.json'):
+        file.unlink(missing_ok=True)
+    fsync(work)
+    work.rename(out.resolve())
+    fsync(out.resolve().parent)
+
+
+def write_json(path, content):
+    """Whole or not at all."""
+    beside = path.with_name(f'.{path.name}.tmp')
+    beside.write_text(json.dumps(content, indent=1), encoding='utf-8')
+    fsync(beside)
+    beside.rename(path)
+    fsync(path.parent)
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')
+
+
+def fsync(path):
+    """Contents on the disk: of a file, or of a directory the names in it."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a preparation puts there
+
+class Seen:
+    """
+    The digests of all documents so far, in an SQLite file: they would take 100 bytes of memory each. What was added since the
+    last commit() is forgotten when the process is killed, and so is what `batches` of the state on record doesn't cover.
+    """
+
+    def __init__(self, path, batches):
+        self.db = sqlite3.connect(path, isolation_level=None)
+        for line in ('PRAGMA journal_mode = WAL', 'PRAGMA synchronous = FULL', 'PRAGMA cache_size = -65536',  # 64 MB
+                     'CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, batch INT) WITHOUT ROWID'):
+            self.db.execute(line)
+        self.db.execute('DELETE FROM seen WHERE batch >= ?', (batches,))
+        self.db.execute('BEGIN')
+
+    def is_new(self, digest, batch):
+        return self.db.execute('INSERT OR IGNORE INTO seen VALUES (?, ?)', (digest, batch)).rowcount == 1
+
+    def commit(self):
+        self.db.execute('COMMIT')
+        self.db.execute('BEGIN')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.db.close()
+
+
+class Bins:
+    """
+    The token files of a split in the making, and their entries in meta.json. Until close() they are called train-00000.bin ...,
+    then train.bin, or train-00000-of-00002.bin ... where there are several.
+    """
+
+    def __init__(self, folder, split, lengths, entries):
+        """`entries`: of what is there already. What lies behind it in the files is the work of a killed preparation, and goes."""
+        self.folder, self.split, self.lengths, self.entries = folder, split, lengths, [dict(entry) for entry in entries]
+        for file in folder.glob(f'{split}*.bin'):  # killed while it gave them their last names
+            number = re.fullmatch(rf'{split}(?:-(\d+)(?:-of-\d+)?)?', file.stem)[1] or 0
+            file.rename(self.path(int(number)))
+        for file in folder.glob(f'{split}-*.bin'):
+            if int(file.stem.rpartition('-')[2]) >= max(1, len(self.entries)):
+                file.unlink()
+        self.tokens, self.bytes = (sum(entry[key] for entry in self.entries) for key in ('tokens', 'bytes'))
+        if not self.entries:
+            self.entries.append({'tokens': 0, 'bytes': 0, 'max_id': 0, 'sha256': hashlib.sha256().hexdigest()})
+        self.open()
+
+    def path(self, number):
+        return self.folder / f'{self.split}-{number:05d}.bin'
+
+    def open(self):
+        path, entry = self.path(len(self.entries) - 1), self.entries[-1]
+        self.file = open(path, 'ab')
+        self.file.truncate(2 * entry['tokens'])
+        with open(path, 'rb') as file:
+            self.sha256 = hashlib.sha256()
+            while chunk := file.read(2**20):
+                self.sha256.update(chunk)
+        if self.sha256.hexdigest() != entry['sha256']:
+            raise UserError(f'{path}: damaged since it was written: remove {self.folder} and start again')
+
+    def append(self, ids):
+        """ids: (n,) uint16"""
+        while len(ids):
+            if self.entries[-1]['tokens'] == BIN_TOKENS:
+                self.sync()
+                self.file.close()
+                self.entries.append({'tokens': 0, 'bytes': 0, 'max_id': 0, 'sha256': hashlib.sha256().hexdigest()})
+                self.open()
+            entry = self.entries[-1]
+            part = ids[:BIN_TOKENS - entry['tokens']]
+            size = int(self.lengths[part].sum())
+            self.file.write(part)
+            self.sha256.update(part)
+            entry.update(tokens=entry['tokens'] + len(part), bytes=entry['bytes'] + size, max_id=max(entry['max_id'], int(part.max())))
+            self.tokens, self.bytes, ids = self.tokens + len(part), self.bytes + size, ids[len(part):]
+
+    def sync(self):
+        """All that was appended onto the disk, and the entries that describe it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.entries[-1]['sha256'] = self.sha256.hexdigest()
+        return self.entries
+
+    def close(self):
+        self.sync()
+        self.file.close()
+        n = len(self.entries)
+        names = [f'{self.split}-{number:05d}-of-{n:05d}.bin' for number in range(n)] if n > 1 else [f'{self.split}.bin']
+        for number, name in enumerate(names):
+            self.path(number).rename(self.folder / name)
+        return [{'name': name, **entry} for name, entry in zip(names, self.entries)]

@@ -1,0 +1,224 @@
+"""
+What prepared data hold: their meta data, windows of their text, figures of their tokens and documents, and a picture of these.
+
+    python prepare.py show data/pylib --n=3     # three windows; the picture is data_pylib.png
+
+It takes bins as well as shards, and shards of a tokenizer that nobody knows: those windows are ids. Of a large split the
+figures are those of a sample, spread evenly over it.
+"""
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError, columns, read_json
+from runlog import replacing
+from shards import open_data
+from tokenizer import load_tokenizer, token_bytes
+
+WINDOW = 80  # tokens of a window that is shown
+CHUNK, LIMIT = 2**20, 200_000_000  # tokens read at a time, and in all: of more, an evenly spread sample of chunks
+LONGER = (256, 1024, 4096, 32_768)  # tokens; the presets' block sizes lie between
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+def open_whole(path):
+    """The loader of a prepared directory, each of its windows a row of the shards. Raises UserError for whatever is wrong."""
+    file = Path(path) / 'meta.json'
+    row = read_json(file).get('row') if file.is_file() else None
+    return open_data(path, row - 1 if isinstance(row, int) and row > 1 else 1, 2**62)
+
+
+def row_of(data):
+    """Tokens of a row, None for bins."""
+    return data.meta['row'] if data.meta.get('kind') == 'shards' else None
+
+
+def read(data, start, stop):
+    """Tokens [start, stop) of the train split, of shards row after row. UserError for an id beyond the vocabulary."""
+    if not (row := row_of(data)):
+        ids = data.read('train', start, stop)
+        if ids.max() >= data.n_vocab:
+            at = int(np.argmax(ids >= data.n_vocab))
+            raise UserError(f'{data.path}: id {ids[at]} at position {start + at} of the train split is outside the vocabulary of '
+                            f'{data.n_vocab}: {data.again}')
+        return ids
+    first = start // row
+    x, y = data.gather('train', np.arange(first, -(-stop // row)))
+    return np.concatenate([x, y[:, -1:]], 1).ravel()[start - first * row:stop - first * row]
+
+
+def survey(data):
+    """
+    (counts, lengths, tail) of the train split: (n_vocab,) how often each id occurs; {tokens of a document without its end:
+    such documents}; tokens behind the last end. Of a sample of chunks, only documents are counted that lie in chunks that were
+    read in a row, and the tail is None. Memory for one chunk, and for the different lengths: fewer than sqrt(2 LIMIT).
+    """
+    n, eot = -(-data.train_tokens // CHUNK), data.meta.get('eot_id')
+    some = min(n, max(1, LIMIT // CHUNK)) if data.train_tokens > LIMIT else n
+    counts, lengths, since, previous = np.zeros(data.n_vocab, np.int64), Counter(), 0, -1  # since: tokens after the last end
+    for k in (np.arange(some) * n // some).tolist():
+        ids = read(data, k * CHUNK, min((k + 1) * CHUNK, data.train_tokens))
+        counts += np.bincount(ids, minlength=data.n_vocab)
+        since, previous = since if k == previous + 1 else None, k
+        ends = np.flatnonzero(ids == eot)  # none if there is no end of text
+        if len(ends):
+            gaps = np.diff(ends) - 1
+            gaps = gaps if since is None else np.append(gaps, ends[0] + since)
+            lengths.update(dict(zip(*map(np.ndarray.tolist, np.unique(gaps, return_counts=True)))))
+            since = len(ids) - 1 - int(ends[-1])
+        elif since is not None:
+            since += len(ids)
+    return counts, lengths, since if some == n else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Show
+
+def show(path, n=3, seed=1337, say=print, out=''):
+    """
+    Say what a prepared directory holds: its meta data, `n` decoded windows, figures of tokens and documents of the train
+    split. Draw the figures to `out` ('': data_<name>.png here) and return its path. Raises UserError.
+    """
+    if n < 0:
+        raise UserError(f'--n={n}: a number of windows, not negative')
+    data = open_whole(path)
+    encoding = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    try:
+        say(columns(meta_rows(data.meta)) + '\n\n' + columns(split_rows(data.meta)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{data.path / 'meta.json'}: broken ({error!r}): {data.again}")
+    for where, ids in windows(data, n, seed):
+        say(f'\n--- {where}\n{readable_text(ids, encoding)}')
+
+    counts, lengths, tail = survey(data)
+    total = int(counts.sum())
+    if total < data.train_tokens:
+        say(f'\nthe figures are those of a sample: {total:,} of {data.train_tokens:,} train tokens, in chunks of {CHUNK:,} '
+            'spread evenly')
+    say('\n' + columns(token_rows(counts, encoding)))
+    say('\n' + columns(document_rows(lengths, tail, data.meta.get('eot_id'))))
+
+    name = Path(path).resolve().name
+    out = Path(out or f'data_{name}.png')
+    try:
+        draw(counts, lengths, f'{name}: {total:,} train tokens', out)
+    except OSError as error:
+        raise UserError(f'{out}: {error.strerror}: choose another --out')
+    say(f'\npicture: {out}')
+    return out
+
+
+def meta_rows(meta):
+    """The plain facts of meta.json, in its order."""
+    def text(value):
+        if isinstance(value, dict):
+            return ', '.join(f'{key} {text(item)}' for key, item in value.items())
+        return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    names = {'vocab_size': 'vocabulary', 'eot_id': 'end of text', 'row': 'tokens a row'}
+    return [(names.get(key, key), str(value) if key == 'seed' else text(value)) for key, value in meta.items() if key != 'files']
+
+
+def split_rows(meta):
+    rows = [('split', 'documents', 'tokens', 'bytes', 'bytes/token', 'files', 'sha256')]
+    documents = meta.get('documents', {})
+    for split, files in meta['files'].items():
+        tokens, size = (sum(file.get(key, 0) for file in files) for key in ('tokens', 'bytes'))
+        of_text = size and meta.get('kind') != 'shards'  # of shards it is the size of the files
+        rows.append((split, f"{documents[split]:,}" if split in documents else '-', f'{tokens:,}', f'{size:,}' if size else '-',
+                     f'{size / tokens:.2f}' if of_text else '-', f'{len(files):,}',
+                     files[0]['sha256'][:12] + (f' and {len(files) - 1:,} more' if len(files) > 1 else '')))
+    return rows
+
+
+def windows(data, n, seed):
+    """n times (where, ids): one at random in each of n equal parts of the train split, in shards inside a row."""
+    row, draw = row_of(data), np.random.default_rng(seed)
+    size = min(WINDOW, row or data.train_tokens)
+    for k, u in enumerate(draw.random(n)):
+        start = int((k + u) * (data.train_tokens - size + 1) / n)
+        where = f'token {start:,}'
+        if row:
+            start = min(start, start // row * row + row - size)
+            where = f'row {start // row:,}, token {start % row:,}'
+        yield f'{where} of the train split', read(data, start, start + size)
+
+
+def readable_text(ids, encoding):
+    """Text as it is, but for half characters at its edges and for control characters, which could steer a terminal."""
+    if not encoding:
+        return ' '.join(map(str, ids.tolist()))
+    text = encoding.decode_bytes(ids.tolist()).decode('utf-8', 'replace')
+    return ''.join(c if c.isprintable() or c in '\n\t' else '\N{REPLACEMENT CHARACTER}' for c in text)
+
+
+def token_rows(counts, encoding):
+    total, order = int(counts.sum()), np.argsort(-counts, kind='stable')
+    ranked = counts[order][:np.count_nonzero(counts)]
+    p = ranked / total
+    entropy = float((p * np.log2(1 / p)).sum())
+    rows = [('tokens that occur', f'{len(ranked):,} of {len(counts):,}, {len(counts) - len(ranked):,} never')]
+    for k, share in enumerate(p[:10]):
+        token = int(order[k])
+        shown = repr(encoding.decode_single_token_bytes(token).decode('utf-8', 'replace')) if encoding else ''
+        rows.append(('most common' if k == 0 else '', f'{share:7.3%}  {token:>6}  {shown}'.rstrip()))
+    rows += [(f'the {top:,} most common', f'{p[:top].sum():.2%} of all tokens') for top in (100, 1000)]
+    rows.append(('entropy of a token', f'{entropy:.3f} bits'))
+    if encoding and (size := int(counts @ token_bytes(encoding))):
+        bits = entropy * total / size
+        rows.append(('coded by frequency alone', f'{bits:.3f} bits per byte of text, {bits / 8:.1%} of its size'))
+    return rows
+
+
+def document_rows(lengths, tail, eot):
+    if not (n := sum(lengths.values())):
+        return [('documents', 'no end-of-text id' if eot is None else f'none ends (the end of text is {eot})')]
+    values = np.array(sorted(lengths))
+    up_to = np.cumsum([lengths[value] for value in values.tolist()])  # documents at most so long
+
+    def quantile(q):
+        return values[np.searchsorted(up_to, q * n)]
+    mean = sum(value * count for value, count in lengths.items()) / n
+    figures = {'mean': f'{mean:,.1f}', 'median': f'{quantile(0.5):,}', '10 % have at most': f'{quantile(0.1):,}',
+               '90 % have at most': f'{quantile(0.9):,}', 'longest': f'{values[-1]:,}'}
+    return [('documents', f'{n:,}' + (f', and {tail:,} tokens of one that does not end' if tail else '')),
+            ('their tokens, without the end', ', '.join(map(' '.join, figures.items()))),
+            *((f'longer than {edge:,}', f'{sum(lengths[value] for value in lengths if value > edge) / n:.2%}') for edge in LONGER)]
+
+
+def zipf_fit(ranked):
+    """(slope, log frequency at rank 1) of a line through log frequency over log rank, each decade of ranks with the same weight."""
+    ranks = np.unique(np.geomspace(1, len(ranked), 200).astype(int))
+    return np.polyfit(np.log(ranks), np.log(ranked[ranks - 1]), 1).tolist()
+
+
+def draw(counts, lengths, heading, out):
+    """Token frequency against rank, and a histogram of document lengths, as a PNG. Raises OSError where it can't be written."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('the picture needs matplotlib: pip install matplotlib')
+    ranked = np.sort(counts[counts > 0])[::-1]
+    figure = Figure(figsize=(11, 4), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    rank = np.arange(1, len(ranked) + 1)
+    left.loglog(rank, ranked, label='tokens')
+    if len(ranked) > 1:
+        slope, first = zipf_fit(ranked)
+        left.loglog(rank, np.exp(first + slope * np.log(rank)), '--', label=f'slope {slope:.2f}')
+    left.set(title='how often a token occurs', xlabel='rank', ylabel='times')
+    left.legend(frameon=False)
+    if lengths:
+        values = np.maximum(list(lengths), 1)  # an empty document has no place on this axis
+        right.hist(values, bins=np.geomspace(1, values.max() + 1, 60), weights=list(lengths.values()))
+        right.set(xscale='log')
+    right.set(title='documents by length' if lengths else 'no documents: no end of text', xlabel='tokens', ylabel='documents')
+    for axes in (left, right):
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.suptitle(heading.replace('$', r'\$'))
+    with replacing(out) as file:
+        figure.savefig(file, format='png', dpi=120)
+

@@ -1,0 +1,210 @@
+"""recommend: every figure is the one computed by hand, every command is accepted."""
+import json
+import math
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_show import VOCAB, bins, said, shards, tokenizer
+
+import device as hardware
+import profiling
+import recommend
+import train
+from configurator import UserError
+from data import data_dir
+from model import GPT, GPTConfig, OncePerStep
+from recommend import Corpus, Plan
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """The presets are dense_tiny and trix_tiny, and this machine trains at 1 GFLOP/s."""
+    (tmp_path / 'config').mkdir()
+    for name in ('dense_tiny', 'trix_tiny'):
+        shutil.copy(recommend.CONFIGS / f'{name}.py', tmp_path / 'config')
+    monkeypatch.setattr(recommend, 'CONFIGS', tmp_path / 'config')
+    monkeypatch.setattr(recommend, 'achieved', lambda device, dtype: (1e9, 'as agreed'))
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """For what is not about memory: a micro-step keeps 30 MB."""
+    monkeypatch.setattr(recommend, 'activations', lambda *_: 3e7)
+
+
+def cells(text, name):
+    return re.split(r' {2,}', next(line for line in text.splitlines() if line.startswith(name + ' ')))
+
+
+def test_the_table_has_the_figures_computed_by_hand(tmp_path, two):
+    V, C, T, layers, tokens = 1024, 128, 128, 3, 1220 * 4096
+    attention, gelu, tile = 4 * C * C, 8 * C * C, 2 * 128 * C
+    dense = V * C + layers * (attention + gelu + 2 * C) + C
+    trix = V * C + layers * (attention + 8 * tile + 2 * C) + C
+    dense_flops = 6 * (V * C + layers * (attention + gelu)) + 12 * C * T * layers
+    trix_flops = 6 * (V * C + layers * (attention + 2 * tile)) + 12 * C * T * layers + 3 * layers * 2 * 8 * C
+    for file in recommend.CONFIGS.glob('*.py'):  # smaller ones are measured sooner
+        file.write_text(f'{file.read_text()}\nblock_size, vocab_size = {T}, {V}\n')
+    text, _ = said(recommend.recommend, bins(tmp_path / 'd', [np.zeros(1_000_000)], np.zeros(300)), 'cpu')
+    for name, size, flops in (('dense_tiny', dense, dense_flops), ('trix_tiny', trix, trix_flops)):
+        row = cells(text, name)
+        assert row[1:5] == [f'{size:,}', f'{1e6 / size:.3g}', f'{tokens / 1e6:.3g}', f'{flops * tokens:.2e}']
+        assert row[5] == f'{flops * tokens / 1e9 / 3600:.3g} h' and row[7] == 'yes'
+        model = GPT(train.load([f'{recommend.CONFIGS}/{name}.py']).pick(GPTConfig))
+        step = profiling.memory_breakdown(model, [torch.optim.AdamW(model.parameters())], 16, torch.device('cpu'), torch.float32)
+        assert row[6] == profiling.readable(step[-1][1] - next(n for kind, n, _ in step if kind == 'buffers'))
+    assert '50k parameters' in text and '200k' in text and 'as agreed' in text
+
+
+WHOLE = {'block_size': 96, 'vocab_size': 1500, 'n_embd': 32, 'n_layer': 2, 'trix_hidden': 32, 'chunk_size': 32}
+
+
+@pytest.mark.parametrize('checkpointing, changes', [
+    (False, {'ffn': 'gelu', 'n_layer': 4, 'dropout': 0.1}),
+    (True, {'ffn': 'swiglu', 'n_kv_head': 2, 'tie_embeddings': False, 'n_layer': 1}),
+    (False, {'ffn': 'trix', 'n_layer': 3}), (True, {'ffn': 'trix', 'dropout': 0.1}),
+    (False, {'linear': 'bitnet', 'ffn': 'swiglu', 'n_layer': 3}),
+    (True, {'mixer': 'resonance', 'ffn': 'swiglu', 'n_layer': 3}), (False, {'mixer': 'resonance', 'attention_every': 2})], ids=str)
+def test_activations_are_those_measured_on_the_whole_model(checkpointing, changes):
+    config = GPTConfig(**{**WHOLE, **changes})
+    *a_sequence, copies = profiling.measured(GPT(config), torch.device('cpu'), torch.float32)
+    found = recommend.activations(config, checkpointing, 5, 'cpu', torch.float32)
+    assert found == pytest.approx(5 * a_sequence[checkpointing] + copies, rel=0.02)
+    assert OncePerStep.keep is True  # the estimate switches it off
+
+
+def test_dropout_does_not_make_a_gpu_keep_attention_weights():
+    config = GPTConfig(block_size=128, vocab_size=600, n_embd=32, n_layer=1, dropout=0.1)
+    on_gpu = recommend.activations(config, False, 4, 'cuda', torch.float32)
+    assert on_gpu == recommend.activations(replace(config, dropout=0.0), False, 4, 'cpu', torch.float32)
+    assert recommend.activations(config, False, 4, 'cpu', torch.float32) - on_gpu > 4 * 4 * 128**2 * 4  # rows, heads, bytes
+
+
+def test_a_preset_that_can_not_hold_the_data_is_left_out_with_the_reason(tmp_path):
+    path = shards(tmp_path / 's', {'train': [np.full((2, 300), 7)], 'val': [np.full((1, 300), 7)]}, vocab_size=9000)
+    text, _ = said(recommend.recommend, path, 'cpu')
+    reasons = dict(re.split(r' {2,}', line.strip(), maxsplit=1) for line in text.splitlines() if line.startswith('  '))
+    assert sorted(reasons) == sorted(file.stem for file in recommend.CONFIGS.glob('*.py'))
+    assert all(re.match('its (vocabulary|block_size) of', reason) for reason in reasons.values()), reasons
+    assert reasons['trix_tiny'] == 'its vocabulary of 8,192 is smaller than that of the data, 9,000'
+    assert reasons['trix_small'] == 'its block_size of 256 divides neither rows of 300 tokens nor 299'
+    assert text.endswith('give the nearest one a --vocab_size that does, --block_size=300')
+
+
+@pytest.mark.parametrize('row, suited', [(512, True), (513, True), (514, False), (256, True), (255, False), (257, True)])
+def test_a_block_size_must_cut_a_row_of_shards_without_a_rest(row, suited):
+    corpus = Corpus('x/y', 10**6, 10**4, 300, row)
+    assert (recommend.unsuited(GPTConfig(block_size=256), corpus) == '') == suited
+
+
+def test_bins_must_hold_a_window_in_both_splits():
+    assert recommend.unsuited(GPTConfig(block_size=256), Corpus('x/y', 257, 257, 300)) == ''
+    assert 'the val split has 256 tokens, fewer than one window of block_size + 1 = 257' in recommend.unsuited(
+        GPTConfig(block_size=256), Corpus('x/y', 257, 256, 300))
+
+
+def test_too_little_data_is_a_user_error(tmp_path):
+    for train_tokens, val_tokens in ((256, 300), (300, 256)):
+        path = bins(tmp_path / f'{train_tokens}', [np.zeros(train_tokens)], np.zeros(val_tokens))
+        with pytest.raises(UserError, match='fewer in one than a window of the smallest preset, block_size . 1 = 257: prepare'):
+            recommend.recommend(path, 'cpu', say=lambda _: None)
+    with pytest.raises(UserError, match='no such file'):
+        recommend.recommend(tmp_path / 'nothing', 'cpu', say=lambda _: None)
+    with pytest.raises(UserError, match='--card_gb=-1'):
+        recommend.recommend(tmp_path / '300', 'cpu', -1, say=lambda _: None)
+
+
+def commands(text, beginning):
+    return [shlex.split(line.strip()) for line in text.splitlines() if line.startswith(f'  {beginning}')]
+
+
+@pytest.mark.parametrize('tokens', [300, 1_000_000])
+def test_its_commands_are_accepted_and_their_steps_are_what_the_data_feed(tmp_path, two, unmeasured, tokens):
+    path = bins(tmp_path / 'a folder', [np.zeros(tokens)], np.zeros(300))
+    text, _ = said(recommend.recommend, path, 'cpu')
+    python, several = commands(text, 'python'), commands(text, 'torchrun')
+    assert python[0][:3] == ['python', 'train.py', 'config/dense_tiny.py'] and several[0][3:] == python[0][1:]
+    config = train.load(python[0][2:])
+    assert config.dataset == str(path) and config.max_steps == max(1, 4 * tokens // 4096)  # 4 epochs: fewer than 20 a parameter
+    assert several[0][:3] == ['torchrun', '--standalone', f'--nproc_per_node={max(2, torch.cuda.device_count())}']
+    assert 'a smaller model' in text
+
+
+def test_enough_data_give_twenty_tokens_a_parameter_and_no_more():
+    p = Plan('x', 1_000_000, 6e6, 4096, 100, 1e9)
+    text = recommend.advice(p, Corpus('x/y', 10_000_000), 1e12, 2e9)
+    assert '--max_steps=4882' in text and '2 epochs' in text and 'suit better' not in text
+    assert f'{6e6 * 4882 * 4096:.2e} FLOPs, about 2 min' in text  # 4882 = 20e6 // 4096
+    assert 'would feed a larger model' in recommend.advice(p, Corpus('x/y', 30_000_000), 1e12, 2e9)
+    assert '1.0 GB do not fit' in recommend.advice(p, Corpus('x/y', 10_000_000), 1e12, 5e8)
+
+
+def test_the_best_preset_is_the_one_whose_size_the_data_feed():
+    plans = [Plan(str(n), n, 6 * n, 4096, 100, 16 * n) for n in (10**5, 10**6, 3 * 10**6, 10**8)]
+    assert [p.name for p in recommend.best(plans, 20 * 10**6, 1e12)] == ['3000000', '1000000']  # 1M to 4M: the larger first
+    assert [p.name for p in recommend.best(plans, 20 * 10**6, 20e6)] == ['1000000']  # with memory for that
+    assert [p.name for p in recommend.best(plans, 10**12, 1e12)] == ['100000000']
+    assert [p.name for p in recommend.best(plans, 1000, 1.0)] == ['100000']  # none fits: the nearest all the same
+    assert [recommend.mismatch(n, 20 * 10**6) for n in (10**6, 4 * 10**6)] == [0, 0]
+    assert recommend.mismatch(5 * 10**5, 20 * 10**6) == pytest.approx(math.log(2)) == recommend.mismatch(8 * 10**6, 20 * 10**6)
+
+
+def test_whether_it_fits_is_judged_by_the_card_that_is_named(tmp_path, two, unmeasured):
+    path = bins(tmp_path / 'd', [np.zeros(1000)], np.zeros(300))
+    small, large = said(recommend.recommend, path, 'cpu', 0.05)[0], said(recommend.recommend, path, 'cpu', 16)[0]
+    assert cells(small, 'trix_tiny')[7] == 'no' and cells(large, 'trix_tiny')[7] == 'yes'
+    assert 'do not fit' in small and 'do not fit' not in large
+    assert '16.0 GB of a card of 16 GB' in large and 'keeps in bfloat16' in large
+
+
+def test_shards_that_were_not_split_are_judged_by_their_headers(tmp_path, two, unmeasured):
+    (tmp_path / 's').mkdir()
+    for k, rows in enumerate((3, 5)):
+        np.save(tmp_path / 's' / f'{k}.npy', np.zeros((rows, 512), np.uint16))
+    text, _ = said(recommend.recommend, tmp_path / 's', 'cpu')
+    assert '4,096 train tokens in rows of 512, vocabulary unknown' in text and 'not split off yet' in text
+    assert f'--dataset=shards:{tmp_path}/s' in commands(text, 'python')[0]
+    (tmp_path / 's' / 'tokenizer.json').write_text(json.dumps(tokenizer()))
+    assert recommend.corpus_of(tmp_path / 's') == Corpus(f'shards:{tmp_path}/s', 4096, 0, VOCAB, 512)
+    np.save(tmp_path / 's' / '2.npy', np.zeros((1, 100), np.uint16))
+    with pytest.raises(UserError, match='rows of 100 and 512 tokens'):
+        recommend.recommend(tmp_path / 's', 'cpu', say=lambda _: None)
+
+
+def test_a_directory_in_the_current_one_is_named_with_a_slash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bins(tmp_path / 'd', [np.zeros(1000)], np.zeros(300))
+    named = recommend.corpus_of('d')
+    assert named == Corpus('./d', 1000, 300, VOCAB, 0)
+    assert data_dir(named.dataset) == Path('d')
+
+
+def test_a_broken_preset_is_left_out_and_the_others_are_not(tmp_path, two, unmeasured):
+    (recommend.CONFIGS / 'bad.py').write_text('n_layer = "many"\n')
+    (recommend.CONFIGS / 'worse.py').write_text('n_layer = 1 / 0\n')
+    (recommend.CONFIGS / 'zero.py').write_text('batch_size = 0\n')
+    text, _ = said(recommend.recommend, bins(tmp_path / 'd', [np.zeros(1000)], np.zeros(300)), 'cpu')
+    assert re.search(r"  bad .*bad.py: n_layer = 'many': expected int", text) and 'ZeroDivisionError' in text
+    assert re.search(r'  zero +batch_size=0', text) and cells(text, 'dense_tiny')[7] == 'yes'
+
+
+def test_the_speed_is_printed_with_how_it_was_got(monkeypatch):
+    monkeypatch.setattr(recommend, 'time', SimpleNamespace(perf_counter=iter([0, 0.6, 1.2]).__next__))  # two products in 1.2 s
+    assert recommend.achieved(torch.device('cpu'), torch.float32) == (pytest.approx(0.35 * 2 * 2 * 1024**3 / 1.2), (
+        '35% (an assumption) of the 4 GFLOP/s measured now on cpu in products of 1024 x 1024 matrices, float32'))
+    monkeypatch.setattr(hardware, 'peak_flops', lambda device, dtype: 100e12)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Card')
+    assert recommend.achieved(torch.device('cuda'), torch.bfloat16) == (
+        pytest.approx(35e12), '35% (an assumption) of the 100 TFLOP/s that the maker of Card states')
+
+
+def test_times_and_counts_are_readable():
+    assert [recommend.duration(s) for s in (5, 90, 7200, 200_000, 5e9)] == ['5 s', '1.5 min', '2 h', '2.31 days', '159 years']
+    assert [recommend.count(n) for n in (12, 999.9, 1_638_400, 5.1e9)] == ['12', '1k', '1.64M', '5.1B']

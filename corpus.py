@@ -349,10 +349,13 @@ def jsonl(path, field, bad_text='refuse', start=None):
                                  (f", but it has {', '.join(names)[:200]}" if names else ''))
             if row[field] is None:
                 row, dropped = None, 'unreadable'
-            elif SURROGATE.search(row[field]):  # json lets half a pair pass
-                if bad_text != 'replace':
+            else:
+                try:
                     row[field].encode()
-                row[field], dropped = SURROGATE.sub('\ufffd', row[field]), 'replaced'
+                except UnicodeEncodeError:  # json lets half a pair of surrogates pass
+                    if bad_text != 'replace':
+                        raise
+                    row[field], dropped = SURROGATE.sub('\ufffd', row[field]), 'replaced'
         except (ValueError, RecursionError) as error:
             if bad_text == 'refuse':
                 raise UserError(f'{path}:{end[1]}: broken line: {error}{GO_ON}')

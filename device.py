@@ -4,8 +4,10 @@
     with autocast(device, dtype): loss = model(idx, targets)
 """
 import contextlib
+import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -98,5 +100,7 @@ def peak_memory_gb(device):
     """Most memory held so far: the GPU's tensors, elsewhere the resident memory of this process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if Path('/proc/self/status').exists():  # ru_maxrss counts what the process was before it became this program
+        return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) * 1024 / 1e9
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

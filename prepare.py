@@ -245,7 +245,7 @@ def build(config, corpus, content, request, work, start):
     """Everything that a prepared directory holds, meta.json last, in the directory `work`; what is there already is used."""
     print(f'{config.dataset}: reading', flush=True)
     if not (work / 'tokenizer.json').exists():
-        sample, size, share = read_sample(corpus, config)
+        sample, size, share = read_sample(corpus, config, 4 * BATCH if content else SAMPLE)
         if not content:
             print(f'tokenizer: training {config.vocab_size} tokens on {len(sample):,} documents', flush=True)
             content = tokenizer.train_bpe(sample, config.vocab_size)
@@ -330,17 +330,17 @@ def batches(corpus, config, is_new, shard=(0, 1), number=0, position=(0, None)):
     yield Batch(number, (read, at), counts, texts)
 
 
-def read_sample(corpus, config):
+def read_sample(corpus, config, enough):
     """
-    The train documents of the first 64 MB, the same for every shard, how many bytes of text these 64 MB are, and what share of
-    the corpus (None: unknown).
+    The train documents of the first `enough` bytes of text, the same for every shard, how many bytes there were, and what share of
+    the corpus they are (None: unknown).
     """
     seen, sample, size, share = set(), [], 0, None
     for batch in batches(corpus, config, lambda digest, _: digest not in seen and not seen.add(digest)):
         sample += batch.texts['train']
         size += sum(len(text.encode()) for texts in batch.texts.values() for text in texts)
         share = corpus.progress(batch.position[1])
-        if size >= SAMPLE:
+        if size >= enough and sample:
             break
     if not size:
         raise UserError(f'{config.dataset}: the corpus is empty, no document has any text')

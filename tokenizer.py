@@ -24,8 +24,10 @@ from configurator import UserError, read_json
 VERSION = 1  # of tokenizer.json
 EOT = '<|endoftext|>'
 ENDS = (EOT, '</s>', '<|end_of_text|>', '<eos>')  # names of the end of a text in Hugging Face's files
-# GPT-2's split into words as tiktoken writes it: equal results, but possessive, so that it never backtracks.
+# GPT-2's split into words as tiktoken writes it, and one that splits every text the same, twice as fast: what needs no look ahead
+# is one group that tiktoken's fancy-regex leaves to the automaton of the library below it.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+FASTER = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"""
 LONG_WORDS = 6_000_000  # bytes of different words of more than 40 characters that a BPE is trained on: see `affordable`
 SLICE = 2**19  # characters that the library of Hugging Face gets at a time: it takes about 150 bytes of memory for each
 SPACE = '\u2581'  # how SentencePiece writes a space
@@ -166,7 +168,8 @@ def from_ranks(content):
     if EOT not in special or sorted(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
         raise ValueError(f'special tokens {special}, expected {EOT} and ids from {len(ranks)} on')
     check_size(len(ranks) + len(special))
-    return tiktoken.Encoding(content['name'], pat_str=content['pattern'], special_tokens=special,
+    pattern = FASTER if content['pattern'] == PATTERN else content['pattern']
+    return tiktoken.Encoding(content['name'], pat_str=pattern, special_tokens=special,
                              mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
 
 

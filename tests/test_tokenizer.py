@@ -2,6 +2,7 @@ import base64
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import random
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 import tiktoken
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 import tokenizer
 from configurator import UserError
-from tokenizer import EOT, from_file, gpt2, load_tokenizer, token_bytes, train_bpe
+from tokenizer import EOT, FASTER, from_file, gpt2, load_tokenizer, token_bytes, train_bpe
 
 ROOT = Path(tokenizer.__file__).parent
 CODE = ''.join((ROOT / name).read_text() for name in ('model.py', 'train.py', 'README.md'))
@@ -277,6 +279,18 @@ def both_tokenizers():
 def test_tiktoken_gives_the_ids_of_the_trained_tokenizer(both_tokenizers, text):
     encoding, trained = both_tokenizers
     assert encoding.encode_ordinary(text) == trained(text)
+
+
+GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # as OpenAI's encoder.py has it
+
+
+def test_every_short_text_is_split_as_gpt2_splits_it(both_tokenizers):
+    encoding, trained = both_tokenizers
+    letters = "aé'st1! \n\xa0"  # of every kind that the pattern tells apart
+    for size in range(1, 5):
+        for text in map(''.join, itertools.product(letters, repeat=size)):
+            assert encoding.encode_ordinary(text) == trained(text), repr(text)
+            assert regex.findall(FASTER, text) == regex.findall(GPT2, text), repr(text)
 
 
 def test_trained_tokenizer_is_bytes_first_then_merges_and_the_end_last():

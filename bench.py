@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -30,10 +29,11 @@ import time
 from concurrent.futures import ProcessPoolExecutor, process
 from dataclasses import dataclass, replace
 from datetime import date
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 import torch.nn.functional as F
 
@@ -398,6 +398,23 @@ def figures(**spread):
             ((key, statistics.mean(values)), (f'{key} sd', statistics.stdev(values) if len(values) > 1 else 0.0))}
 
 
+def whole_process(words, **options):
+    """Run a program -> seconds, GB of the largest of its processes, what it printed. UserError if it fails."""
+    # By way of a small Python, because Linux charges a new process with the memory of the one that starts it.
+    wait = ("import os, sys, time; start = time.perf_counter(); pid = os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:]); "
+            "_, status, usage = os.wait4(pid, 0); "
+            "print(time.perf_counter() - start, usage.ru_maxrss, file=sys.stderr); sys.exit(os.waitstatus_to_exitcode(status))")
+    with tempfile.TemporaryFile('w+') as out:
+        done = subprocess.run([sys.executable, '-S', '-c', wait, *map(str, words)], stdout=out, stderr=subprocess.PIPE, text=True, **options)
+        out.seek(0)
+        said = out.read()
+    *errors, last = done.stderr.splitlines()
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, words[:3]))} failed: {(errors or said.splitlines() or [''])[-1]}")
+    seconds, kilobytes = last.split()
+    return float(seconds), int(kilobytes) / 1e6, said
+
+
 def peers(config):
     """nanoGPT's own train.py against ours, each as a process of its own, in turn, on the same bins: plain GPT, 3 layers,
     width 128, 4 heads, context 256, vocabulary 8192, 16 sequences a step."""
@@ -420,18 +437,13 @@ def peers(config):
                     '--positions=learned', '--norm=layernorm', '--compile=false', '--eval_interval=0', '--sample_interval=0',
                     '--save_interval=0', '--log_interval=1', f'--max_steps={steps}'])}
             for name, (cwd, words) in commands.items():
-                with open(f'{folder}/{name}.txt', 'w') as out:
-                    process = subprocess.Popen([sys.executable, 'train.py', *words], cwd=cwd, stdout=out, stderr=subprocess.STDOUT)
-                    _, code, usage = os.wait4(process.pid, 0)
-                said = Path(f'{folder}/{name}.txt').read_text()
-                if code:
-                    raise UserError(f'{name} failed: {said.strip().splitlines()[-1]}')
+                _, peak, said = whole_process([sys.executable, 'train.py', *words], cwd=cwd)
                 if name == 'ours':
                     speeds = [16 * 256 / float(s.replace(',', '')) for s in re.findall(r'([\d,]+) tokens/s', said)]
                 else:
                     speeds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', said)]
                 times[name] += speeds[4:steps]  # the first steps warm up, nanoGPT's first is an evaluation, too
-                memory[name] = max(memory[name], usage.ru_maxrss / 1e6)
+                memory[name] = max(memory[name], peak)
     rows = compare({name: seconds[:min(map(len, times.values()))] for name, seconds in times.items()}, 'nanoGPT')
     report('peers', [{**row, 'tokens/s': 16 * 256 / row['seconds'], 'peak GB': memory[row['name']]} for row in rows], config, ' --nanogpt=PATH')
 
@@ -529,37 +541,24 @@ def texts_of_pylib(folder, megabytes):
 
 
 def preparation(path, out, *words):
-    """prepare.py on a .jsonl, as a process -> seconds, and the peak memory in GB of the largest of its processes."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, ROOT / 'prepare.py', f'--dataset=text:{path}', f'--out={out}', *words],
-                               stdout=subprocess.DEVNULL)
-    _, code, usage = os.wait4(process.pid, 0)
-    if code:
-        raise UserError(f'prepare.py failed on {path}')
-    return time.perf_counter() - start, usage.ru_maxrss / 1e6
+    """prepare.py on a .jsonl, as a process -> seconds, and GB of the largest of its processes."""
+    return whole_process([sys.executable, ROOT / 'prepare.py', f'--dataset=text:{path}', f'--out={out}', *words])[:2]
 
 
 def data(config):
     """
     What prepare.py and data.py do: text encoded by one thread of tiktoken, by the processes of prepare.py, and by prepare.py from
-    file to file; the byte-level BPE; the memory for a small and a large corpus; shards opened and read.
+    file to file; the byte-level BPE; the memory for a small and a large corpus; shards opened and read. `of the machine`: against
+    as many threads of tiktoken at the same time, each in a process that has its text already.
     """
-    processes, repeats = min(os.cpu_count(), 16), 2 if config.quick else max(3, config.repeats // 3)
+    processes, repeats = min(os.cpu_count(), 16), 2 if config.quick else max(1, config.repeats // 2)
+    fresh = partial(ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'))
     with tempfile.TemporaryDirectory() as folder:
-        path = texts_of_pylib(folder, 100)
-        with open(path) as file:
-            texts = [json.loads(line)['text'] for line in file]
-        content = tokenizer.train_bpe(texts[:len(texts) // 4], 8192)
-        Path(folder, 'tokenizer.json').write_text(json.dumps(content))
-        encoding = load_tokenizer(content)
-        batches = [texts[i::200] for i in range(200)]  # half a megabyte each
-        size = [sum(len(text.encode()) for text in batch) / 1e6 for batch in batches]
-
-        def one_thread():  # as everybody writes it
-            start = time.perf_counter()
-            for text in chain.from_iterable(batches[:60]):
-                encoding.encode_ordinary(text)
-            return (time.perf_counter() - start) / sum(size[:60])
+        path, megabytes = texts_of_pylib(folder, 100), 100
+        texts = read_texts(path)
+        Path(folder, 'tokenizer.json').write_text(json.dumps(tokenizer.train_bpe(texts, 8192)))
+        batches = [texts[i::200] for i in range(100)]  # half a megabyte each
+        sizes = [sum(len(text.encode()) for text in batch) / 1e6 for batch in batches]
 
         def encoded():
             stream = prepare.encoded((prepare.Batch(i, None, None, {'train': batch}) for i, batch in enumerate(batches)), folder, processes)
@@ -568,32 +567,55 @@ def data(config):
             start = time.perf_counter()
             for _ in stream:
                 pass
-            return (time.perf_counter() - start) / sum(size[2 * processes:])
+            return (time.perf_counter() - start) / sum(sizes[2 * processes:])
 
         def end_to_end():
             shutil.rmtree(Path(folder, 'out'), ignore_errors=True)
-            return preparation(path, f'{folder}/out', f'--tokenizer={folder}/tokenizer.json')[0] / sum(size)
+            return preparation(path, f'{folder}/out', f'--tokenizer={folder}/tokenizer.json')[0] / megabytes
 
-        times = interleaved({'one thread of tiktoken': one_thread, f'{processes} processes': encoded, 'prepare.py, file to file': end_to_end},
-                            repeats, warmup=0)
-        rows = compare(times, 'one thread of tiktoken')
-        whole = compare(times, f'{processes} processes')
+        with contextlib.ExitStack() as stack:
+            pools = [stack.enter_context(fresh(initializer=start_encoding, initargs=(folder, path))) for _ in range(processes)]
+
+            def threads(n):  # the slowest of them
+                return max(future.result() for future in [pool.submit(encoding_seconds) for pool in pools[:n]]) / n
+            names = ['one thread of tiktoken', f'{processes} of them', f'{processes} processes of prepare.py', 'prepare.py, file to file']
+            times = interleaved(dict(zip(names, (partial(threads, 1), partial(threads, processes), encoded, end_to_end))), repeats, warmup=1)
+        against = [compare(times, name) for name in names[:3]]
         report('data', [{'name': row['name'], 'MB/s': 1 / row['seconds'], 'ratio': row['ratio'], 'low': row['low'], 'high': row['high'],
-                         'ratio to processes': other['ratio']} for row, other in zip(rows, whole)], config)
+                         'of the machine': best['ratio'], 'of the processes': ours['ratio']} for row, best, ours in zip(*against)], config, ' --quick' * config.quick)
 
-        rows = []
-        for megabytes in (30,) if config.quick else (30, 250, 1000):
-            path = texts_of_pylib(folder, megabytes)
-            seconds, peak = preparation(path, f'{folder}/{megabytes}', '--vocab_size=32000')
-            rows.append({'corpus MB': megabytes, 'seconds': seconds, 'peak GB of the largest process': peak,
-                         'documents': sum(json.loads(Path(folder, str(megabytes), 'meta.json').read_text())['documents'][split]
-                                          for split in ('train', 'val'))})
-            path.unlink()
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        small, large, rows, given = *((30, 60) if config.quick else (250, 1000)), [], f'--tokenizer={folder}/prepared0/tokenizer.json'
+        for i, (size, word, how) in enumerate(((large, '--vocab_size=32000', ', with a BPE of 32,000'), (large, given, ''), (small, given, ''))):
+            path = texts_of_pylib(folder, size)
+            seconds, peak = preparation(path, f'{folder}/prepared{i}', word)
+            rows.append({'what': f'prepare.py on {size:,} MB{how}', 'seconds': seconds, 'peak GB': peak})
+        with fresh() as pool:
             seconds, peak, megabytes = pool.submit(bpe_training, 32_000, 30).result()
-        rows.append({'corpus MB': f'{megabytes:.0f}: BPE alone', 'seconds': seconds, 'peak GB of the largest process': peak, 'documents': 0})
-        report('preparing', rows, config, name='data_memory')
-        report('shards', [opened_shards(folder)], config, name='data_shards')
+        rows.append({'what': f'a BPE of 32,000 on {megabytes:.0f} MB', 'seconds': seconds, 'peak GB': peak})
+        report('data', rows, config, ' --quick' * config.quick, name='data_memory')
+        with fresh() as pool:
+            report('data', [pool.submit(opened_shards, folder).result()], config, ' --quick' * config.quick, name='data_shards')
+
+
+def read_texts(path):
+    with open(path) as file:
+        return [json.loads(line)['text'] for line in file]
+
+
+def start_encoding(folder, path):
+    """For `encoding_seconds`: the tokenizer as tiktoken ships GPT-2's, with its pattern, and 25 MB of text."""
+    global encoding, sample
+    ours, sample = load_tokenizer(folder), read_texts(path)[::4]
+    ranks = {ours.decode_single_token_bytes(token): token for token in range(ours.eot_token)}
+    encoding = tiktoken.Encoding('plain', pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens={tokenizer.EOT: ours.eot_token})
+
+
+def encoding_seconds():
+    """Seconds a megabyte, as everybody encodes text."""
+    start = time.perf_counter()
+    for text in sample:
+        encoding.encode_ordinary(text)
+    return (time.perf_counter() - start) / sum(len(text.encode()) for text in sample) * 1e6
 
 
 def bpe_training(vocab_size, megabytes):
@@ -605,7 +627,7 @@ def bpe_training(vocab_size, megabytes):
             size += len(document.text.encode())
     start = time.perf_counter()
     tokenizer.train_bpe(texts, vocab_size)
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, size / 1e6
+    return time.perf_counter() - start, hardware.peak_memory_gb(torch.device('cpu')), size / 1e6
 
 
 def opened_shards(folder):

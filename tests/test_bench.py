@@ -1,5 +1,6 @@
 """Comparisons are computed right, the candidates are what the tables say, and every file that is promised is written."""
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 import bench
+from configurator import UserError
 from model import GPT
 
 
@@ -84,7 +86,7 @@ def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
 
 def test_the_end_of_a_candidates_process_is_one_clear_line(monkeypatch):
     shape = replace(bench.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=3)  # impossible: the process fails as it builds it
-    with pytest.raises(bench.UserError, match='the process of a model came to its end'):
+    with pytest.raises(UserError, match='the process of a model came to its end'):
         bench.side_by_side('here', {'bad': shape}, 1, 1, bench.load(['--device=cpu'], bench.BenchConfig))
 
 
@@ -117,3 +119,19 @@ def test_the_loop_is_timed_on_a_real_run(tmp_path, monkeypatch):
     assert rows['step']['ms'] == 1000 and rows['waiting for a batch']['ms'] == 10
     assert all(row['percent of the time'] == pytest.approx(row['ms'] / 10 / row['every steps']) for row in rows.values())
     assert 0 < rows['its bytes written']['ms'] < 5000 and rows['checkpoint']['every steps'] == 122
+
+
+def test_a_program_is_charged_with_its_own_memory_and_that_of_its_children_alone():
+    keep = bytearray(400_000_000)  # ours: Linux would charge a child with it
+    assert all(bench.whole_process([sys.executable, '-S', '-c', 'pass'])[1] < 0.05 for _ in range(2)) and len(keep)
+    child = "import subprocess, sys; print('hello'); subprocess.run([sys.executable, '-S', '-c', 'bytearray(b\"1\") * 100_000_000'])"
+    seconds, peak, said = bench.whole_process([sys.executable, '-S', '-c', child])
+    assert 0.1 < peak < 0.15 and seconds > 0 and said == 'hello\n'
+    with pytest.raises(UserError, match='failed: no'):
+        bench.whole_process([sys.executable, '-c', "raise SystemExit('no')"])
+
+
+def test_a_thousand_shards_are_opened_for_nothing(tmp_path):
+    row = bench.opened_shards(tmp_path)
+    assert row['seconds to open'] < 2 and row['GB more'] < 0.05 and row['ms a batch of 4 rows'] < 20
+    assert (row['files'], row['tokens']) == (1000, 990 * 100 * 32_768)

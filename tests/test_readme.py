@@ -44,11 +44,13 @@ def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_p
 @pytest.mark.parametrize('command, name', [
     ('quality', 'quality_tiny'), ('scaling', 'scaling'), ('loop', 'loop'), ('peers --nanogpt=PATH', 'peers'), ('blocks', 'blocks'), ('context', 'context'),
     ('quality --preset=tiles --seeds=1', 'quality_tiles'), ('quality --preset=routing --seeds=1', 'quality_routing'),
-    ('quality --preset=bitnet', 'quality_bitnet')])
+    ('quality --preset=bitnet', 'quality_bitnet'), ('data', 'data'), ('data', 'data_memory'), ('data', 'data_shards')])
 def test_every_number_of_the_tables_is_in_the_results(command, name):
     results = json.loads((ROOT / 'results' / f'{name}.json').read_text())
     assert results['command'] == f'python bench.py {command}' or name == 'peers'
-    table = re.search(rf'`python bench.py {command}`.*?\n\n(\|.*?)\n\n', README, re.S).group(1).splitlines()
+    section = re.search(rf'`python bench.py {command}`.*?(?=\n`python bench.py|\n## )', README, re.S).group(0)
+    tables = [table.splitlines() for table in re.findall(r'\n\n(\|.*?)(?=\n\n)', section + '\n', re.S)]
+    table = tables[('data', 'data_memory', 'data_shards').index(name) if command == 'data' else 0]
     keys = [cell.strip() for cell in table[0].strip('|').split('|')]
     assert len(table) == len(results['rows']) + 2
     for line, row in zip(table[2:], results['rows']):

@@ -35,8 +35,8 @@ VARIANTS = {
     'hybrid_trix': dict(mixer='resonance', attention_every=2, ffn='trix', num_frequencies=8, chunk_size=16),
 }
 every_block = pytest.mark.parametrize('name', VARIANTS)
-each_kind = pytest.mark.parametrize('name', ['gelu', 'relu2', 'swiglu', 'none', 'trix', 'trix_top1', 'trix_all', 'bitnet_all', 'resonance',
-                                             'resonance_chunks', 'resonance_ffn', 'hybrid', 'hybrid_trix'])
+each_kind = pytest.mark.parametrize('name', [name for name in VARIANTS if name not in (  # these learn as others do
+    'gpt2', 'nope', 'trix_top1', 'trix_hash', 'bitnet', 'bitnet_llama', 'hybrid_trix')])
 
 
 def build(name, seed=0, **changes):
@@ -275,7 +275,8 @@ def test_activation_checkpointing_changes_nothing(name):
 @pytest.mark.parametrize('name', ['gelu', 'gpt2', 'swiglu', 'trix', 'trix_all', 'trix_hash', 'bitnet_all', 'resonance', 'resonance_chunks',
                                   'hybrid'])
 def test_compiled_model_gives_the_same_loss_and_gradients(name):
-    idx, plain, other = tokens(2, T + 1), build(name), build(name)
+    idx, layers = tokens(2, T + 1), 2 if name == 'hybrid' else 1  # a second one like the first would be compiled alike
+    plain, other = build(name, n_layer=layers), build(name, n_layer=layers)
     torch._dynamo.reset()
     compiled = torch.compile(other, backend='aot_eager')
     a, b = plain(idx[:, :-1], idx[:, 1:]), compiled(idx[:, :-1], idx[:, 1:])

@@ -198,7 +198,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, softcap):
         rows = max(64, 2 ** 20 // len(weight) // 64 * 64)  # 4 MB of fp32 logits stay in a core's cache
         if x.device.type != 'cpu':
             rows *= 32  # enough work to fill a GPU
@@ -211,12 +211,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 xs, ts = x[i:i + rows].to(low), targets[i:i + rows, None]
                 keep, ts = ts >= 0, ts.clamp(min=0)
                 logits = (xs @ w.T).float()  # (rows, V)
+                if softcap:
+                    logits.div_(softcap).tanh_()
+                    slope = 1 - logits.square() if need else None
+                    logits.mul_(softcap)
                 at = logits.gather(1, ts)
                 peak = logits.amax(1, keepdim=True)
                 total = logits.sub_(peak).exp_().sum(1, keepdim=True)
                 loss += ((peak + total.log() - at) * keep).sum()
                 if need:
-                    p = logits.mul_(keep / total).scatter_add_(1, ts, -keep.float()).to(low)  # d loss / d logits
+                    p = logits.mul_(keep / total).scatter_add_(1, ts, -keep.float())  # d loss / d logits
+                    p = (p.mul_(slope) if softcap else p).to(low)
                     dx[i:i + rows] = p @ w
                     dw.addmm_(p.T, xs) if low == torch.float32 else dw.add_(p.T @ xs)
                     del p
@@ -228,11 +233,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None
+        return dx * grad, dw * grad, None, None
 
 
-def chunked_cross_entropy(x, weight, targets):
-    """Mean cross-entropy in nats of logits x @ weight.T, over the rows whose target is not -1.
+def chunked_cross_entropy(x, weight, targets, softcap=0.0):
+    """Mean cross-entropy in nats of logits x @ weight.T, or softcap * tanh(logits / softcap), over the rows whose target is not -1.
 
     x (N, C), weight (V, C), targets (N,) int64 -> scalar fp32; nan if every target is -1, as F.cross_entropy."""
-    return ChunkedCrossEntropy.apply(x, weight, targets) / (targets >= 0).sum()
+    return ChunkedCrossEntropy.apply(x, weight, targets, softcap) / (targets >= 0).sum()

@@ -38,6 +38,9 @@ class GPTConfig:
     norm: str = 'rmsnorm'  # rmsnorm or layernorm
     positions: str = 'rotary'  # rotary, learned or none
     qk_norm: bool = False  # RMS-normalise queries and keys, which bounds the attention logits
+    zero_init: bool = False  # the last matrix of every branch starts at 0, so that every block starts as the identity
+    embed_norm: bool = False  # RMSNorm behind the embedding, without weights
+    logit_softcap: float = 0.0  # logits are softcap * tanh(logits / softcap) (0: as they are)
     tie_embeddings: bool = True  # one matrix for the token embedding and the head
     bias: bool = False  # biases in linear layers and LayerNorm
     dropout: float = 0.0  # after the embedding, on attention weights and on both branches
@@ -70,6 +73,8 @@ class GPTConfig:
                 found.append(f'{key}={getattr(self, key)} must not be negative')
         if not 0 <= self.dropout < 1:
             found.append(f'dropout={self.dropout} must lie in [0, 1)')
+        if not 0 <= self.logit_softcap < math.inf:
+            found.append(f'logit_softcap={self.logit_softcap} must not be negative')
         if self.act_bits not in (0, 8):
             found.append(f'act_bits={self.act_bits} must be 0 or 8')
         if found:
@@ -689,7 +694,7 @@ class GPT(nn.Module):
     Initialisation:
       embeddings, head                    N(0, 0.02), at widths C over 900 N(0, 0.6 / sqrt(C)): the loss starts at ln(vocab_size)
       matrices of the blocks              N(0, 0.02), in_proj of a resonance layer N(0, 1 / sqrt(C))
-      o_proj, down_proj, out_proj, down   N(0, 0.02 / sqrt(2 n_layer)), so that the residual stream keeps its scale
+      o_proj, down_proj, out_proj, down   N(0, 0.02 / sqrt(2 n_layer)), so that the residual stream keeps its scale; or 0
       norms 1, biases 0, TriX balance 0; the oscillators: Resonance.init_weights
     """
 
@@ -718,7 +723,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=min(0.02, 0.6 / math.sqrt(self.config.n_embd)))
             else:
                 last = name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight', '.down'))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02)
+                scale = (0 if self.config.zero_init else 1 / math.sqrt(2 * self.config.n_layer)) if last else 1
+                nn.init.normal_(p, std=0.02 * scale)
         for module in self.modules():
             if isinstance(module, Resonance):
                 module.init_weights()
@@ -735,7 +741,7 @@ class GPT(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe:
             x = x + self.wpe.weight[start:start + T]
-        x = self.drop(x)
+        x = self.drop(rms(x) if self.config.embed_norm else x)
         if self.config.trix_router == 'hash':
             for trix in self.trix_layers():
                 trix.idx = idx
@@ -749,10 +755,11 @@ class GPT(nn.Module):
         if self.training and torch.is_grad_enabled():
             for trix in self.trix_layers():  # here, because activation checkpointing runs a block twice
                 trix.load += trix.counts
-        x = self.norm(x)
+        x, cap = self.norm(x), self.config.logit_softcap
         if targets is None:
-            return self.lm_head(x)
-        return chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            logits = self.lm_head(x)
+            return cap * torch.tanh(logits / cap) if cap else logits
+        return chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap)
 
     def trix_layers(self):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, TriX)]

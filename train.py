@@ -49,6 +49,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences in a micro-step of each process, at most
     batch_tokens: int = 0  # tokens in an optimizer step over all processes, a multiple of batch_size * block_size (0: just that)
     learning_rate: float = 1e-3  # peak, after the warm-up
+    matrix_lr: float = 0.0  # that of the matrices that Muon has, 0: learning_rate
     min_lr_ratio: float = 0.1  # learning rate at the end, as a part of the peak
     warmup_steps: int = -1  # steps of linear warm-up (-1: a twentieth of the run, a tenth for onecycle)
     schedule: str = 'cosine'  # after the warm-up: cosine, restarts, onecycle, wsd, linear, constant or two_stage
@@ -92,13 +93,15 @@ class TrainConfig:
         found = [f'{key}={getattr(self, key)} must be at least 1' for key in
                  ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'dist_timeout') if getattr(self, key) < 1]
         found += [f'{key}={getattr(self, key)} must not be negative' for key in
-                  ('batch_tokens', 'grad_clip', 'eval_interval', 'eval_tokens', 'log_interval',
+                  ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_interval', 'eval_tokens', 'log_interval',
                    'sample_interval', 'save_interval', 'keep', 'spike_z', 'seed') if getattr(self, key) < 0]
         found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2') if not 0 <= getattr(self, key) < 1]
         found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}' for key, choices in
                   (('optimizer', OPTIMIZERS), ('parallel', ('ddp', 'fsdp'))) if getattr(self, key) not in choices]
         if wrong := [step for step in self.mandatory_steps if not 0 < step <= self.max_steps]:
             found.append(f'mandatory_steps={",".join(map(str, wrong))}: the run ends at max_steps={self.max_steps}')
+        if self.matrix_lr and self.optimizer != 'muon':
+            found.append(f'matrix_lr={self.matrix_lr} is for --optimizer=muon')
         if self.parallel == 'fsdp' and self.optimizer == 'muon':
             found.append('optimizer=muon needs whole matrices: use --parallel=ddp, or --optimizer=adamw')
         if self.parallel == 'fsdp' and self.dtype == 'float16':
@@ -263,6 +266,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         model.activation_checkpointing = config.activation_checkpointing
         trained = group.wrap(model, config.parallel, device, use_compile)  # what is called in training; model: everywhere else
         optimizers = make_optimizers(model, config, device)
+        matrix_ratio = (config.matrix_lr or config.learning_rate) / config.learning_rate
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, best_step, skipped, seconds, recent = 0, math.inf, 0, 0, 0.0, []
     if state:
@@ -427,8 +431,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
 
         # ---- one optimizer step
         lr, wd = schedules.schedule(step, config)
-        for optimizer in optimizers.values():
-            set_rates(optimizer, lr, wd)
+        for kind, optimizer in optimizers.items():
+            set_rates(optimizer, lr * matrix_ratio if kind == 'muon' else lr, wd)
         compiling = step == first_step
         try:
             with memory_guard(out_of_memory):

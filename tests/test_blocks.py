@@ -20,6 +20,7 @@ VARIANTS = {
     'swiglu': dict(ffn='swiglu', n_kv_head=2, tie_embeddings=False),  # Llama
     'gpt2': dict(ffn='gelu', norm='layernorm', positions='learned', bias=True),
     'nope': dict(ffn='gelu', positions='none', n_kv_head=1),
+    'softcap': dict(ffn='relu2', qk_norm=True, embed_norm=True, logit_softcap=3.0),
     'none': dict(ffn='none'),
     'trix': dict(ffn='trix'),
     'trix_top1': dict(ffn='trix', trix_top_k=1, trix_tiles=4),
@@ -36,7 +37,7 @@ VARIANTS = {
 }
 every_block = pytest.mark.parametrize('name', VARIANTS)
 each_kind = pytest.mark.parametrize('name', [name for name in VARIANTS if name not in (  # these learn as others do
-    'gpt2', 'nope', 'trix_top1', 'trix_hash', 'bitnet', 'bitnet_llama', 'hybrid_trix')])
+    'gpt2', 'nope', 'softcap', 'trix_top1', 'trix_hash', 'bitnet', 'bitnet_llama', 'hybrid_trix')])
 
 
 def build(name, seed=0, **changes):
@@ -193,6 +194,32 @@ def test_every_parameter_gets_a_gradient_within_a_few_steps(name):
         model(idx[:, :-1], idx[:, 1:]).backward()
         missing -= {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert not missing
+
+
+@pytest.mark.parametrize('name', ['gelu', 'swiglu', 'trix', 'bitnet_all', 'resonance', 'resonance_ffn'])
+def test_with_zero_init_blocks_start_as_the_identity_and_learn_from_the_second_step_on(name):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**dict(block_size=T, vocab_size=V, n_layer=2, n_head=4, n_embd=32), **VARIANTS[name], 'zero_init': True}))
+    idx, x = tokens(2, T + 1), torch.randn(2, T, 32)
+    for block in model.blocks:
+        assert torch.equal(block(x), x)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_embed_norm_and_softcap_are_their_formulas():
+    plain, other = build('gelu'), build('gelu', embed_norm=True, logit_softcap=3.0)
+    with torch.no_grad():
+        other.load_state_dict(plain.state_dict())
+        idx, scale = tokens(2, T), plain.wte.weight.square().mean(1, keepdim=True).add(1e-6).sqrt()
+        plain.lm_head.weight = torch.nn.Parameter(plain.wte.weight.clone())
+        plain.wte.weight.div_(scale)
+        assert_close(other(idx), 3 * torch.tanh(plain(idx) / 3))
+        assert other(idx).abs().max() <= 3 < plain(idx).abs().max()
 
 
 # ---- 5. it can learn

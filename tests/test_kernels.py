@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import GatedHidden, ShortFilter, rms
+from kernels import GatedHidden, ShortFilter, chunked_cross_entropy, rms
 
 
 def agree(fast, plain, *inputs):
@@ -35,3 +35,14 @@ def test_gated_hidden():
         u = z.relu() ** 2
         return gate * u / (u.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     agree(GatedHidden.apply, plain, torch.randn(20, 12), torch.rand(20, 1))
+
+
+@pytest.mark.parametrize('softcap', [0.0, 2.0])
+def test_cross_entropy_with_and_without_a_softcap(softcap):
+    torch.manual_seed(0)
+    targets = torch.randint(-1, 50, (300,))
+
+    def plain(x, w):
+        logits = x @ w.T
+        return F.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, ignore_index=-1)
+    agree(lambda x, w: chunked_cross_entropy(x, w, targets, softcap), plain, torch.randn(300, 16), torch.randn(50, 16))

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import train
+from configurator import UserError
 from model import GPT
 from optim import Muon, make_optimizers, orthogonal, set_rates
 
@@ -54,3 +55,10 @@ def test_rates_are_set_for_all_and_decay_only_where_it_belongs():
         set_rates(optimizer, 0.25, 0.5)
     rates = [(group['lr'], group['weight_decay']) for optimizer in optimizers.values() for group in optimizer.param_groups]
     assert rates == [(0.25, 0.5), (0.25, 0.0), (0.25, 0.5)]
+
+
+def test_the_matrices_have_a_learning_rate_of_their_own_on_the_same_schedule():
+    config = train.load(['--optimizer=muon', '--learning_rate=4e-3', '--matrix_lr=2e-2'])
+    assert config.matrix_lr == 2e-2
+    with pytest.raises(UserError, match='matrix_lr=0.02 is for --optimizer=muon'):
+        train.load(['--matrix_lr=2e-2'])

@@ -15,20 +15,16 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, process
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -41,34 +37,21 @@ import checkpoint
 import corpus
 import device as hardware
 import prepare
+import quality
 import runlog
 import tokenizer
 import train
-from checkpoint import load_model
 from configurator import UserError, load, run
-from data import TokenData
-from evaluate import validate
+from measure import ROOT, compare, interleaved, report, side_by_side, sizes, timed, training_step, whole_process
 from model import GPT, GPTConfig, chunked_cross_entropy
-from optim import make_optimizers
+from quality import TINY
 from runlog import read_lines
 from shards import open_data
-from tokenizer import load_tokenizer, token_bytes
+from tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parent
-RESULTS = ROOT / 'results'
 SHAPES = [(GPTConfig(n_embd=width, n_layer=layers, n_head=heads, vocab_size=32_000, tie_embeddings=False), batch, part)
           for width, layers, heads, batch, part in ((128, 4, 4, 16, 2), (256, 6, 8, 16, 3), (512, 12, 8, 8, 5))]  # 1 / part of the repeats
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
-TINY, SHORT = 'trix_tiny.py', ('--max_steps=305', '--warmup_steps=30', '--eval_interval=305', '--eval_tokens=65536', '--sample_interval=0',
-                                '--save_interval=305', '--keep=1')
-QUALITY = {  # preset: {name: config file and command line of its runs}; differences count against the last one
-    'tiny': {'trix_tiny': (TINY,), 'dense_tiny': ('dense_tiny.py',)},
-    'tiles': {**{f'{E}x{h}_top{k}': (TINY, *SHORT, f'--trix_tiles={E}', f'--trix_hidden={h}', f'--trix_top_k={k}')
-                 for E, h, k in ((8, 128, 2), (16, 64, 2), (16, 64, 4))}, 'dense': (TINY, *SHORT, '--ffn=gelu')},
-    'routing': {'signature': (TINY, *SHORT), 'hash': (TINY, *SHORT, '--trix_router=hash'), 'first': (TINY, *SHORT, '--trix_router=first')},
-    'bitnet': {'bitnet': (TINY, *SHORT, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
-               'dense_twin': (TINY, *SHORT, '--ffn=swiglu')},
-}
 CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn='gelu')
 
 
@@ -77,147 +60,25 @@ class BenchConfig:
     command: str = ''  # blocks, context, head, quality, peers, scaling, loop or data (empty: blocks --quick and head); may stand without --command=
     repeats: int = 15  # timed repeats of each candidate (blocks and context: a half to a fifteenth of it, the longer a step the fewer)
     quick: bool = False  # blocks and context: at most two repeats, contexts up to 4096; data: no corpus of 1 GB
-    preset: str = 'tiny'  # quality: tiny, tiles, routing or bitnet
+    preset: str = 'ffn'  # quality: ffn, mixer, recall, routing, tiles, bitnet or tiny
+    match: str = ''  # quality: give the others as many params, flops (a token) or bytes (packed) as the last one, by their width
+    tokens: int = 1_250_000  # quality: of each run, 0: as many as its config file says
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
 
     def problems(self):
+        presets = [*quality.PRESETS, 'recall']
         found = [] if self.command in ('', *COMMANDS) else [f'command {self.command!r} is not one of {", ".join(COMMANDS)}']
-        found += [] if self.preset in QUALITY else [f'preset {self.preset!r} is not one of {", ".join(QUALITY)}']
+        found += [] if self.preset in presets else [f'preset {self.preset!r} is not one of {", ".join(presets)}']
         found += [f'{key}={getattr(self, key)} must be at least 1' for key in ('repeats', 'seeds') if getattr(self, key) < 1]
+        found += [] if self.match in ('', *quality.MATCHES) else [f'match={self.match!r} is not one of {", ".join(quality.MATCHES)}']
+        found += [] if self.tokens >= 0 else [f'tokens={self.tokens} must not be negative']
         if self.command == 'peers' and not (Path(self.nanogpt) / 'train.py').is_file():
             found.append(f'--nanogpt={self.nanogpt}: no train.py there; clone nanoGPT and give its directory')
         return found
 
-
-def timed(function, device):
-    hardware.synchronize(device)
-    start = time.perf_counter()
-    function()
-    hardware.synchronize(device)
-    return time.perf_counter() - start
-
-
-def interleaved(candidates, repeats, warmup=2):
-    """{name: function that returns seconds} -> {name: seconds of each repeat}, the candidates in turn so that drift hits all
-    alike. Before that, `warmup` rounds that don't count."""
-    rounds = [{name: function() for name, function in candidates.items()} for _ in range(warmup + repeats)]
-    return {name: [seconds[name] for seconds in rounds[warmup:]] for name in candidates}
-
-
-def compare(times, reference):
-    """Rows of {name, seconds (median), spread (quartiles over the median), ratio, low, high}: the speed against `reference`
-    within a repeat, its median and quartiles over the repeats."""
-    rows = []
-    for name, seconds in times.items():
-        low, middle, high = map(float, np.percentile(seconds, (25, 50, 75)))
-        ratio = np.percentile([b / a for a, b in zip(seconds, times[reference])], (50, 25, 75))
-        rows.append({'name': name, 'seconds': middle, 'spread': (high - low) / middle, **dict(zip(('ratio', 'low', 'high'), map(float, ratio)))})
-    return rows
-
-
-def report(title, rows, config, options='', plot=None, name=''):
-    """Print rows as a Markdown table and keep them in results/<name or title>.json with what is needed to measure them
-    again, and what plot(rows, figure) draws in a .png beside it."""
-    table = [list(rows[0])] + [[f'{v:.4g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else v
-                                for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ['-' * width for width in widths])
-    print('\n' + '\n'.join('| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in table) + '\n')
-    commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    where, when = machine(config), date.today().isoformat()
-    RESULTS.mkdir(exist_ok=True)
-    result = {'command': f'python bench.py {title}{options}', 'machine': where, 'torch': torch.__version__, 'commit': commit, 'date': when}
-    (RESULTS / f'{name or title}.json').write_text(json.dumps({**result, 'rows': rows}, indent=1) + '\n')
-    if plot:
-        from matplotlib.figure import Figure  # here, because the process of every candidate imports this file
-        figure = Figure(figsize=(13, 5), layout='constrained')
-        plot(rows, figure)
-        figure.suptitle(f'bench.py {title}{options}: {where}, {when}', fontsize=12)
-        figure.savefig(RESULTS / f'{name or title}.png', dpi=120)
-
-
-def machine(config):
-    device = hardware.resolve(config.device, config.dtype)[0]
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if Path('/proc/cpuinfo').exists():
-        name = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), name)
-    return f'{name}, {torch.get_num_threads()} threads'
-
-
-def training_step(model_config, rows, device, dtype):
-    """-> (model, function): a new model, and one optimizer step of it on `rows` sequences of random tokens."""
-    torch.manual_seed(0)
-    model, config = GPT(model_config).to(device), train.load([])
-    optimizer = make_optimizers(model, config, device)['optimizer']
-    idx = torch.randint(model_config.vocab_size, (rows, model_config.block_size + 1)).to(device)
-
-    def step():
-        with hardware.autocast(device, dtype):
-            loss = model(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.update_balance(1e-3)
-    step.optimizer = optimizer
-    return model, step
-
-
-@torch.no_grad()
-def decoding(model, device, dtype):
-    """A generator: first it fills the cache of one sequence up to 64 positions before the end, then it adds a token a time."""
-    cache, idx = model.eval().new_cache(1), torch.randint(model.config.vocab_size, (1, model.config.block_size - 64), device=device)
-    while True:
-        with hardware.autocast(device, dtype):
-            model(idx, cache=cache)
-        yield
-        idx = idx[:, :1]
-
-
-def build(model_config, rows, config, threads):
-    """In the process of a model: make it, and the jobs that `do` does there."""
-    torch.set_num_threads(threads)
-    device, dtype, _ = hardware.resolve(config.device, config.dtype)
-    model, step = training_step(model_config, rows, device, dtype)
-    tokens = decoding(model, device, dtype)
-    do.jobs = {'train': lambda: timed(step, device), 'peak': lambda: hardware.peak_memory_gb(device),
-               'decode': lambda: timed(lambda: [next(tokens) for _ in range(8)], device) / 8}
-
-
-def do(job):
-    time.sleep(0.02)  # the OpenMP threads of the process that was at work before spin for a few ms
-    return do.jobs[job]()
-
-
-def side_by_side(title, models, rows, repeats, config, decode=False):
-    """models {name: GPTConfig} -> {name: seconds of training steps}, {name: peak GB of them}, {name: seconds a decoded token},
-    in turn. Each model has a process of its own, so that its peak of memory is its own, too."""
-    print(f'{title}: {repeats} repeats on {hardware.resolve(config.device, config.dtype)[2]}', flush=True)
-    server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['torch._dynamo'])  # seconds to import, and every optimizer needs it: once for all
-    pools = {name: ProcessPoolExecutor(1, server, build, (model, rows, config, torch.get_num_threads())) for name, model in models.items()}
-
-    def each(job):
-        return {name: lambda pool=pool: pool.submit(do, job).result() for name, pool in pools.items()}
-    try:
-        times = interleaved(each('train'), repeats, warmup=1)
-        return times, {name: peak() for name, peak in each('peak').items()}, interleaved(each('decode'), 4, warmup=1) if decode else {}
-    except process.BrokenProcessPool:
-        raise UserError(f'{title}: the process of a model came to its end; if it gave no reason, the machine is out of memory') from None
-    finally:
-        for pool in pools.values():
-            pool.shutdown(cancel_futures=True)
-
-
-def sizes(model):
-    table = model.parameter_table()
-    return {'parameters': sum(total for _, total, _ in table), 'used by a token': sum(used for *_, used in table),
-            'MFLOP/token': model.flops_per_token() / 1e6}
 
 
 def variants(shape):
@@ -319,133 +180,6 @@ def head(config):
     report('head', compare(interleaved(both, config.repeats), 'plain'), config)
 
 
-def bigram(data, config):
-    """Loss in nats a token, on all of the validation split, of a bigram table counted on the tokens that a run of `config`
-    trains on, interpolated with unigrams: p(y|x) = (c(xy) + d n(x) p(y)) / (c(x) + d n(x)), n(x) the number of different
-    successors of x (Witten and Bell 1991 at d = 1). d is the best of seven for the validation split: in the table's favour."""
-    V, rows = data.n_vocab, config.batch_tokens // config.block_size
-    single, pairs = np.ones(V), {}
-    for first in range(0, config.max_steps, 100):  # 100 steps at a time
-        keys = []
-        for step in range(first, min(first + 100, config.max_steps)):
-            x, y = data.batch(step, 0, rows, rows, seed=config.seed)
-            single += np.bincount(y.ravel(), minlength=V)
-            keys.append((x * V + y).ravel())
-        pairs[first] = np.unique(np.concatenate(keys), return_counts=True)
-    keys, where = np.unique(np.concatenate([k for k, _ in pairs.values()]), return_inverse=True)
-    counts = np.bincount(where, weights=np.concatenate([c for _, c in pairs.values()]))
-    total, successors = np.bincount(keys // V, weights=counts, minlength=V), np.bincount(keys // V, minlength=V)
-    single /= single.sum()
-    x, y = (a.ravel() for a in data.val_batch(data.val_windows()))
-    at = np.minimum(np.searchsorted(keys, x * V + y), len(keys) - 1)
-    seen = np.where(keys[at] == x * V + y, counts[at], 0)
-
-    def loss(d):
-        extra = d * np.maximum(successors[x], 1)
-        return -np.log((seen + extra * single[y]) / (total[x] + extra)).mean()
-    return min(loss(d) for d in (0.3, 0.5, 0.7, 1, 1.5, 2, 3))
-
-
-def quality(config):
-    """Train the runs of a preset of QUALITY with several seeds, all on the same tokens in the same order (runs that are
-    already there are used), and evaluate them: `tiny` on all of the validation split, the others, of 1.25M tokens each, on
-    131,072 tokens of it. `speed`: training steps, side by side, against the last of the preset."""
-    device, dtype, _ = hardware.resolve(config.device, config.dtype)
-    rows, models, whole = [], {}, config.preset == 'tiny'
-    for name, (file, *words) in QUALITY[config.preset].items():
-        results = []
-        for seed in (1337, *range(1, config.seeds)):
-            out = f'runs/quality/{config.preset}/{name}_{seed}'
-            done = subprocess.run([sys.executable, ROOT / 'train.py', ROOT / 'config' / file, *words, f'--seed={seed}', f'--out_dir={out}',
-                                   '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
-            if done.returncode:
-                sys.exit(done.returncode)
-            model, state = load_model(out, device)
-            data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
-            lengths = token_bytes(load_tokenizer(data.tokenizer))
-            results.append(validate(model, data, lengths, data.val_windows(0 if whole else 131_072), 16, device, dtype))
-        models[name] = model.config
-        spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
-        rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **figures(**spread)})
-        print(name, *(f'{loss:.4f}' for loss in spread['loss']))
-    times, _, _ = side_by_side('quality', models, 16, config.repeats, config)
-    for row, speed in zip(rows, compare(times, name)):
-        row['speed'] = speed['ratio']
-    if whole:
-        loss = bigram(data, train.load([str(ROOT / 'config' / 'trix_tiny.py')]))
-        _, y = data.val_batch(data.val_windows())
-        rows.append({**dict.fromkeys(rows[0], 0), 'model': 'bigram table',
-                     **figures(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
-    options = f' --preset={config.preset}' * (not whole) + f' --seeds={config.seeds}' * (config.seeds != 3)
-    report('quality', rows, config, options, plot_frontier if config.preset == 'tiles' else None, f'quality_{config.preset}')
-    gap, noise = rows[0]['loss'] - rows[1]['loss'], 2 * math.hypot(rows[0]['loss sd'], rows[1]['loss sd'])
-    if config.seeds > 1:
-        print(f'{rows[0]["model"]} - {rows[1]["model"]}: {gap:+.4f} nats a token; differences within {noise:.4f} (2 sd) are noise')
-
-
-def plot_frontier(rows, figure):
-    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), {'speed': 'training speed relative to dense', 'packed MB': 'packed MB'}.items()):
-        for i, row in enumerate(rows):
-            axes.scatter(row[key], row['loss'], color=f'C{i}', s=60, label=row['model'])
-        axes.set(xlabel=title, ylabel='validation loss (nats a token)' if key == 'speed' else '')
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
-
-
-def figures(**spread):
-    """Mean and standard deviation over runs: figures(loss=[3, 4]) -> {'loss': 3.5, 'loss sd': 0.71}"""
-    return {name: value for key, values in spread.items() for name, value in
-            ((key, statistics.mean(values)), (f'{key} sd', statistics.stdev(values) if len(values) > 1 else 0.0))}
-
-
-def whole_process(words, **options):
-    """Run a program -> seconds, GB of the largest of its processes, what it printed. UserError if it fails."""
-    # By way of a small Python, because Linux charges a new process with the memory of the one that starts it.
-    wait = ("import os, sys, time; start = time.perf_counter(); pid = os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:]); "
-            "_, status, usage = os.wait4(pid, 0); "
-            "print(time.perf_counter() - start, usage.ru_maxrss, file=sys.stderr); sys.exit(os.waitstatus_to_exitcode(status))")
-    with tempfile.TemporaryFile('w+') as out:
-        done = subprocess.run([sys.executable, '-S', '-c', wait, *map(str, words)], stdout=out, stderr=subprocess.PIPE, text=True, **options)
-        out.seek(0)
-        said = out.read()
-    *errors, last = done.stderr.splitlines()
-    if done.returncode:
-        raise UserError(f"{' '.join(map(str, words[:3]))} failed: {(errors or said.splitlines() or [''])[-1]}")
-    seconds, kilobytes = last.split()
-    return float(seconds), int(kilobytes) / 1e6, said
-
-
-def peers(config):
-    """nanoGPT's own train.py against ours, each as a process of its own, in turn, on the same bins: plain GPT, 3 layers,
-    width 128, 4 heads, context 256, vocabulary 8192, 16 sequences a step."""
-    device = hardware.resolve(config.device, config.dtype)[0].type
-    data = train.find_data(train.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
-    shape = ['--n_layer=3', '--n_head=4', '--n_embd=128', '--block_size=256', '--batch_size=16', f'--device={device}']
-    times, memory, steps = {'nanoGPT': [], 'ours': []}, {'nanoGPT': 0.0, 'ours': 0.0}, config.repeats + 5
-    with tempfile.TemporaryDirectory() as folder:
-        for split in ('train', 'val'):
-            os.symlink((data.path / f'{split}.bin').resolve(), f'{folder}/{split}.bin')
-        # nanoGPT reads the size of the vocabulary from a pickled dict; this is {'vocab_size': 8192} in protocol 0.
-        Path(folder, 'meta.pkl').write_bytes(b'(dVvocab_size\nI8192\ns.')
-        for repeat in range(3):
-            commands = {
-                'nanoGPT': (Path(config.nanogpt).resolve(), [
-                    *shape, f'--dataset={folder}', f'--out_dir={folder}/theirs', '--gradient_accumulation_steps=1', '--compile=False',
-                    '--eval_iters=1', '--eval_interval=1000000', '--log_interval=1', f'--max_iters={steps}', '--dropout=0.0']),
-                'ours': (ROOT, [
-                    *shape, f'--dataset={data.path.resolve()}', f'--out_dir={folder}/ours{repeat}', '--vocab_size=8192', '--ffn=gelu',
-                    '--positions=learned', '--norm=layernorm', '--compile=false', '--eval_interval=0', '--sample_interval=0',
-                    '--save_interval=0', '--log_interval=1', f'--max_steps={steps}'])}
-            for name, (cwd, words) in commands.items():
-                _, peak, said = whole_process([sys.executable, 'train.py', *words], cwd=cwd)
-                if name == 'ours':
-                    speeds = [16 * 256 / float(s.replace(',', '')) for s in re.findall(r'([\d,]+) tokens/s', said)]
-                else:
-                    speeds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', said)]
-                times[name] += speeds[4:steps]  # the first steps warm up, nanoGPT's first is an evaluation, too
-                memory[name] = max(memory[name], peak)
-    rows = compare({name: seconds[:min(map(len, times.values()))] for name, seconds in times.items()}, 'nanoGPT')
-    report('peers', [{**row, 'tokens/s': 16 * 256 / row['seconds'], 'peak GB': memory[row['name']]} for row in rows], config, ' --nanogpt=PATH')
 
 
 def training_run(folder, processes, config, *words):
@@ -652,7 +386,7 @@ def opened_shards(folder):
             'ms a batch of 4 rows': 1000 * statistics.median(seconds), 'slowest of 200': 1000 * max(seconds)}
 
 
-COMMANDS = {'data': data, 'blocks': blocks, 'context': context, 'head': head, 'quality': quality, 'peers': peers, 'scaling': scaling, 'loop': loop}
+COMMANDS = {'data': data, 'blocks': blocks, 'context': context, 'head': head, 'quality': quality.quality, 'peers': quality.peers, 'scaling': scaling, 'loop': loop}
 
 
 def main(argv):

@@ -8,13 +8,14 @@ import torch
 from matplotlib.figure import Figure
 
 import bench
+import measure
 from configurator import UserError
 from model import GPT
 
 
 def test_a_ratio_is_the_median_of_those_within_a_repeat():
     times = {'a': [1, 2, 4, 8, 16], 'b': [2, 2, 2, 2, 32]}  # b's speed over a's: 1/2, 1, 2, 4, 1/2
-    assert bench.compare(times, 'a') == [
+    assert measure.compare(times, 'a') == [
         {'name': 'a', 'seconds': 4, 'spread': 1.5, 'ratio': 1, 'low': 1, 'high': 1},
         {'name': 'b', 'seconds': 2, 'spread': 0, 'ratio': 1, 'low': 0.5, 'high': 2}]
 
@@ -22,7 +23,7 @@ def test_a_ratio_is_the_median_of_those_within_a_repeat():
 def test_candidates_run_in_turn_and_the_first_rounds_do_not_count():
     calls = []
     candidates = {name: lambda name=name: calls.append(name) or len(calls) for name in 'ab'}
-    assert bench.interleaved(candidates, repeats=2, warmup=1) == {'a': [3, 5], 'b': [4, 6]}
+    assert measure.interleaved(candidates, repeats=2, warmup=1) == {'a': [3, 5], 'b': [4, 6]}
     assert ''.join(calls) == 'ababab'
 
 
@@ -45,19 +46,25 @@ def test_blocks_compares_at_9_21_and_70_million_parameters(i, low, high):
     assert models['bitnet'].packed_bytes() < models['swiglu'].packed_bytes()
 
 
+def result_file(tmp_path, name):
+    folder, = tmp_path.iterdir()
+    assert folder.name == measure.slug(folder.name) and 'threads' in folder.name  # of the machine
+    return folder / name
+
+
 def written(tmp_path, title, columns):
     """The rows of results/<title>.json, after a look at them and at the picture."""
-    result = json.loads((tmp_path / f'{title}.json').read_text())
+    result = json.loads(result_file(tmp_path, f'{title}.json').read_text())
     assert all(list(row) == columns for row in result['rows'])
     assert result['command'] == f'python bench.py {title} --quick' and result['machine'] and result['date']
     assert all(isinstance(value, (str, int, float)) for row in result['rows'] for value in row.values())
-    picture = (tmp_path / f'{title}.png').read_bytes()
+    picture = result_file(tmp_path, f'{title}.png').read_bytes()
     assert picture.startswith(b'\x89PNG\r\n\x1a\n') and len(picture) > 5000
     return result['rows']
 
 
 def test_blocks_writes_table_and_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, 'RESULTS', tmp_path)
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     shape = replace(bench.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=32)
     monkeypatch.setattr(bench, 'SHAPES', [(shape, 2, 1)])
     bench.main(['blocks', '--quick', '--device=cpu'])
@@ -69,7 +76,7 @@ def test_blocks_writes_table_and_picture(tmp_path, monkeypatch):
 
 
 def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, 'RESULTS', tmp_path)
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     monkeypatch.setattr(bench, 'CONTEXT_SHAPE', replace(bench.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=2, vocab_size=64))
     monkeypatch.setattr(bench, 'CONTEXTS', (128, 8192))  # --quick leaves the second one out
     bench.main(['context', '--quick', '--device=cpu'])
@@ -91,7 +98,7 @@ def test_the_end_of_a_candidates_process_is_one_clear_line(monkeypatch):
 
 
 def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, 'RESULTS', tmp_path)
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     monkeypatch.setattr(bench.os, 'cpu_count', lambda: 2)
     started = []
 
@@ -104,18 +111,18 @@ def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, 
         return [{'tokens_per_s': 1}] * 5 + [{'tokens_per_s': speed}] * 3
     monkeypatch.setattr(bench, 'training_run', training_run), monkeypatch.setattr(bench, 'training_lines', training_lines)
     bench.main(['scaling', '--quick', '--device=cpu'])
-    one, two = json.loads((tmp_path / 'scaling.json').read_text())['rows']
+    one, two = json.loads(result_file(tmp_path, 'scaling.json').read_text())['rows']
     assert (one['tokens/s'], one['efficiency'], two['tokens/s'], two['efficiency']) == (100, 1, 180, 0.9)
     assert two['of the machine'] == pytest.approx(180 / 190)
     assert started[:2] == [(1, '4096'), (2, '8192')] and started[2:] == [(1, '4096')] * 2
 
 
 def test_the_loop_is_timed_on_a_real_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, 'RESULTS', tmp_path)
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     lines = [{'kind': 'train', 'step': step, 'tokens_per_s': 4096.0, 'loader_wait': 0.01} for step in range(6)]
     monkeypatch.setattr(bench, 'training_run', lambda *words: None), monkeypatch.setattr(bench, 'training_lines', lambda *words: lines)
     bench.main(['loop', '--repeats=2', '--device=cpu'])
-    rows = {row['what']: row for row in json.loads((tmp_path / 'loop.json').read_text())['rows']}
+    rows = {row['what']: row for row in json.loads(result_file(tmp_path, 'loop.json').read_text())['rows']}
     assert rows['step']['ms'] == 1000 and rows['waiting for a batch']['ms'] == 10
     assert all(row['percent of the time'] == pytest.approx(row['ms'] / 10 / row['every steps']) for row in rows.values())
     assert 0 < rows['its bytes written']['ms'] < 5000 and rows['checkpoint']['every steps'] == 122

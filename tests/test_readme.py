@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
+RESULTS = ROOT / re.search(r'`(results/[\w.-]+)/`', README)[1]
 
 
 def test_ci_calls_the_test_command_of_the_readme():
@@ -42,11 +43,11 @@ def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_p
 
 
 @pytest.mark.parametrize('command, name', [
-    ('quality', 'quality_tiny'), ('scaling', 'scaling'), ('loop', 'loop'), ('peers --nanogpt=PATH', 'peers'), ('blocks', 'blocks'), ('context', 'context'),
+    ('quality --preset=tiny', 'quality_tiny'), ('scaling', 'scaling'), ('loop', 'loop'), ('peers --nanogpt=PATH', 'peers'), ('blocks', 'blocks'), ('context', 'context'),
     ('quality --preset=tiles --seeds=1', 'quality_tiles'), ('quality --preset=routing --seeds=1', 'quality_routing'),
     ('quality --preset=bitnet', 'quality_bitnet'), ('data', 'data'), ('data', 'data_memory'), ('data', 'data_shards')])
 def test_every_number_of_the_tables_is_in_the_results(command, name):
-    results = json.loads((ROOT / 'results' / f'{name}.json').read_text())
+    results = json.loads((RESULTS / f'{name}.json').read_text())
     assert results['command'] == f'python bench.py {command}' or name == 'peers'
     section = re.search(rf'`python bench.py {command}`.*?(?=\n`python bench.py|\n## )', README, re.S).group(0)
     tables = [table.splitlines() for table in re.findall(r'\n\n(\|.*?)(?=\n\n)', section + '\n', re.S)]

@@ -1,0 +1,312 @@
+"""
+Which block learns more: runs on the same tokens in the same order, several seeds, and no ranking where the noise is larger.
+The commands `quality` and `peers` of bench.py, which lists the presets.
+"""
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import device as hardware
+import train
+from checkpoint import load_model
+from data import TokenData
+from evaluate import validate
+from measure import ROOT, compare, figures, report, side_by_side, sizes, whole_process
+from model import GPT, GPTConfig
+from runlog import read_lines
+from tokenizer import load_tokenizer, token_bytes
+
+TINY, TWIN = 'trix_tiny.py', 'dense_tiny.py'
+PRESETS = {  # name: {name of a run: its config file and command line}; differences count against the last one
+    'tiny': {'trix_tiny': (TINY,), 'dense_tiny': (TWIN,)},
+    'ffn': {**{ffn: (TWIN, f'--ffn={ffn}') for ffn in ('relu2', 'swiglu')}, 'trix': (TINY,),
+            'bitnet': (TWIN, '--ffn=bitnet'), 'resonance': (TWIN, '--ffn=resonance'), 'none': (TWIN, '--ffn=none'), 'gelu': (TWIN,)},
+    'mixer': {'resonance': (TWIN, '--mixer=resonance'), 'hybrid': (TWIN, '--mixer=resonance', '--attention_every=3'), 'attention': (TWIN,)},
+    'tiles': {**{f'{E}x{h}_top{k}': (TINY, f'--trix_tiles={E}', f'--trix_hidden={h}', f'--trix_top_k={k}')
+                 for E, h, k in ((8, 128, 2), (16, 64, 2), (16, 64, 4))}, 'dense': (TINY, '--ffn=gelu')},
+    'routing': {'signature': (TINY,), 'hash': (TINY, '--trix_router=hash'), 'first': (TINY, '--trix_router=first')},
+    'bitnet': {'bitnet': (TINY, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'), 'dense_twin': (TINY, '--ffn=swiglu')},
+}
+MATCHES = {'params': 'parameters', 'flops': 'MFLOP/token', 'bytes': 'packed MB'}
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided 95 % of t with 1, 2, ... degrees of freedom
+PAIRS = (4, 8, 16, 32, 64)  # recall: keys with their values that a sequence shows before it asks for them
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs of a preset
+
+def runs_of(config):
+    """{name: command line of its run}, for config.tokens (`tiny`, or 0: as long as the files say), matched as config.match says."""
+    found, tokens = {}, 0 if config.preset == 'tiny' else config.tokens
+    for name, (file, *words) in PRESETS[config.preset].items():
+        words = [str(ROOT / 'config' / file), *words]
+        if tokens:
+            batch = train.load(words).batch_tokens
+            steps = max(1, round(tokens / batch))
+            words += [f'--max_steps={steps}', f'--warmup_steps={steps // 10}', f'--eval_interval={max(1, steps // 10)}',
+                      '--eval_tokens=65536', '--sample_interval=0', f'--save_interval={steps}', '--keep=1']
+        found[name] = words
+    if config.match:
+        shapes = {name: train.load(words).pick(GPTConfig) for name, words in found.items()}
+        *others, reference = shapes
+        target = measures(shapes[reference])[MATCHES[config.match]]
+        for name in others:
+            key, value = matched(shapes[name], MATCHES[config.match], target)
+            found[name].append(f'--{key}={value}')
+    return found
+
+
+def measures(shape):
+    with torch.device('meta'):
+        model = GPT(shape)
+    return {**sizes(model), 'packed MB': model.packed_bytes() / 1e6}
+
+
+def matched(shape, what, target):
+    """
+    (knob, value) that brings a measure of a model next to the target: the hidden width of its FFN, of a TriX tile, or the number
+    of layers where the FFN has no width.
+    """
+    key, step = {'trix': ('trix_hidden', 8), 'none': ('n_layer', 1), 'resonance': ('n_layer', 1)}.get(shape.ffn, ('d_ff', 8))
+
+    def measure(n):
+        return measures(replace(shape, **{key: step * n}))[what]
+    low, high = 1, 2
+    while measure(high) < target and high < 2**16:
+        low, high = high, 2 * high
+    while high - low > 1:  # measures grow with the knob
+        middle = (low + high) // 2
+        low, high = (middle, high) if measure(middle) < target else (low, middle)
+    return key, step * min((low, high), key=lambda n: abs(measure(n) - target))
+
+
+def trained(words):
+    if code := subprocess.run([sys.executable, ROOT / 'train.py', *words]).returncode:
+        sys.exit(code)  # it has said why
+
+
+def quality(config):
+    """
+    Train the runs of a preset with several seeds, all on the same tokens in the same order (runs that are there already are used),
+    and evaluate them: `tiny` on all of the validation split, the others on 131,072 tokens of it. `speed`: training steps, side by
+    side, against the last of the preset. `rank`: the places that a run may have, by paired t-tests over the seeds at 95 %.
+    """
+    if config.preset == 'recall':
+        return recall(config)
+    device, dtype, _ = hardware.resolve(config.device, config.dtype)
+    rows, models, losses, curves = [], {}, {}, {}
+    runs = runs_of(config)
+    folder = '-'.join(filter(None, (config.preset, config.match, str(config.tokens) if config.preset != 'tiny' and config.tokens else '')))
+    Path('runs/quality', folder).mkdir(parents=True, exist_ok=True)
+    for name, words in runs.items():
+        results, curves[name] = [], []
+        for seed in (1337, *range(1, config.seeds)):
+            out = f'runs/quality/{folder}/{name}_{seed}'
+            trained([*words, f'--seed={seed}', f'--out_dir={out}', '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
+            model, state = load_model(out, device)
+            data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
+            lengths = token_bytes(load_tokenizer(data.tokenizer))
+            results.append(validate(model, data, lengths, data.val_windows(0 if config.preset == 'tiny' else 131_072), 16, device, dtype))
+            curves[name].append([(line['tokens'], line['loss']) for line in read_lines(Path(out) / 'metrics.jsonl') if line['kind'] == 'eval'])
+        models[name], losses[name] = model.config, [result['loss'] for result in results]
+        spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
+        rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **figures(**spread)})
+        print(name, *(f'{loss:.4f}' for loss in losses[name]))
+    times, _, _ = side_by_side('quality', models, 16, config.repeats, config)
+    for row, speed, rank in zip(rows, compare(times, name), ranks(losses).values()):
+        row |= {'rank': rank, 'tokens/s': 16 * model.config.block_size / speed['seconds'], 'speed': speed['ratio']}
+    if config.preset == 'tiny':
+        loss = bigram(data, train.load([str(ROOT / 'config' / TINY)]))
+        _, y = data.val_batch(data.val_windows())
+        rows.append({**dict.fromkeys(rows[0], 0), 'model': 'bigram table', 'rank': '',
+                     **figures(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
+    options = ''.join(f' --{key}={value}' for key, value, usual in (
+        ('preset', config.preset, 'ffn'), ('match', config.match, ''), ('tokens', config.tokens, 1_250_000), ('seeds', config.seeds, 3)) if value != usual)
+    speeds = {row['model']: row['tokens/s'] for row in rows}
+    report('quality', rows, config, options, lambda rows, figure: plot_curves(curves, speeds, figure),
+           name='_'.join(filter(None, ('quality', config.preset, config.match))), losses=losses, curves=curves)
+    for line in verdicts(losses):
+        print(line)
+
+
+def difference(a, b):
+    """(mean of a - b over the seeds, what it must exceed at 95 %: infinite with one seed)"""
+    d = [x - y for x, y in zip(a, b)]
+    if len(d) < 2:
+        return d[0], math.inf
+    t = STUDENT[len(d) - 2] if len(d) - 2 < len(STUDENT) else 2.2
+    return statistics.mean(d), t * statistics.stdev(d) / math.sqrt(len(d))
+
+
+def ranks(losses):
+    """{name: loss of each seed} -> {name: '1' or '2-4', the places that it may have}, '-' with one seed."""
+    found = {}
+    for name, own in losses.items():
+        against = [difference(own, other) for key, other in losses.items() if key != name]
+        better = sum(gap > noise for gap, noise in against)
+        worse = sum(-gap > noise for gap, noise in against)
+        first, last = 1 + better, len(losses) - worse
+        found[name] = '-' if len(own) < 2 else f'{first}' if first == last else f'{first}-{last}'
+    return found
+
+
+def verdicts(losses):
+    *others, reference = losses
+    for name in others:
+        gap, noise = difference(losses[name], losses[reference])
+        if noise == math.inf:
+            yield f'{name} - {reference}: {gap:+.4f} nats a token; one seed tells nothing about the noise'
+        else:
+            word = 'inside the noise' if abs(gap) <= noise else f"{name} is {'worse' if gap > 0 else 'better'}"
+            yield f'{name} - {reference}: {gap:+.4f} nats a token +- {noise:.4f} (95 %): {word}'
+
+
+def plot_curves(curves, speeds, figure):
+    """Validation loss against tokens, and against the seconds that these take at the speed measured side by side."""
+    for axes, unit in zip(figure.subplots(1, 2, sharey=True), ('million tokens', 'seconds of training')):
+        for i, (name, seeds) in enumerate(curves.items()):
+            tokens = [at for at, _ in seeds[0]]
+            loss = np.array([[value for _, value in seed] for seed in seeds if len(seed) == len(tokens)])
+            x = np.array(tokens) / (1e6 if unit[0] == 'm' else speeds[name])
+            axes.plot(x, loss.mean(0), color=f'C{i}', label=name)
+            axes.fill_between(x, loss.min(0), loss.max(0), color=f'C{i}', alpha=0.2, lw=0)
+        low = min(value for seeds in curves.values() for seed in seeds for _, value in seed)
+        axes.set(xlabel=unit, ylabel='validation loss (nats a token)' if unit[0] == 'm' else '', ylim=(low - 0.1, low + 2.5))
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recall
+
+def recall_batch(draw, rows, pairs, vocab_size=256):
+    """
+    Multi-query associative recall (Arora et al., arXiv:2312.04927), in its plainest form: `pairs` different keys, each with a
+    value, then the keys in another order, each followed by its value. -> x, y (rows, 4 pairs) int64, y -1 where nothing is asked.
+    """
+    half = vocab_size // 2
+    keys = np.argsort(draw.random((rows, half)), 1)[:, :pairs]
+    values = draw.integers(half, vocab_size, (rows, pairs))
+    order = np.argsort(draw.random((rows, pairs)), 1)
+    asked, answers = np.take_along_axis(keys, order, 1), np.take_along_axis(values, order, 1)
+    x = np.concatenate([np.stack(part, 2).reshape(rows, -1) for part in ((keys, values), (asked, answers))], 1)
+    y = np.full_like(x, -1)
+    y[:, 2 * pairs::2] = answers
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def recall_accuracy(shape, pairs, steps, seed, device):
+    """The share of right answers of a new model trained on `steps` batches of 64, on others."""
+    torch.manual_seed(seed)
+    model, draw = GPT(shape).to(device), np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    for step in range(steps):
+        optimizer.param_groups[0]['lr'] = 3e-3 * min((step + 1) / 100, 1 - step / steps)
+        x, y = (part.to(device) for part in recall_batch(draw, 64, pairs))
+        model(x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_balance(1e-3)
+    x, y = (part.to(device) for part in recall_batch(np.random.default_rng(10**9 + seed), 512, pairs))
+    with torch.no_grad():
+        return float((model(x).argmax(-1) == y)[y >= 0].float().mean())
+
+
+def recall(config):
+    """How many of the pairs that it was shown each mixer finds again: accuracy of two layers of width 64, every seed."""
+    device, steps = hardware.resolve(config.device, 'float32')[0], 200 if config.quick else 1500
+    base = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=256, ffn='gelu')
+    mixers = {'resonance': {'mixer': 'resonance'}, 'hybrid': {'mixer': 'resonance', 'attention_every': 2}, 'attention': {}}
+    rows = []
+    for pairs in PAIRS[:2] if config.quick else PAIRS:
+        row = {'pairs': pairs, 'tokens': 4 * pairs}
+        for name, change in mixers.items():
+            shape = GPTConfig(**base, **change, block_size=4 * pairs)
+            row |= figures(**{name: [recall_accuracy(shape, pairs, steps, seed, device) for seed in range(config.seeds)]})
+        rows.append(row)
+        print(*(f'{key} {value:.3g}' for key, value in row.items()), flush=True)
+    options = ' --preset=recall' + f' --seeds={config.seeds}' * (config.seeds != 3) + ' --quick' * config.quick
+    report('quality', rows, config, options, plot_recall, name='quality_recall')
+
+
+def plot_recall(rows, figure):
+    axes = figure.subplots()
+    for name in ('attention', 'hybrid', 'resonance'):
+        axes.errorbar([row['pairs'] for row in rows], [row[name] for row in rows], [row[f'{name} sd'] for row in rows], marker='o', capsize=3, label=name)
+    axes.set(xscale='log', xticks=[row['pairs'] for row in rows], xticklabels=[row['pairs'] for row in rows],
+             xlabel='pairs to remember', ylabel='accuracy', ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# References
+
+def bigram(data, config):
+    """Loss in nats a token, on all of the validation split, of a bigram table counted on the tokens that a run of `config`
+    trains on, interpolated with unigrams: p(y|x) = (c(xy) + d n(x) p(y)) / (c(x) + d n(x)), n(x) the number of different
+    successors of x (Witten and Bell 1991 at d = 1). d is the best of seven for the validation split: in the table's favour."""
+    V, rows = data.n_vocab, config.batch_tokens // config.block_size
+    single, pairs = np.ones(V), {}
+    for first in range(0, config.max_steps, 100):  # 100 steps at a time
+        keys = []
+        for step in range(first, min(first + 100, config.max_steps)):
+            x, y = data.batch(step, 0, rows, rows, seed=config.seed)
+            single += np.bincount(y.ravel(), minlength=V)
+            keys.append((x * V + y).ravel())
+        pairs[first] = np.unique(np.concatenate(keys), return_counts=True)
+    keys, where = np.unique(np.concatenate([k for k, _ in pairs.values()]), return_inverse=True)
+    counts = np.bincount(where, weights=np.concatenate([c for _, c in pairs.values()]))
+    total, successors = np.bincount(keys // V, weights=counts, minlength=V), np.bincount(keys // V, minlength=V)
+    single /= single.sum()
+    x, y = (a.ravel() for a in data.val_batch(data.val_windows()))
+    at = np.minimum(np.searchsorted(keys, x * V + y), len(keys) - 1)
+    seen = np.where(keys[at] == x * V + y, counts[at], 0)
+
+    def loss(d):
+        extra = d * np.maximum(successors[x], 1)
+        return -np.log((seen + extra * single[y]) / (total[x] + extra)).mean()
+    return min(loss(d) for d in (0.3, 0.5, 0.7, 1, 1.5, 2, 3))
+
+
+def peers(config):
+    """nanoGPT's own train.py against ours, each as a process of its own, in turn, on the same bins: plain GPT, 3 layers,
+    width 128, 4 heads, context 256, vocabulary 8192, 16 sequences a step."""
+    device = hardware.resolve(config.device, config.dtype)[0].type
+    data = train.find_data(train.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
+    shape = ['--n_layer=3', '--n_head=4', '--n_embd=128', '--block_size=256', '--batch_size=16', f'--device={device}']
+    times, memory, steps = {'nanoGPT': [], 'ours': []}, {'nanoGPT': 0.0, 'ours': 0.0}, config.repeats + 5
+    with tempfile.TemporaryDirectory() as folder:
+        for split in ('train', 'val'):
+            os.symlink((data.path / f'{split}.bin').resolve(), f'{folder}/{split}.bin')
+        # nanoGPT reads the size of the vocabulary from a pickled dict; this is {'vocab_size': 8192} in protocol 0.
+        Path(folder, 'meta.pkl').write_bytes(b'(dVvocab_size\nI8192\ns.')
+        for repeat in range(3):
+            commands = {
+                'nanoGPT': (Path(config.nanogpt).resolve(), [
+                    *shape, f'--dataset={folder}', f'--out_dir={folder}/theirs', '--gradient_accumulation_steps=1', '--compile=False',
+                    '--eval_iters=1', '--eval_interval=1000000', '--log_interval=1', f'--max_iters={steps}', '--dropout=0.0']),
+                'ours': (ROOT, [
+                    *shape, f'--dataset={data.path.resolve()}', f'--out_dir={folder}/ours{repeat}', '--vocab_size=8192', '--ffn=gelu',
+                    '--positions=learned', '--norm=layernorm', '--compile=false', '--eval_interval=0', '--sample_interval=0',
+                    '--save_interval=0', '--log_interval=1', f'--max_steps={steps}'])}
+            for name, (cwd, words) in commands.items():
+                _, peak, said = whole_process([sys.executable, 'train.py', *words], cwd=cwd)
+                if name == 'ours':
+                    speeds = [16 * 256 / float(s.replace(',', '')) for s in re.findall(r'([\d,]+) tokens/s', said)]
+                else:
+                    speeds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', said)]
+                times[name] += speeds[4:steps]  # the first steps warm up, nanoGPT's first is an evaluation, too
+                memory[name] = max(memory[name], peak)
+    rows = compare({name: seconds[:min(map(len, times.values()))] for name, seconds in times.items()}, 'nanoGPT')
+    report('peers', [{**row, 'tokens/s': 16 * 256 / row['seconds'], 'peak GB': memory[row['name']]} for row in rows], config, ' --nanogpt=PATH')

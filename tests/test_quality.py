@@ -1,0 +1,91 @@
+"""Comparisons are matched, paired and ranked as a reviewer would have it."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bench
+import measure
+import quality
+import train
+from model import GPTConfig
+from runs import finish
+from test_prepare import prepared, texts, write_jsonl
+
+
+@pytest.mark.parametrize('what', quality.MATCHES.values())
+@pytest.mark.parametrize('preset', ['ffn', 'mixer'])
+def test_widths_bring_every_run_next_to_the_last_one(preset, what):
+    shapes = {name: train.load([str(quality.ROOT / 'config' / file), *words]).pick(GPTConfig)
+              for name, (file, *words) in quality.PRESETS[preset].items()}
+    target = quality.measures(list(shapes.values())[-1])[what]
+    for name, shape in shapes.items():
+        key, value = quality.matched(shape, what, target)
+        found = {n: quality.measures(replace(shape, **{key: n}))[what] for n in (value - (1 if key == 'n_layer' else 8), value) if n > 0}
+        assert abs(found[value] - target) <= min(abs(other - target) for other in found.values())
+        assert abs(found[value] / target - 1) < (0.25 if key == 'n_layer' else 0.02), (name, key, value, found[value], target)
+
+
+def test_the_match_is_on_the_command_line_of_all_but_the_last():
+    config = bench.load(['quality', '--preset=ffn', '--match=flops'], bench.BenchConfig, positional=('command',))
+    runs = quality.runs_of(config)
+    knobs = {name: words[-1].partition('=')[0] for name, words in runs.items()}
+    assert knobs == {'relu2': '--d_ff', 'swiglu': '--d_ff', 'trix': '--trix_hidden', 'bitnet': '--d_ff', 'resonance': '--n_layer',
+                     'none': '--n_layer', 'gelu': '--keep'}
+    assert all(train.load(words).max_steps == 305 for words in runs.values())
+
+
+def test_ranks_are_places_that_the_noise_allows():
+    clear = {'a': [3.0, 3.1, 3.2], 'b': [3.5, 3.6, 3.71], 'c': [4.0, 4.1, 4.19]}  # the seeds move all alike
+    assert quality.ranks(clear) == {'a': '1', 'b': '2', 'c': '3'}
+    noisy = {'a': [3.0, 3.1, 3.2], 'b': [3.1, 3.2, 3.05], 'c': [4.0, 4.1, 4.19]}
+    assert quality.ranks(noisy) == {'a': '1-2', 'b': '1-2', 'c': '3'}
+    assert quality.ranks({'a': [1.0], 'b': [2.0]}) == {'a': '-', 'b': '-'}
+    assert quality.difference([1, 2, 4], [0, 0, 0]) == pytest.approx((7 / 3, 4.303 * 1.5275 / 3**0.5), rel=1e-3)  # Student's t, 2 degrees
+    said = list(quality.verdicts(noisy))
+    assert 'a is better' in said[0] and 'b is better' in said[1]
+    assert 'inside the noise' in next(quality.verdicts({'a': noisy['a'], 'b': noisy['b']}))
+    assert 'one seed' in next(quality.verdicts({'a': [1.0], 'b': [2.0]}))
+
+
+def test_recall_asks_for_every_pair_that_it_has_shown_once():
+    x, y = quality.recall_batch(quality.np.random.default_rng(0), 50, 8)
+    assert x.shape == y.shape == (50, 32)
+    for row, asked in zip(x.tolist(), y.tolist()):
+        shown = dict(zip(row[0:16:2], row[1:16:2]))
+        assert len(shown) == 8 and all(key < 128 <= value < 256 for key, value in shown.items())
+        assert sorted(row[16::2]) == sorted(shown) and row[16::2] != row[0:16:2] or len(set(row[16::2])) == 8
+        assert asked[:16] == [-1] * 16 and asked[17::2] == [-1] * 8
+        assert asked[16::2] == [shown[key] for key in row[16::2]] == row[17::2]
+    again, _ = quality.recall_batch(quality.np.random.default_rng(0), 50, 8)
+    assert torch.equal(x, again) and len({tuple(row[16::2]) == tuple(row[0:16:2]) for row in x.tolist()}) <= 2
+
+
+def test_attention_learns_to_recall_and_accuracy_starts_at_chance():
+    shape = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=256, ffn='none', block_size=8)
+    with_it = quality.recall_accuracy(shape, 2, 300, 0, torch.device('cpu'))
+    assert with_it > 0.5 and quality.recall_accuracy(replace(shape, mixer='resonance', num_frequencies=1), 2, 10, 0, torch.device('cpu')) < 0.3
+
+
+def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path / 'results')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quality, 'trained', lambda words: codes.append(finish(words)[0]))
+    monkeypatch.setattr(quality, 'side_by_side', lambda *words: ({'relu2': [1.0, 1.0], 'gelu': [2.0, 2.0]}, {}, {}))
+    codes = []
+    prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x')
+    small = ('dense_tiny.py', '--dataset=data/x', '--vocab_size=300', '--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16',
+             '--batch_size=4', '--batch_tokens=64', '--compile=false')
+    monkeypatch.setattr(quality, 'PRESETS', {'ffn': {'relu2': (*small, '--ffn=relu2'), 'gelu': small}})
+    bench.main(['quality', '--tokens=1280', '--seeds=2', '--match=params', '--repeats=1', '--device=cpu'])
+    assert codes == [0] * 4
+    folder, = (tmp_path / 'results').iterdir()
+    result = json.loads((folder / 'quality_ffn_params.json').read_text())
+    assert result['command'] == 'python bench.py quality --match=params --tokens=1280 --seeds=2'
+    assert [row['model'] for row in result['rows']] == ['relu2', 'gelu'] and len({row['parameters'] for row in result['rows']}) == 1
+    assert set(result['losses']) == {'relu2', 'gelu'} and all(len(losses) == 2 for losses in result['losses'].values())
+    assert [tokens for tokens, _ in result['curves']['gelu'][1]] == [64 * step for step in range(0, 21, 2)]
+    assert [(row['speed'], row['tokens/s'], row['rank']) for row in result['rows']] == [(2, 256, '1-2'), (1, 128, '1-2')]
+    assert result['rows'][0]['loss'] == pytest.approx(sum(result['losses']['relu2']) / 2)
+    assert (folder / 'quality_ffn_params.png').read_bytes()[1:4] == b'PNG'

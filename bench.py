@@ -1,29 +1,34 @@
 """Everything that is measured and compared. Ratios come from interleaved repeats in one run; results go to results/.
 
-    python bench.py                          # blocks --quick and head: what this machine makes of them, in five minutes
+    python bench.py                          # what this machine makes of each block, on one page, in five minutes
     python bench.py blocks                   # training steps of every block at 9M, 21M and 70M parameters (six minutes)
+    python bench.py amp                      # fp32, TF32, bf16 and fp16, as far as the device has them
     python bench.py context                  # attention against resonance, 512 to 32,768 tokens of context (eight minutes)
+    python bench.py decode                   # one sequence, a token at a time
+    python bench.py batch --model=FILE       # the largest batch that fits
     python bench.py head                     # the loss: chunked, torch's fused one and the plain formula
-    python bench.py quality                  # trix_tiny, dense_tiny and a bigram table at equal tokens, three seeds (an hour)
-    python bench.py quality --preset=routing # shorter comparisons: tiles, routing, bitnet
+    python bench.py quality                  # what each FFN learns of the same tokens, three seeds (hours on a CPU)
+    python bench.py quality --preset=mixer   # or recall, routing, tiles, bitnet, tiny; --match=params, flops or bytes
     python bench.py peers --nanogpt=PATH     # a checkout of nanoGPT: its model and loop against ours
     python bench.py scaling                  # one process against several, each with one thread or one GPU (five minutes)
     python bench.py loop                     # what surrounds a step: loading, logging, a checkpoint (a minute)
-    python bench.py data                     # encoding, preparing and loading: speed and memory (six minutes)
+    python bench.py data                     # encoding, preparing and loading: speed and memory (eight minutes)
 """
 import contextlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, process
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +42,7 @@ import checkpoint
 import corpus
 import device as hardware
 import prepare
+import profiling
 import quality
 import runlog
 import tokenizer
@@ -57,7 +63,7 @@ CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn=
 
 @dataclass
 class BenchConfig:
-    command: str = ''  # blocks, context, head, quality, peers, scaling, loop or data (empty: blocks --quick and head); may stand without --command=
+    command: str = ''  # one of those above; may stand without --command=
     repeats: int = 15  # timed repeats of each candidate (blocks and context: a half to a fifteenth of it, the longer a step the fewer)
     quick: bool = False  # blocks and context: at most two repeats, contexts up to 4096; data: no corpus of 1 GB
     preset: str = 'ffn'  # quality: ffn, mixer, recall, routing, tiles, bitnet or tiny
@@ -65,6 +71,8 @@ class BenchConfig:
     tokens: int = 1_250_000  # quality: of each run, 0: as many as its config file says
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
+    model: str = 'config/trix_tiny.py'  # batch: the config file of a model
+    card_gb: float = 0.0  # batch: memory of a card, 0: what is there
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
 
@@ -96,9 +104,9 @@ def blocks(config):
     matrices, hence the ratio to that. `packed MB`: ternary codes in 2 bits, the rest in bf16. `peak GB`: the most memory while
     training, of the GPU's tensors or, on a CPU, of the whole process, torch included. Needs memory for six models at once."""
     rows = []
-    for shape, batch, part in SHAPES:
+    for shape, batch, part in SHAPES[:2 if not config.command and slow(config) else None]:
         title, models = f'{shape.n_layer} x {shape.n_embd}', variants(shape)
-        times, peaks, _ = side_by_side(title, models, batch, 2 if config.quick else max(1, config.repeats // part), config)
+        times, peaks = side_by_side(title, models, batch, 2 if config.quick else max(1, config.repeats // part), config)
         for row, swiglu in zip(compare(times, 'dense'), compare(times, 'swiglu')):
             with torch.device('meta'):
                 model = GPT(models[row['name']])
@@ -132,7 +140,7 @@ def context(config):
     for T in [T for T in CONTEXTS if T <= 4096 or not config.quick]:
         batch, repeats = max(1, 8192 // T), min(2 if config.quick else max(1, config.repeats // 3), max(1, 3 * 8192 // T))
         models = {mixer: replace(CONTEXT_SHAPE, block_size=T, mixer=mixer) for mixer in mixers}
-        times, peaks, decode = side_by_side(f'context {T:,}', models, batch, repeats, config, decode=True)
+        times, decode, peaks = side_by_side(f'context {T:,}', models, batch, repeats, config, ('train', 'decode'))
         attention, resonance = compare(times, 'attention')
         rows.append({'context': T, 'attention tokens/s': batch * T / attention['seconds'], 'resonance tokens/s': batch * T / resonance['seconds'],
                      'ratio': resonance['ratio'], 'spread': (resonance['high'] - resonance['low']) / resonance['ratio'],
@@ -162,6 +170,94 @@ def plot_context(rows, figure):
             axes.yaxis.set_major_formatter('{x:,g}')
         axes.grid(alpha=0.3)
         axes.legend()
+
+
+def amp(config):
+    """Training steps of the dense model in each precision that the device has; on a CPU of the smallest shape alone, in fp32 and
+    bf16, which most CPUs multiply many times slower. `peak GB` as in `blocks`."""
+    device, rows = hardware.resolve(config.device, 'auto')[0], []
+    dtypes = [dtype for dtype in ('float32', 'tf32', 'bfloat16', 'float16') if has(config.device, dtype)]
+    for shape, batch, part in SHAPES[:1 if device.type == 'cpu' else None]:
+        batch = 2 if device.type == 'cpu' else batch
+        title, models = f'{shape.n_layer} x {shape.n_embd}', dict.fromkeys(dtypes, shape)
+        times, peaks = side_by_side(title, models, batch, 2 if config.quick else max(2, config.repeats // 3), config, dtypes={d: d for d in dtypes})
+        rows += [{'shape': title, 'precision': row['name'], 'tokens/s': batch * shape.block_size / row['seconds'], 'ratio to float32': row['ratio'],
+                  'low': row['low'], 'high': row['high'], 'peak GB': peaks[row['name']]} for row in compare(times, 'float32')]
+    report('amp', rows, config, ' --quick' * config.quick)
+
+
+def has(device, dtype):
+    try:
+        return bool(hardware.resolve(device, dtype))
+    except UserError:
+        return False
+
+
+def decode(config):
+    """One sequence of the middle shape: prefill of all but 64 tokens of the context at once, and a further token at a time."""
+    shape, _, _ = SHAPES[1]
+    prefill, token, peaks = side_by_side('decode', variants(shape), 1, 3 if config.quick else config.repeats, config, ('prefill', 'decode'))
+    rows = [{'block': one['name'], 'prefill tokens/s': (shape.block_size - 64) / first['seconds'], 'decode tokens/s': 1 / one['seconds'],
+             'ratio to dense': one['ratio'], 'low': one['low'], 'high': one['high'], 'peak GB': peaks[one['name']]}
+            for first, one in zip(compare(prefill, 'dense'), compare(token, 'dense'))]
+    report('decode', rows, config, ' --quick' * config.quick)
+
+
+def batch(config):
+    """
+    The largest batch of --model that fits: two real training steps of ever larger batches, each in a process of its own, doubled
+    and then bisected to a sixteenth. On a GPU until it is out of memory (or over --card_gb); elsewhere a batch is not tried if two
+    smaller ones say that it would not fit into --card_gb or nine tenths of the memory that is free now.
+    """
+    device, model = hardware.resolve(config.device, config.dtype)[0], train.load([config.model]).pick(GPTConfig)
+    limit = config.card_gb or (math.inf if device.type == 'cuda' else 0.9 * free_memory_gb())
+    seen = {}
+
+    def fits(rows):
+        if len(seen) > 1 and device.type != 'cuda':
+            (a, x), (b, y) = sorted(seen.items())[-2:]
+            if y + (y - x) / (b - a) * (rows - b) > limit:
+                return False
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+            try:
+                seen[rows] = pool.submit(two_steps, model, rows, config.device, config.dtype).result()
+            except process.BrokenProcessPool:
+                return False
+        print(f'{rows:,} x {model.block_size:,}: ' + (f'{seen[rows]:.3g} GB' if seen[rows] else 'out of memory'), flush=True)
+        return bool(seen[rows] or seen.pop(rows)) and seen[rows] <= limit
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if not low:
+        raise UserError(f'{config.model}: not even one sequence of {model.block_size:,} tokens fits into {limit:.3g} GB')
+    report('batch', [{'config': Path(config.model).stem, 'context': model.block_size, 'limit GB': float(min(limit, 1e6)), 'largest batch': low,
+                      'peak GB': seen[low]}], config, f' --model={config.model}' + f' --card_gb={config.card_gb:g}' * bool(config.card_gb))
+
+
+def two_steps(model, rows, device, dtype):
+    """Peak GB of two training steps, None where memory ran out."""
+    device, dtype, _ = hardware.resolve(device, dtype)
+    try:
+        _, step = training_step(model, rows, device, dtype)
+        step(), step()
+    except (RuntimeError, MemoryError) as error:
+        if not profiling.is_out_of_memory(error):
+            raise
+        return None
+    return hardware.peak_memory_gb(device)
+
+
+def free_memory_gb():
+    if Path('/proc/meminfo').exists():
+        return int(re.search(r'MemAvailable:\s+(\d+)', Path('/proc/meminfo').read_text())[1]) * 1024 / 1e9
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
+
+
+def slow(config):
+    return hardware.resolve(config.device, 'auto')[0].type == 'cpu'
 
 
 def head(config):
@@ -386,13 +482,13 @@ def opened_shards(folder):
             'ms a batch of 4 rows': 1000 * statistics.median(seconds), 'slowest of 200': 1000 * max(seconds)}
 
 
-COMMANDS = {'data': data, 'blocks': blocks, 'context': context, 'head': head, 'quality': quality.quality, 'peers': quality.peers, 'scaling': scaling, 'loop': loop}
+COMMANDS = {'blocks': blocks, 'amp': amp, 'context': context, 'decode': decode, 'batch': batch, 'data': data, 'head': head, 'quality': quality.quality, 'peers': quality.peers, 'scaling': scaling, 'loop': loop}
 
 
 def main(argv):
     config = load(argv, BenchConfig, positional=('command',), usage=__doc__)
     config.quick = config.quick or not config.command
-    for command in [config.command] if config.command else ['blocks', 'head']:
+    for command in [config.command] if config.command else ['blocks', 'amp', 'context', 'decode', 'head']:
         COMMANDS[command](config)
 
 

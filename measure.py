@@ -140,13 +140,14 @@ def decoding(model, device, dtype):
         idx = idx[:, :1]
 
 
-def build(model_config, rows, config, threads):
+def build(model_config, rows, device, dtype, threads):
     """In the process of a model: make it, and the jobs that `do` does there."""
     torch.set_num_threads(threads)
-    device, dtype, _ = hardware.resolve(config.device, config.dtype)
+    device, dtype, _ = hardware.resolve(device, dtype)
     model, step = training_step(model_config, rows, device, dtype)
     tokens = decoding(model, device, dtype)
     do.jobs = {'train': lambda: timed(step, device), 'peak': lambda: hardware.peak_memory_gb(device),
+               'prefill': lambda: timed(lambda: next(decoding(model, device, dtype)), device),
                'decode': lambda: timed(lambda: [next(tokens) for _ in range(8)], device) / 8}
 
 
@@ -155,19 +156,23 @@ def do(job):
     return do.jobs[job]()
 
 
-def side_by_side(title, models, rows, repeats, config, decode=False):
-    """models {name: GPTConfig} -> {name: seconds of training steps}, {name: peak GB of them}, {name: seconds a decoded token},
-    in turn. Each model has a process of its own, so that its peak of memory is its own, too."""
+def side_by_side(title, models, rows, repeats, config, jobs=('train',), dtypes=None):
+    """
+    models {name: GPTConfig} -> ({name: seconds of each repeat} for each of the jobs, in turn; {name: peak GB}). Each model has a
+    process of its own, so that its peak of memory is its own, too. Jobs: train (a step on `rows` sequences), prefill and decode
+    (one sequence: all but its last 64 tokens at once, a further token). dtypes {name: dtype}, else config.dtype.
+    """
     print(f'{title}: {repeats} repeats on {hardware.resolve(config.device, config.dtype)[2]}', flush=True)
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['torch._dynamo'])  # seconds to import, and every optimizer needs it: once for all
-    pools = {name: ProcessPoolExecutor(1, server, build, (model, rows, config, torch.get_num_threads())) for name, model in models.items()}
+    pools = {name: ProcessPoolExecutor(1, server, build, (
+        model, rows, config.device, (dtypes or {}).get(name, config.dtype), torch.get_num_threads())) for name, model in models.items()}
 
     def each(job):
         return {name: lambda pool=pool: pool.submit(do, job).result() for name, pool in pools.items()}
     try:
-        times = interleaved(each('train'), repeats, warmup=1)
-        return times, {name: peak() for name, peak in each('peak').items()}, interleaved(each('decode'), 4, warmup=1) if decode else {}
+        times = [interleaved(each(job), repeats, warmup=1) for job in jobs]
+        return *times, {name: peak() for name, peak in each('peak').items()}
     except process.BrokenProcessPool:
         raise UserError(f'{title}: the process of a model came to its end; if it gave no reason, the machine is out of memory') from None
     finally:

@@ -121,7 +121,7 @@ def quality(config):
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
         rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **figures(**spread)})
         print(name, *(f'{loss:.4f}' for loss in losses[name]))
-    times, _, _ = side_by_side('quality', models, 16, config.repeats, config)
+    times, _ = side_by_side('quality', models, 16, config.repeats, config)
     for row, speed, rank in zip(rows, compare(times, name), ranks(losses).values()):
         row |= {'rank': rank, 'tokens/s': 16 * model.config.block_size / speed['seconds'], 'speed': speed['ratio']}
     if config.preset == 'tiny':

@@ -142,3 +142,77 @@ def test_a_thousand_shards_are_opened_for_nothing(tmp_path):
     row = bench.opened_shards(tmp_path)
     assert row['seconds to open'] < 2 and row['GB more'] < 0.05 and row['ms a batch of 4 rows'] < 20
     assert (row['files'], row['tokens']) == (1000, 990 * 100 * 32_768)
+
+
+SMALL = replace(bench.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=96)
+
+
+def test_amp_measures_each_precision_that_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
+    monkeypatch.setattr(bench, 'SHAPES', [(SMALL, 2, 1)] * 2)
+    bench.main(['amp', '--quick', '--device=cpu'])
+    rows = json.loads(result_file(tmp_path, 'amp.json').read_text())['rows']
+    assert [row['precision'] for row in rows] == ['float32', 'bfloat16'] and rows[0]['ratio to float32'] == 1  # once, on a CPU
+    assert all(row['tokens/s'] > 0 and 0.05 < row['peak GB'] < 5 for row in rows)
+
+
+def test_decode_times_prefill_and_tokens_of_every_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
+    monkeypatch.setattr(bench, 'SHAPES', [(SMALL, 2, 1)] * 2)
+    monkeypatch.setattr(bench, 'variants', lambda shape: {'dense': shape, 'none': replace(shape, ffn='none')})
+    bench.main(['decode', '--quick', '--device=cpu'])
+    rows = json.loads(result_file(tmp_path, 'decode.json').read_text())['rows']
+    assert [row['block'] for row in rows] == ['dense', 'none']
+    assert all(row['prefill tokens/s'] > 0 and row['decode tokens/s'] > 0 for row in rows)
+
+
+@pytest.mark.parametrize('limit, per_row', [(4.05, 0.1), (1.05, 0.1), (1.05, 0.4), (100.0, 0.01)])
+def test_the_largest_batch_is_found_to_a_sixteenth_without_trying_what_cannot_fit(tmp_path, monkeypatch, limit, per_row):
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
+    tried = []
+
+    def two_steps(model, rows, device, dtype):
+        tried.append(rows)
+        return 0.6 + per_row * rows
+    monkeypatch.setattr(bench, 'two_steps', two_steps), monkeypatch.setattr(bench, 'ProcessPoolExecutor', SamePool)
+    bench.main(['batch', f'--card_gb={limit}', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
+    row, = json.loads(result_file(tmp_path, 'batch.json').read_text())['rows']
+    most = int((limit - 0.6) / per_row + 1e-6)
+    assert row['largest batch'] <= most < row['largest batch'] + max(1, row['largest batch'] // 16)
+    assert row['peak GB'] == pytest.approx(0.6 + per_row * row['largest batch']) and max(tried) <= max(2, most)
+
+
+def test_a_batch_that_is_out_of_memory_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
+    monkeypatch.setattr(bench, 'ProcessPoolExecutor', SamePool)
+    monkeypatch.setattr(bench, 'two_steps', lambda model, rows, *rest: None if rows > 5 else 0.1)
+    bench.main(['batch', '--card_gb=1', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
+    assert json.loads(result_file(tmp_path, 'batch.json').read_text())['rows'][0]['largest batch'] == 5
+    monkeypatch.setattr(bench, 'two_steps', lambda model, rows, *rest: None)
+    with pytest.raises(UserError, match='not even one sequence of 256 tokens fits'):
+        bench.main(['batch', '--card_gb=1', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
+
+
+def test_two_real_steps_tell_their_peak_and_running_out_of_memory(monkeypatch):
+    assert 0.05 < bench.two_steps(SMALL, 2, 'cpu', 'auto') < 5
+
+    def no_memory(*words):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    monkeypatch.setattr(bench, 'training_step', no_memory)
+    assert bench.two_steps(SMALL, 2, 'cpu', 'auto') is None
+
+
+class SamePool:
+    """A pool that does the work here and now."""
+
+    def __init__(self, *words):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *words):
+        return type('Done', (), {'result': staticmethod(lambda: function(*words))})

@@ -72,7 +72,7 @@ def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path / 'results')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quality, 'trained', lambda words: codes.append(finish(words)[0]))
-    monkeypatch.setattr(quality, 'side_by_side', lambda *words: ({'relu2': [1.0, 1.0], 'gelu': [2.0, 2.0]}, {}, {}))
+    monkeypatch.setattr(quality, 'side_by_side', lambda *words: ({'relu2': [1.0, 1.0], 'gelu': [2.0, 2.0]}, {}))
     codes = []
     prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x')
     small = ('dense_tiny.py', '--dataset=data/x', '--vocab_size=300', '--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16',

@@ -2,6 +2,7 @@
 Which block learns more: runs on the same tokens in the same order, several seeds, and no ranking where the noise is larger.
 The commands `quality` and `peers` of bench.py, which lists the presets.
 """
+import importlib.util
 import math
 import os
 import re
@@ -25,7 +26,7 @@ from model import GPT, GPTConfig
 from runlog import read_lines
 from tokenizer import load_tokenizer, token_bytes
 
-TINY, TWIN = 'trix_tiny.py', 'dense_tiny.py'
+TINY, TWIN, SPEEDRUN = 'trix_tiny.py', 'dense_tiny.py', 'speedrun_tiny.py'
 PRESETS = {  # name: {name of a run: its config file and command line}; differences count against the last one
     'tiny': {'trix_tiny': (TINY,), 'dense_tiny': (TWIN,)},
     'ffn': {**{ffn: (TWIN, f'--ffn={ffn}') for ffn in ('relu2', 'swiglu')}, 'trix': (TINY,),
@@ -34,8 +35,13 @@ PRESETS = {  # name: {name of a run: its config file and command line}; differen
     'tiles': {**{f'{E}x{h}_top{k}': (TINY, f'--trix_tiles={E}', f'--trix_hidden={h}', f'--trix_top_k={k}')
                  for E, h, k in ((8, 128, 2), (16, 64, 2), (16, 64, 4))}, 'dense': (TINY, '--ffn=gelu')},
     'routing': {'signature': (TINY,), 'hash': (TINY, '--trix_router=hash'), 'first': (TINY, '--trix_router=first')},
+    'speedrun': {'adamw': (SPEEDRUN, '--optimizer=adamw', '--matrix_lr=0'), 'no_qk_norm': (SPEEDRUN, '--qk_norm=false'),
+                 'no_zero_init': (SPEEDRUN, '--zero_init=false'), 'no_embed_norm': (SPEEDRUN, '--embed_norm=false'),
+                 'gelu': (SPEEDRUN, '--ffn=gelu'), 'softcap_15': (SPEEDRUN, '--logit_softcap=15'),
+                 'cosine': (SPEEDRUN, '--schedule=cosine'), 'speedrun_tiny': (SPEEDRUN,)},
     'bitnet': {'bitnet': (TINY, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'), 'dense_twin': (TINY, '--ffn=swiglu')},
 }
+FULL = ('tiny', 'speedrun')  # presets that train as long as the files say
 MATCHES = {'params': 'parameters', 'flops': 'MFLOP/token', 'bytes': 'packed MB'}
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided 95 % of t with 1, 2, ... degrees of freedom
 PAIRS = (4, 8, 16, 32, 64)  # recall: keys with their values that a sequence shows before it asks for them
@@ -45,8 +51,8 @@ PAIRS = (4, 8, 16, 32, 64)  # recall: keys with their values that a sequence sho
 # Runs of a preset
 
 def runs_of(config):
-    """{name: command line of its run}, for config.tokens (`tiny`, or 0: as long as the files say), matched as config.match says."""
-    found, tokens = {}, 0 if config.preset == 'tiny' else config.tokens
+    """{name: command line of its run}, for config.tokens (FULL, or 0: as long as the files say), matched as config.match says."""
+    found, tokens = {}, 0 if config.preset in FULL else config.tokens
     for name, (file, *words) in PRESETS[config.preset].items():
         words = [str(ROOT / 'config' / file), *words]
         if tokens:
@@ -97,7 +103,7 @@ def trained(words):
 def quality(config):
     """
     Train the runs of a preset with several seeds, all on the same tokens in the same order (runs that are there already are used),
-    and evaluate them: `tiny` on all of the validation split, the others on 131,072 tokens of it. `speed`: training steps, side by
+    and evaluate them: FULL on all of the validation split, the others on 131,072 tokens of it. `speed`: training steps, side by
     side, against the last of the preset. `rank`: the places that a run may have, by paired t-tests over the seeds at 95 %.
     """
     if config.preset == 'recall':
@@ -105,7 +111,7 @@ def quality(config):
     device, dtype, _ = hardware.resolve(config.device, config.dtype)
     rows, models, losses, curves = [], {}, {}, {}
     runs = runs_of(config)
-    folder = '-'.join(filter(None, (config.preset, config.match, str(config.tokens) if config.preset != 'tiny' and config.tokens else '')))
+    folder = '-'.join(filter(None, (config.preset, config.match, str(config.tokens) if config.preset not in FULL and config.tokens else '')))
     Path('runs/quality', folder).mkdir(parents=True, exist_ok=True)
     for name, words in runs.items():
         results, curves[name] = [], []
@@ -115,7 +121,7 @@ def quality(config):
             model, state = load_model(out, device)
             data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
             lengths = token_bytes(load_tokenizer(data.tokenizer))
-            results.append(validate(model, data, lengths, data.val_windows(0 if config.preset == 'tiny' else 131_072), 16, device, dtype))
+            results.append(validate(model, data, lengths, data.val_windows(0 if config.preset in FULL else 131_072), 16, device, dtype))
             curves[name].append([(line['tokens'], line['loss']) for line in read_lines(Path(out) / 'metrics.jsonl') if line['kind'] == 'eval'])
         models[name], losses[name] = model.config, [result['loss'] for result in results]
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
@@ -279,34 +285,111 @@ def bigram(data, config):
     return min(loss(d) for d in (0.3, 0.5, 0.7, 1, 1.5, 2, 3))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# nanoGPT beside ours
+
+PEER_RATES = (1e-3, 2e-3, 4e-3)  # learning rates that nanoGPT may choose from
+PEER_TOKENS, PEER_BATCH = 5_000_000, 16 * 256
+PEER_SHAPE = ['--n_layer=3', '--n_head=4', '--n_embd=128', '--block_size=256', '--batch_size=16']
+# The same model as nanoGPT's, and what surrounds the steps switched off.
+SAME = ['--vocab_size=8192', '--ffn=gelu', '--positions=learned', '--norm=layernorm', '--compile=false']
+BARE = ['--eval_interval=0', '--sample_interval=0', '--save_interval=0', '--log_interval=1']
+# nanoGPT's train.py has its seed written in it: this adds to it. Its arguments: the seed, then its own.
+WITH_SEED = ("import sys, torch; plain, seed = torch.manual_seed, int(sys.argv.pop(1)); torch.manual_seed = lambda n: plain(n + seed); "
+             "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; exec(open('train.py').read())")
+
+
+def nanogpt(config, data, folder, out, seed, *words):
+    """-> (directory, command line) of nanoGPT's own train.py on our bins, which get a place under `folder` as it expects them."""
+    for split in ('train', 'val'):
+        if not (folder / f'{split}.bin').exists():
+            os.symlink((data.path / f'{split}.bin').resolve(), folder / f'{split}.bin')
+    # nanoGPT reads the size of the vocabulary from a pickled dict; this is {'vocab_size': 8192} in protocol 0.
+    (folder / 'meta.pkl').write_bytes(b'(dVvocab_size\nI8192\ns.')
+    device = hardware.resolve(config.device, config.dtype)[0].type
+    return Path(config.nanogpt).resolve(), [
+        sys.executable, '-c', WITH_SEED, seed, *PEER_SHAPE, f'--device={device}', f'--dataset={folder.resolve()}', f'--out_dir={out.resolve()}',
+        '--gradient_accumulation_steps=1', '--compile=False', '--eval_iters=1', '--log_interval=1', '--dropout=0.0', *words]
+
+
 def peers(config):
-    """nanoGPT's own train.py against ours, each as a process of its own, in turn, on the same bins: plain GPT, 3 layers,
-    width 128, 4 heads, context 256, vocabulary 8192, 16 sequences a step."""
+    """
+    nanoGPT's own train.py against ours on the same bins: 3 layers, width 128, 4 heads, context 256, vocabulary 8192, 16 sequences
+    a step. First the steps, each run as a process of its own, in turn: the same plain GPT, and config/speedrun_tiny.py. Then, unless
+    --quick, time to loss (see `race`).
+    """
     device = hardware.resolve(config.device, config.dtype)[0].type
     data = train.find_data(train.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
-    shape = ['--n_layer=3', '--n_head=4', '--n_embd=128', '--block_size=256', '--batch_size=16', f'--device={device}']
-    times, memory, steps = {'nanoGPT': [], 'ours': []}, {'nanoGPT': 0.0, 'ours': 0.0}, config.repeats + 5
+    recipe, steps = str(ROOT / 'config' / SPEEDRUN), config.repeats + 5
+    sizes = {'nanoGPT': PEER_BATCH, 'ours': PEER_BATCH, 'speedrun_tiny': train.load([recipe]).batch_tokens}
+    times, memory = {name: [] for name in sizes}, dict.fromkeys(sizes, 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        for split in ('train', 'val'):
-            os.symlink((data.path / f'{split}.bin').resolve(), f'{folder}/{split}.bin')
-        # nanoGPT reads the size of the vocabulary from a pickled dict; this is {'vocab_size': 8192} in protocol 0.
-        Path(folder, 'meta.pkl').write_bytes(b'(dVvocab_size\nI8192\ns.')
+        folder = Path(folder)
         for repeat in range(3):
+            train_py, here = [sys.executable, 'train.py'], [f'--dataset={data.path.resolve()}', f'--device={device}', f'--max_steps={steps}', *BARE]
             commands = {
-                'nanoGPT': (Path(config.nanogpt).resolve(), [
-                    *shape, f'--dataset={folder}', f'--out_dir={folder}/theirs', '--gradient_accumulation_steps=1', '--compile=False',
-                    '--eval_iters=1', '--eval_interval=1000000', '--log_interval=1', f'--max_iters={steps}', '--dropout=0.0']),
-                'ours': (ROOT, [
-                    *shape, f'--dataset={data.path.resolve()}', f'--out_dir={folder}/ours{repeat}', '--vocab_size=8192', '--ffn=gelu',
-                    '--positions=learned', '--norm=layernorm', '--compile=false', '--eval_interval=0', '--sample_interval=0',
-                    '--save_interval=0', '--log_interval=1', f'--max_steps={steps}'])}
+                'nanoGPT': nanogpt(config, data, folder, folder / 'theirs', 0, '--eval_interval=1000000', f'--max_iters={steps}'),
+                'ours': (ROOT, [*train_py, *PEER_SHAPE, *SAME, *here, f'--out_dir={folder}/ours{repeat}']),
+                'speedrun_tiny': (ROOT, [*train_py, recipe, *here, '--warmup_steps=0', f'--out_dir={folder}/fast{repeat}'])}
             for name, (cwd, words) in commands.items():
-                _, peak, said = whole_process([sys.executable, 'train.py', *words], cwd=cwd)
-                if name == 'ours':
-                    speeds = [16 * 256 / float(s.replace(',', '')) for s in re.findall(r'([\d,]+) tokens/s', said)]
+                _, peak, said = whole_process(words, cwd=cwd)
+                if name == 'nanoGPT':
+                    seconds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', said)]
                 else:
-                    speeds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', said)]
-                times[name] += speeds[4:steps]  # the first steps warm up, nanoGPT's first is an evaluation, too
+                    seconds = [sizes[name] / float(s.replace(',', '')) for s in re.findall(r'([\d,]+) tokens/s', said)]
+                times[name] += [PEER_BATCH / sizes[name] * s for s in seconds[4:steps]]  # the first steps warm up; of as many tokens each
                 memory[name] = max(memory[name], peak)
     rows = compare({name: seconds[:min(map(len, times.values()))] for name, seconds in times.items()}, 'nanoGPT')
-    report('peers', [{**row, 'tokens/s': 16 * 256 / row['seconds'], 'peak GB': memory[row['name']]} for row in rows], config, ' --nanogpt=PATH')
+    report('peers', [{**row, 'tokens/s': PEER_BATCH / row['seconds'], 'peak GB': memory[row['name']],
+                      'memory ratio': memory[row['name']] / memory['nanoGPT']} for row in rows], config, ' --nanogpt=PATH')
+    if not config.quick:
+        race(config, data, {row['name']: row['seconds'] / PEER_BATCH for row in rows})
+
+
+def race(config, data, seconds):
+    """
+    Time to loss: nanoGPT trains on PEER_TOKENS at the best of PEER_RATES (chosen with its first seed), and config/speedrun_tiny.py
+    until its validation loss is no higher, on all of the validation split by the same code; config.seeds seeds each. Seconds are
+    those of training alone: tokens times the seconds a token that `peers` has measured side by side. What is trained is kept.
+    """
+    folder, steps = Path('runs/peers'), PEER_TOKENS // PEER_BATCH
+
+    def loss_of(rate, seed):
+        out = folder / f'nanogpt_{rate:g}_{seed}'
+        if not (out / 'loss').exists():
+            out.mkdir(parents=True, exist_ok=True)
+            cwd, words = nanogpt(config, data, out, out, seed, f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={steps}',
+                                 f'--lr_decay_iters={steps}', '--warmup_iters=100', '--beta2=0.99', f'--eval_interval={steps}')
+            whole_process(words, cwd=cwd)
+            (out / 'loss').write_text(str(nanogpt_loss(config, data, out / 'ckpt.pt')))
+        print(f'nanoGPT, learning rate {rate:g}, seed {seed}: {(out / "loss").read_text()}', flush=True)
+        return float((out / 'loss').read_text())
+    rate = min(PEER_RATES, key=lambda rate: loss_of(rate, 0))
+    rows, recipe = [], str(ROOT / 'config' / SPEEDRUN)
+    for seed in range(config.seeds):
+        target, out = loss_of(rate, seed), folder / f'speedrun_tiny_{seed}'
+        trained([recipe, f'--dataset={data.path.resolve()}', '--eval_tokens=0', '--sample_interval=0', f'--seed={1337 + seed}', f'--out_dir={out}',
+                 '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
+        curve = [(line['tokens'], line['loss']) for line in read_lines(out / 'metrics.jsonl') if line['kind'] == 'eval']
+        tokens = next((tokens for tokens, loss in curve if loss <= target), None)
+        theirs = steps * PEER_BATCH * seconds['nanoGPT']
+        rows.append({'seed': seed, 'nanoGPT loss': target, 'nanoGPT tokens': steps * PEER_BATCH, 'nanoGPT seconds': theirs,
+                     'speedrun_tiny loss': curve[-1][1], 'tokens to nanoGPT\'s loss': tokens or 'never',
+                     'seconds to it': tokens * seconds['speedrun_tiny'] if tokens else 'never',
+                     'part of the time': tokens * seconds['speedrun_tiny'] / theirs if tokens else 'never'})
+    report('peers', rows, config, ' --nanogpt=PATH', name='peers_race', learning_rate=rate)
+
+
+@torch.no_grad()
+def nanogpt_loss(config, data, path):
+    """The loss of a checkpoint of nanoGPT on all of our validation split, by its own model."""
+    spec = importlib.util.spec_from_file_location('nanogpt_model', Path(config.nanogpt) / 'model.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    state = torch.load(path, map_location='cpu', weights_only=True)
+    model = module.GPT(module.GPTConfig(**state['model_args']))
+    model.load_state_dict(state['model'])
+    model.eval()
+    windows = data.val_windows()
+    losses = [model(*map(torch.from_numpy, data.val_batch(part)))[1].item() * len(part) for part in np.split(windows, range(16, len(windows), 16))]
+    return sum(losses) / len(windows)

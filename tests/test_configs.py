@@ -28,6 +28,7 @@ DIMENSIONS = {  # what the sources fix; budget: tokens, batch: (sequences of a m
                       budget=5_000_000, dataset='pylib'),
     'dense_tiny': dict(ffn='gelu', n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256, learning_rate=1e-3,
                        budget=5_000_000, dataset='pylib'),
+    'speedrun_tiny': dict(n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256, dataset='pylib'),
     'trix_small': dict(ffn='trix', n_embd=256, n_head=4, n_layer=6, vocab_size=16_384, block_size=256, learning_rate=6e-4,
                        budget=50_000_000, dataset='fineweb_edu'),
     'trix_medium': dict(ffn='trix', n_embd=512, n_head=8, n_layer=8, vocab_size=32_000, block_size=512, learning_rate=3e-4,

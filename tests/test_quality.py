@@ -1,6 +1,7 @@
 """Comparisons are matched, paired and ranked as a reviewer would have it."""
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +90,58 @@ def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
     assert [(row['speed'], row['tokens/s'], row['rank']) for row in result['rows']] == [(2, 256, '1-2'), (1, 128, '1-2')]
     assert result['rows'][0]['loss'] == pytest.approx(sum(result['losses']['relu2']) / 2)
     assert (folder / 'quality_ffn_params.png').read_bytes()[1:4] == b'PNG'
+
+
+FAKE_TRAIN = """
+import sys, torch
+words = dict(word[2:].split('=') for word in sys.argv[1:])
+torch.manual_seed(1337 + 0)
+steps = int(words['max_iters'])
+print('step 0: train loss 5.7, val loss 5.7')
+for i in range(steps + 1):
+    print(f'iter {i}: loss 5.0, time {100 + i % 2:.2f}ms, mfu 1%')
+if words['eval_interval'] == words['max_iters']:
+    bias = torch.tensor(float(words['learning_rate']) * 100 + torch.initial_seed() % 10)  # the loss to report
+    torch.save({'model': {'bias': bias}, 'model_args': {'n': 1}}, words['out_dir'] + '/ckpt.pt')
+"""
+FAKE_MODEL = """
+import torch
+class GPTConfig:
+    def __init__(self, n): pass
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, x, y):
+        assert x.shape == y.shape and not self.training
+        return None, self.bias
+"""
+
+
+def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path / 'results')
+    monkeypatch.chdir(tmp_path)
+    data = prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x')
+    (tmp_path / 'nano').mkdir()
+    (tmp_path / 'nano' / 'train.py').write_text(FAKE_TRAIN), (tmp_path / 'nano' / 'model.py').write_text(FAKE_MODEL)
+    monkeypatch.setattr(quality.train, 'find_data', lambda config: quality.TokenData(data, 16, 300))
+    losses = iter([[9.0, 7.0, 6.9], [9.0, 8.5, 8.3]])
+
+    def trained(words):
+        out = Path(next(word for word in words if '--out_dir=' in word).partition('=')[2])
+        out.mkdir(parents=True)
+        (out / 'metrics.jsonl').write_text(''.join(json.dumps({'kind': 'eval', 'step': i, 'tokens': 1000 * i, 'loss': loss}) + '\n'
+                                                   for i, loss in enumerate(next(losses))))
+    monkeypatch.setattr(quality, 'trained', trained)
+    config = bench.load(['peers', f"--nanogpt={tmp_path / 'nano'}", '--seeds=2', '--device=cpu'], bench.BenchConfig, positional=('command',))
+    quality.race(config, quality.TokenData(data, 16, 300), {'nanoGPT': 2e-3, 'ours': 1e-3, 'speedrun_tiny': 1e-3})
+    folder, = (tmp_path / 'results').iterdir()
+    result = json.loads((folder / 'peers_race.json').read_text())
+    assert result['learning_rate'] == 1e-3
+    first, second = result['rows']
+    assert first['nanoGPT loss'] == pytest.approx(7.1, abs=1e-6) and second['nanoGPT loss'] == pytest.approx(8.1, abs=1e-6)  # 1337, 1338
+    assert first['nanoGPT tokens'] == 1220 * 4096 and first['nanoGPT seconds'] == pytest.approx(1220 * 4096 * 2e-3)
+    assert first["tokens to nanoGPT's loss"] == 1000 and first['part of the time'] == pytest.approx(1000 / (1220 * 4096) / 2)
+    assert second["tokens to nanoGPT's loss"] == second['part of the time'] == 'never'
+    assert sorted(path.name for path in (tmp_path / 'runs' / 'peers').iterdir()) == [
+        'nanogpt_0.001_0', 'nanogpt_0.001_1', 'nanogpt_0.002_0', 'nanogpt_0.004_0', 'speedrun_tiny_0', 'speedrun_tiny_1']

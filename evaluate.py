@@ -1,35 +1,54 @@
-"""How good a trained model is on the validation split it has never seen.
+"""
+How good a trained model is on text that it has never seen. The last line of the output is one JSON object.
 
-    python evaluate.py runs/trix_tiny                  # all of the split; the last line is one JSON object
+    python evaluate.py runs/trix_tiny                     # the run's own validation again, to the last bit
+    python evaluate.py runs/trix_tiny --eval_tokens=0     # all of the validation split
+    python evaluate.py runs/x --context=2048 --stride=512 # every token once, with at least 1,536 tokens before it
+    python evaluate.py runs/wikitext_tiny --test          # word-level perplexity on WikiText's test split
+    python evaluate.py runs/x --hellaswag                 # acc and acc_norm; or --hellaswag=FILE
 """
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
 
+import numpy as np
 import torch
 
 import device as hardware
-from checkpoint import load_model
-from configurator import UserError, load, run
+import hellaswag
+from checkpoint import load_model, load_weights
+from configurator import UserError, load, run, typed
+from model import GPT
 from parallel import Group
-from shards import open_data
-from tokenizer import load_tokenizer, token_bytes
+from profiling import is_out_of_memory
+from runlog import plain, read_lines
+from shards import ShardData, open_data
+from tokenizer import SLICE, HuggingFace, load_tokenizer, token_bytes
 
 
 @dataclass
 class EvaluateConfig:
     run: str = ''  # run directory (its newest good checkpoint) or checkpoint file; may stand without --run=
     data: str = ''  # prepared data directory (empty: the one of the run)
-    eval_tokens: int = 0  # tokens to evaluate on (0: all of the validation split)
-    batch_size: int = 16  # sequences at a time
+    eval_tokens: int = -1  # tokens to validate on (0: all of the split; -1: as many as the run did, with --stride all)
+    batch_size: int = 0  # sequences at a time (0: as many as the run had in a micro-step)
+    context: int = 0  # tokens of a window (0: the run's block_size); learned positions end there, others may go on
+    stride: int = 0  # tokens from one window to the next, what they share counted once (0: nothing shared; --test: half a window)
+    test: bool = False  # also word-level perplexity on the test split of WikiText
+    hellaswag: str = ''  # also HellaSwag, on this hellaswag_val.jsonl (download: it goes to data/; so does --hellaswag alone)
+    items: int = 0  # of HellaSwag, the first ones (0: all)
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
 
     def problems(self):
         found = [] if self.run else ['name a run directory or a checkpoint: python evaluate.py runs/x']
-        found += [] if self.batch_size > 0 else [f'batch_size={self.batch_size} must be at least 1']
-        return found + ([] if self.eval_tokens >= 0 else [f'eval_tokens={self.eval_tokens} must not be negative'])
+        found += [f'{key}={getattr(self, key)} must not be negative' for key in ('batch_size', 'context', 'stride', 'items')
+                  if getattr(self, key) < 0]
+        found += [] if self.eval_tokens >= -1 else [f'eval_tokens={self.eval_tokens} must not be negative']
+        return found + ([f'items={self.items} are those of --hellaswag'] if self.items and not self.hellaswag else [])
 
 
 @torch.no_grad()
@@ -62,19 +81,203 @@ def validate(model, data, lengths, windows, batch_size, device, dtype, stop=lamb
             'bits_per_byte': None if lengths is None else total / math.log(2) / max(size, 1)}
 
 
-def main(argv):
-    config = load(argv, EvaluateConfig, positional=('run',), usage=__doc__)
-    device, dtype, chosen = hardware.resolve(config.device, config.dtype)
-    model, state = load_model(config.run, device)
-    path = config.data or state['data']['path']
-    data = open_data(path, model.config.block_size, model.config.vocab_size)
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows that overlap, and the test split
+
+class Strided:
+    """Texts of one length as overlapping windows, for `validate`: each target (all tokens but a text's first) counts once.
+
+    Windows start every `stride` tokens of a text. In its first one all targets count, in the others the last `stride`, which
+    have at least context - stride tokens before them. read(text, start, stop): ids. limit: targets from the first on (0: all)."""
+
+    def __init__(self, read, texts, length, context, stride, limit=0):
+        self.read, self.length, self.stride, self.context = read, length, stride, min(context, length - 1)
+        self.targets = texts * (length - 1)
+        self.limit = limit or self.targets
+
+    def windows(self):
+        """(n,) int64"""
+        return np.arange(self.window_of(self.limit - 1) + 1)
+
+    def window_of(self, target):
+        """The window in which a target counts; both are numbered over all texts."""
+        text, k = divmod(target, self.length - 1)
+        inside = 0 if k < self.context else 1 + (k - self.context) // self.stride
+        return inside + (text * (1 + self.window_of(self.length - 2)) if text else 0)
+
+    def val_batch(self, windows):
+        """x, y: (len(windows), context) int64; behind the end of a text x is 0, and y is -1 where a target counts elsewhere."""
+        x, y = np.zeros((len(windows), self.context), np.int64), np.full((len(windows), self.context), -1)
+        for row, window in enumerate(windows.tolist()):
+            text, k = divmod(window, 1 + self.window_of(self.length - 2))
+            start, skip = k * self.stride, self.context - self.stride if k else 0
+            ids = self.read(text, start, min(start + self.context + 1, self.length)).astype(np.int64)
+            x[row, :len(ids) - 1] = ids[:-1]
+            stop = min(len(ids) - 1, self.limit - text * (self.length - 1) - start)
+            y[row, skip:stop] = ids[skip + 1:stop + 1]
+        return x, y
+
+
+def strided(data, stride, limit):
+    """The first `limit` targets of the validation split (0: all) as Strided; of shards every row is a text of its own."""
+    if isinstance(data, ShardData):
+        rows = ShardData(data.path, data.row, data.n_vocab)  # whose windows are whole rows
+        return Strided(lambda row, start, stop: rows.gather('val', np.array([row]))[0][0, start:stop], rows.n_val_windows,
+                       data.row, data.block_size, stride, limit)
+
+    def read(_, start, stop):
+        ids = data.read('val', start, stop)
+        if ids.max() >= data.n_vocab:  # in a file that is too big to be checked when it is opened
+            raise UserError(f'{data.path}: id {ids.max()} in the val split is outside the vocabulary of {data.n_vocab}')
+        return ids
+    return Strided(read, 1, data.starts['val'][-1] + len(data.shards['val'][-1]), data.block_size, stride, limit)
+
+
+def validation(config, data, usual):
+    """(what has val_batch, its windows) for the validation that is asked for; usual: eval_tokens of the run. UserError if there
+    are not so many tokens."""
+    asked, there = max(0, config.eval_tokens), data.n_val_windows * data.block_size
+    if config.stride:
+        loader = strided(data, config.stride, asked)
+        windows, there = loader.windows(), loader.targets
+    else:
+        loader, windows = data, data.val_windows(usual if config.eval_tokens < 0 else asked)
+    if asked > there:
+        raise UserError(f'--eval_tokens={asked}: the val split of {data.path} has only {there} tokens to predict in windows of '
+                        f'{data.block_size}: ask for no more, or by 0 for all of them')
+    return loader, windows
+
+
+def read_test(data):
+    """(text, {words, lines}) of the test split that prepare.py keeps beside the bins. UserError if there is none."""
+    from corpus import count_words  # here: what it imports takes a while, and train.py imports this file
+    if 'test' not in data.meta:
+        raise UserError(f'{data.path}: there is no test split in it: prepare.py keeps that of --dataset=wikitext2 and wikitext103')
+    try:
+        file, digest = data.path / data.meta['test']['name'], data.meta['test']['sha256']
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{data.path / 'meta.json'}: broken test split ({error!r}): {data.again}")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f'{file}: {error.strerror}: {data.again}')
+    if sha256(content).hexdigest() != digest or not content.strip():
+        raise UserError(f'{file}: damaged, its sha256 is not the one in meta.json: {data.again}')
+    text = content.decode()
+    return text, count_words(text)
+
+
+def as_stream(encoding, text):
+    """(n,) uint16: the end of a text, as at the start of every document in training, and then all of `text` as one stream."""
+    size = len(text) if isinstance(encoding, HuggingFace) else SLICE  # it cuts for itself; the stack of tiktoken is limited
+    parts = [encoding.encode_to_numpy(text[i:i + size], disallowed_special=()) for i in range(0, len(text), size)]
+    return np.concatenate([[encoding.eot_token], *parts]).astype(np.uint16)
+
+
+def evaluate_test(model, encoding, text, counts, context, stride, batch_size, device, dtype):
+    """
+    -> {word_perplexity, words, lines, test_loss (nats a token), test_bits_per_byte, test_stride}.
+
+    The text is one stream without an end of text between its articles, as Megatron-LM and Hugging Face's guide to perplexity have
+    it: what is measured is the text alone, each token of it once. Word-level perplexity is exp(nats / (words + lines)), because
+    models of words predict an <eos> for every line; unlike that of tokens it compares models with different tokenizers.
+    """
+    ids = as_stream(encoding, text)
+    strided = Strided(lambda _, start, stop: ids[start:stop], 1, len(ids), context, stride)
+    result = validate(model, strided, None, strided.windows(), batch_size, device, dtype)
+    nats = result['loss'] * result['tokens']
+    return {'word_perplexity': math.exp(min(nats / (counts['words'] + counts['lines']), 700)), **counts,
+            'test_loss': result['loss'], 'test_bits_per_byte': nats / math.log(2) / len(text.encode()), 'test_stride': stride}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def open_model(path, context, device):
+    """(model, checkpoint's dict); the model takes `context` tokens, more than in training if need be. UserError if it can't."""
+    model, state = load_model(path, device)
+    trained = model.config.block_size
+    if context > trained:
+        if model.config.positions == 'learned':
+            raise UserError(f'--context={context}: {path} has learned positions, and no more than {trained} of them')
+        model = GPT(replace(model.config, block_size=context)).to(device).eval()
+        load_weights(model, state, path)
+    return model, state
+
+
+def of_the_run(state, path):
+    """(eval_tokens, tokens of a micro-step in each process) of the run, which it validated with. UserError if they are broken."""
+    try:
+        eval_tokens, size, batch, T, world = (typed(value, int) for value in (
+            *(state['config'].get(key, 0) for key in ('eval_tokens', 'batch_size', 'batch_tokens', 'block_size')),
+            state.get('processes', 1)))
+        return max(0, eval_tokens), T * max(1, min(size, batch // T // world))  # as train.micro_batches has it
+    except (ValueError, OverflowError, ZeroDivisionError):
+        raise UserError(f'{path}: its config has values of the wrong type')
+
+
+def own_loss(path, step):
+    """The loss that a run, given as to `load_model`, has recorded for its validation at a step; None if there is none."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).absolute().parent.parent
+    lines = read_lines(folder / 'metrics.jsonl')
+    return next((line.get('loss') for line in reversed(lines) if line.get('kind') == 'eval' and line.get('step') == step), None)
+
+
+def open_validation(config, model, state):
+    """The data that are asked for, with the run's tokenizer."""
+    path = config.data or state['data'].get('path', '')
+    try:
+        data = open_data(path, config.context or model.config.block_size, model.config.vocab_size)
+    except UserError as error:
+        raise UserError(*(problem.replace('--block_size', '--context') for problem in error.args))
     if data.tokenizer != state['tokenizer']:
         raise UserError(f'{path}: its tokenizer is not the one that {config.run} was trained with')
-    print(f'{config.run}, step {state["step"]:,}, on {path}, on {chosen}')
-    start, lengths = time.perf_counter(), token_bytes(load_tokenizer(data.tokenizer)) if data.tokenizer else None
-    result = validate(model, data, lengths, data.val_windows(config.eval_tokens), config.batch_size, device, dtype)
-    print(f'{result["tokens"]:,} tokens in {time.perf_counter() - start:.1f} s')
-    print(json.dumps({'run': config.run, 'step': state['step'], **result}))
+    if config.stride > data.block_size:
+        raise UserError(f'--stride={config.stride} is more than the context of {data.block_size}: it would leave tokens out')
+    if (config.test or config.hellaswag) and not data.tokenizer:
+        raise UserError(f'{path}: no tokenizer.json beside these shards, and --test and --hellaswag are text')
+    return data
+
+
+def main(argv):
+    argv = ['--hellaswag=download' if word == '--hellaswag' else word for word in argv]
+    config = load(argv, EvaluateConfig, positional=('run',), usage=__doc__)
+    device, dtype, chosen = hardware.resolve(config.device, config.dtype)
+    model, state = open_model(config.run, config.context, device)
+    data = open_validation(config, model, state)
+    T, (usual, micro) = data.block_size, of_the_run(state, config.run)
+    loader, windows = validation(config, data, usual)
+    encoding = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    test, items = read_test(data) if config.test else None, []
+    if config.hellaswag:
+        items = hellaswag.read_items(file := hellaswag.find(config.hellaswag), config.items)
+        endings = hellaswag.encode_items(encoding, items, T, file)
+    batch_size = config.batch_size or max(1, micro // T)
+    print(f'{config.run}, step {state["step"]:,}, on {data.path}, on {chosen}', flush=True)
+
+    start, lengths = time.perf_counter(), token_bytes(encoding) if encoding else None
+    try:
+        result = validate(model, loader, lengths, windows, batch_size, device, dtype)
+        print(f'{result["tokens"]:,} tokens in {time.perf_counter() - start:.1f} s, a context of {T}'
+              + f', {config.stride} further each time' * bool(config.stride) + f': loss {result["loss"]:.4f}', flush=True)
+        if not config.stride and config.context in (0, state['config']['block_size']) and config.eval_tokens in (-1, usual):
+            own = own_loss(config.run, state['step'])
+            same = 'yes' if own == result['loss'] else 'it has none' if own is None else (
+                f'no, that is {own} (other data, hardware, precision or batch size)')
+            print(f"same as the run's own at step {state['step']:,}: {same}", flush=True)
+        result |= {key: getattr(config, key) for key in ('context', 'stride') if getattr(config, key)}
+        if test:
+            result |= evaluate_test(model, encoding, *test, T, config.stride or (T + 1) // 2, batch_size, device, dtype)
+            print(f'test split: {result["words"]:,} words and {result["lines"]:,} lines: word-level perplexity '
+                  f'{result["word_perplexity"]:.2f}', flush=True)
+        if items:
+            result |= hellaswag.accuracy(items, hellaswag.log_likelihoods(model, endings, batch_size, device, dtype))
+            print(f'HellaSwag, {len(items):,} items: acc {result["acc"]:.4f}, acc_norm {result["acc_norm"]:.4f} (by chance 0.25; '
+                  f'standard error {math.sqrt(result["acc_norm"] * (1 - result["acc_norm"]) / len(items)):.4f})')
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f'out of memory on {device}: a smaller --batch_size than {batch_size}, or a smaller --context than {T}')
+    print(json.dumps(plain({'run': config.run, 'step': state['step'], **result})))
 
 
 if __name__ == '__main__':

@@ -180,9 +180,10 @@ def amp(config):
     for shape, batch, part in SHAPES[:1 if device.type == 'cpu' else None]:
         batch = 2 if device.type == 'cpu' else batch
         title, models = f'{shape.n_layer} x {shape.n_embd}', dict.fromkeys(dtypes, shape)
-        times, peaks = side_by_side(title, models, batch, 2 if config.quick else max(2, config.repeats // 3), config, dtypes={d: d for d in dtypes})
-        rows += [{'shape': title, 'precision': row['name'], 'tokens/s': batch * shape.block_size / row['seconds'], 'ratio to float32': row['ratio'],
-                  'low': row['low'], 'high': row['high'], 'peak GB': peaks[row['name']]} for row in compare(times, 'float32')]
+        repeats = 2 if config.quick else max(2, config.repeats // 3)
+        times, peaks = side_by_side(title, models, batch, repeats, config, dtypes={dtype: dtype for dtype in dtypes})
+        rows += [{'shape': title, 'precision': row['name'], 'tokens/s': batch * shape.block_size / row['seconds'],
+                  'ratio to float32': row['ratio'], 'low': row['low'], 'high': row['high'], 'peak GB': peaks[row['name']]} for row in compare(times, 'float32')]
     report('amp', rows, config, ' --quick' * config.quick)
 
 
@@ -233,8 +234,8 @@ def batch(config):
         low, high = (middle, high) if fits(middle) else (low, middle)
     if not low:
         raise UserError(f'{config.model}: not even one sequence of {model.block_size:,} tokens fits into {limit:.3g} GB')
-    report('batch', [{'config': Path(config.model).stem, 'context': model.block_size, 'limit GB': float(min(limit, 1e6)), 'largest batch': low,
-                      'peak GB': seen[low]}], config, f' --model={config.model}' + f' --card_gb={config.card_gb:g}' * bool(config.card_gb))
+    report('batch', [{'config': Path(config.model).stem, 'context': model.block_size, 'limit GB': float(min(limit, 1e6)),
+                      'largest batch': low, 'peak GB': seen[low]}], config, f' --model={config.model}' + f' --card_gb={config.card_gb:g}' * bool(config.card_gb))
 
 
 def two_steps(model, rows, device, dtype):
@@ -409,13 +410,16 @@ def data(config):
             def threads(n):  # the slowest of them
                 return max(future.result() for future in [pool.submit(encoding_seconds) for pool in pools[:n]]) / n
             names = ['one thread of tiktoken', f'{processes} of them', f'{processes} processes of prepare.py', 'prepare.py, file to file']
-            times = interleaved(dict(zip(names, (partial(threads, 1), partial(threads, processes), encoded, end_to_end))), repeats, warmup=1)
+            candidates = partial(threads, 1), partial(threads, processes), encoded, end_to_end
+            times = interleaved(dict(zip(names, candidates)), repeats, warmup=1)
         against = [compare(times, name) for name in names[:3]]
         report('data', [{'name': row['name'], 'MB/s': 1 / row['seconds'], 'ratio': row['ratio'], 'low': row['low'], 'high': row['high'],
-                         'of the machine': best['ratio'], 'of the processes': ours['ratio']} for row, best, ours in zip(*against)], config, ' --quick' * config.quick)
+                         'of the machine': best['ratio'], 'of the processes': ours['ratio']} for row, best, ours in zip(*against)],
+               config, ' --quick' * config.quick)
 
         small, large, rows, given = *((30, 60) if config.quick else (250, 1000)), [], f'--tokenizer={folder}/prepared0/tokenizer.json'
-        for i, (size, word, how) in enumerate(((large, '--vocab_size=32000', ', with a BPE of 32,000'), (large, given, ''), (small, given, ''))):
+        cases = (large, '--vocab_size=32000', ', with a BPE of 32,000'), (large, given, ''), (small, given, '')
+        for i, (size, word, how) in enumerate(cases):
             path = texts_of_pylib(folder, size)
             seconds, peak = preparation(path, f'{folder}/prepared{i}', word)
             rows.append({'what': f'prepare.py on {size:,} MB{how}', 'seconds': seconds, 'peak GB': peak})
@@ -471,7 +475,8 @@ def opened_shards(folder):
         for listed in files[split]:
             (path / listed['name']).write_bytes(head.getvalue())
             os.truncate(path / listed['name'], entry['bytes'])
-    (path / 'meta.json').write_text(json.dumps({'version': 1, 'kind': 'shards', 'source': {}, 'vocab_size': 50_257, 'row': 32_768, 'files': files}))
+    meta = {'version': 1, 'kind': 'shards', 'source': {}, 'vocab_size': 50_257, 'row': 32_768, 'files': files}
+    (path / 'meta.json').write_text(json.dumps(meta))
     before = hardware.peak_memory_gb(torch.device('cpu'))
     start = time.perf_counter()
     shards = open_data(path, 32_768, 50_257)
@@ -482,7 +487,8 @@ def opened_shards(folder):
             'ms a batch of 4 rows': 1000 * statistics.median(seconds), 'slowest of 200': 1000 * max(seconds)}
 
 
-COMMANDS = {'blocks': blocks, 'amp': amp, 'context': context, 'decode': decode, 'batch': batch, 'data': data, 'head': head, 'quality': quality.quality, 'peers': quality.peers, 'scaling': scaling, 'loop': loop}
+COMMANDS = {'blocks': blocks, 'amp': amp, 'context': context, 'decode': decode, 'batch': batch, 'head': head, 'quality': quality.quality,
+            'peers': quality.peers, 'scaling': scaling, 'loop': loop, 'data': data}
 
 
 def main(argv):

@@ -51,8 +51,8 @@ def compare(times, reference):
     rows = []
     for name, seconds in times.items():
         low, middle, high = map(float, np.percentile(seconds, (25, 50, 75)))
-        ratio = np.percentile([b / a for a, b in zip(seconds, times[reference])], (50, 25, 75))
-        rows.append({'name': name, 'seconds': middle, 'spread': (high - low) / middle, **dict(zip(('ratio', 'low', 'high'), map(float, ratio)))})
+        ratio = map(float, np.percentile([b / a for a, b in zip(seconds, times[reference])], (50, 25, 75)))
+        rows.append({'name': name, 'seconds': middle, 'spread': (high - low) / middle, **dict(zip(('ratio', 'low', 'high'), ratio))})
     return rows
 
 
@@ -100,7 +100,8 @@ def whole_process(words, **options):
             "_, status, usage = os.wait4(pid, 0); "
             "print(time.perf_counter() - start, usage.ru_maxrss, file=sys.stderr); sys.exit(os.waitstatus_to_exitcode(status))")
     with tempfile.TemporaryFile('w+') as out:
-        done = subprocess.run([sys.executable, '-S', '-c', wait, *map(str, words)], stdout=out, stderr=subprocess.PIPE, text=True, **options)
+        command = [sys.executable, '-S', '-c', wait, *map(str, words)]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, **options)
         out.seek(0)
         said = out.read()
     *errors, last = done.stderr.splitlines()

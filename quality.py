@@ -111,7 +111,8 @@ def quality(config):
     device, dtype, _ = hardware.resolve(config.device, config.dtype)
     rows, models, losses, curves = [], {}, {}, {}
     runs = runs_of(config)
-    folder = '-'.join(filter(None, (config.preset, config.match, str(config.tokens) if config.preset not in FULL and config.tokens else '')))
+    tokens = 0 if config.preset in FULL else config.tokens
+    folder = '-'.join(filter(None, (config.preset, config.match, str(tokens or ''))))
     Path('runs/quality', folder).mkdir(parents=True, exist_ok=True)
     for name, words in runs.items():
         results, curves[name] = [], []
@@ -122,7 +123,7 @@ def quality(config):
             data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
             lengths = token_bytes(load_tokenizer(data.tokenizer))
             results.append(validate(model, data, lengths, data.val_windows(0 if config.preset in FULL else 131_072), 16, device, dtype))
-            curves[name].append([(line['tokens'], line['loss']) for line in read_lines(Path(out) / 'metrics.jsonl') if line['kind'] == 'eval'])
+            curves[name].append(evaluations(out))
         models[name], losses[name] = model.config, [result['loss'] for result in results]
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
         rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **figures(**spread)})
@@ -136,12 +137,18 @@ def quality(config):
         rows.append({**dict.fromkeys(rows[0], 0), 'model': 'bigram table', 'rank': '',
                      **figures(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
     options = ''.join(f' --{key}={value}' for key, value, usual in (
-        ('preset', config.preset, 'ffn'), ('match', config.match, ''), ('tokens', config.tokens, 1_250_000), ('seeds', config.seeds, 3)) if value != usual)
+        ('preset', config.preset, 'ffn'), ('match', config.match, ''), ('tokens', config.tokens, 1_250_000), ('seeds', config.seeds, 3))
+        if value != usual)
     speeds = {row['model']: row['tokens/s'] for row in rows}
     report('quality', rows, config, options, lambda rows, figure: plot_curves(curves, speeds, figure),
            name='_'.join(filter(None, ('quality', config.preset, config.match))), losses=losses, curves=curves)
     for line in verdicts(losses):
         print(line)
+
+
+def evaluations(run):
+    """[(tokens, validation loss)] of a run"""
+    return [(line['tokens'], line['loss']) for line in read_lines(Path(run) / 'metrics.jsonl') if line['kind'] == 'eval']
 
 
 def difference(a, b):
@@ -248,7 +255,8 @@ def recall(config):
 def plot_recall(rows, figure):
     axes = figure.subplots()
     for name in ('attention', 'hybrid', 'resonance'):
-        axes.errorbar([row['pairs'] for row in rows], [row[name] for row in rows], [row[f'{name} sd'] for row in rows], marker='o', capsize=3, label=name)
+        x, y, sd = zip(*((row['pairs'], row[name], row[f'{name} sd']) for row in rows))
+        axes.errorbar(x, y, sd, marker='o', capsize=3, label=name)
     axes.set(xscale='log', xticks=[row['pairs'] for row in rows], xticklabels=[row['pairs'] for row in rows],
              xlabel='pairs to remember', ylabel='accuracy', ylim=(0, 1.02))
     axes.grid(alpha=0.3)
@@ -308,8 +316,9 @@ def nanogpt(config, data, folder, out, seed, *words):
     (folder / 'meta.pkl').write_bytes(b'(dVvocab_size\nI8192\ns.')
     device = hardware.resolve(config.device, config.dtype)[0].type
     return Path(config.nanogpt).resolve(), [
-        sys.executable, '-c', WITH_SEED, seed, *PEER_SHAPE, f'--device={device}', f'--dataset={folder.resolve()}', f'--out_dir={out.resolve()}',
-        '--gradient_accumulation_steps=1', '--compile=False', '--eval_iters=1', '--log_interval=1', '--dropout=0.0', *words]
+        sys.executable, '-c', WITH_SEED, seed, *PEER_SHAPE, f'--device={device}', f'--dataset={folder.resolve()}',
+        f'--out_dir={out.resolve()}', '--gradient_accumulation_steps=1', '--compile=False', '--eval_iters=1', '--log_interval=1',
+        '--dropout=0.0', *words]
 
 
 def peers(config):
@@ -326,7 +335,8 @@ def peers(config):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for repeat in range(3):
-            train_py, here = [sys.executable, 'train.py'], [f'--dataset={data.path.resolve()}', f'--device={device}', f'--max_steps={steps}', *BARE]
+            train_py = [sys.executable, 'train.py']
+            here = [f'--dataset={data.path.resolve()}', f'--device={device}', f'--max_steps={steps}', *BARE]
             commands = {
                 'nanoGPT': nanogpt(config, data, folder, folder / 'theirs', 0, '--eval_interval=1000000', f'--max_iters={steps}'),
                 'ours': (ROOT, [*train_py, *PEER_SHAPE, *SAME, *here, f'--out_dir={folder}/ours{repeat}']),
@@ -368,9 +378,9 @@ def race(config, data, seconds):
     rows, recipe = [], str(ROOT / 'config' / SPEEDRUN)
     for seed in range(config.seeds):
         target, out = loss_of(rate, seed), folder / f'speedrun_tiny_{seed}'
-        trained([recipe, f'--dataset={data.path.resolve()}', '--eval_tokens=0', '--sample_interval=0', f'--seed={1337 + seed}', f'--out_dir={out}',
-                 '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
-        curve = [(line['tokens'], line['loss']) for line in read_lines(out / 'metrics.jsonl') if line['kind'] == 'eval']
+        trained([recipe, f'--dataset={data.path.resolve()}', '--eval_tokens=0', '--sample_interval=0', f'--seed={1337 + seed}',
+                 f'--out_dir={out}', '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
+        curve = evaluations(out)
         tokens = next((tokens for tokens, loss in curve if loss <= target), None)
         theirs = steps * PEER_BATCH * seconds['nanoGPT']
         rows.append({'seed': seed, 'nanoGPT loss': target, 'nanoGPT tokens': steps * PEER_BATCH, 'nanoGPT seconds': theirs,
@@ -390,6 +400,8 @@ def nanogpt_loss(config, data, path):
     model = module.GPT(module.GPTConfig(**state['model_args']))
     model.load_state_dict(state['model'])
     model.eval()
-    windows = data.val_windows()
-    losses = [model(*map(torch.from_numpy, data.val_batch(part)))[1].item() * len(part) for part in np.split(windows, range(16, len(windows), 16))]
-    return sum(losses) / len(windows)
+    windows, total = data.val_windows(), 0.0
+    for i in range(0, len(windows), 16):
+        x, y = map(torch.from_numpy, data.val_batch(windows[i:i + 16]))
+        total += model(x, y)[1].item() * len(x)
+    return total / len(windows)

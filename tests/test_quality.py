@@ -125,6 +125,7 @@ def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(
     (tmp_path / 'nano').mkdir()
     (tmp_path / 'nano' / 'train.py').write_text(FAKE_TRAIN), (tmp_path / 'nano' / 'model.py').write_text(FAKE_MODEL)
     monkeypatch.setattr(quality.train, 'find_data', lambda config: quality.TokenData(data, 16, 300))
+    monkeypatch.setattr(quality, 'PEER_RATES', (2e-3, 1e-3))
     losses = iter([[9.0, 7.0, 6.9], [9.0, 8.5, 8.3]])
 
     def trained(words):
@@ -144,4 +145,4 @@ def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(
     assert first["tokens to nanoGPT's loss"] == 1000 and first['part of the time'] == pytest.approx(1000 / (1220 * 4096) / 2)
     assert second["tokens to nanoGPT's loss"] == second['part of the time'] == 'never'
     assert sorted(path.name for path in (tmp_path / 'runs' / 'peers').iterdir()) == [
-        'nanogpt_0.001_0', 'nanogpt_0.001_1', 'nanogpt_0.002_0', 'nanogpt_0.004_0', 'speedrun_tiny_0', 'speedrun_tiny_1']
+        'nanogpt_0.001_0', 'nanogpt_0.001_1', 'nanogpt_0.002_0', 'speedrun_tiny_0', 'speedrun_tiny_1']

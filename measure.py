@@ -57,8 +57,8 @@ def compare(times, reference):
 
 
 def report(title, rows, config, options='', plot=None, name='', **more):
-    """Print rows as a Markdown table and keep them, and `more`, in results/<machine>/<name or title>.json with what is needed to
-    measure them again, and what plot(rows, figure) draws in a .png beside it."""
+    """Print rows as a Markdown table and keep them, and `more`, in results/<machine>/<name or title>.json, with --quick in
+    <..>_quick.json, with what is needed to measure them again, and what plot(rows, figure) draws in a .png beside it."""
     table = [list(rows[0])] + [[f'{v:.4g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else v
                                 for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -66,16 +66,16 @@ def report(title, rows, config, options='', plot=None, name='', **more):
     print('\n' + '\n'.join('| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in table) + '\n')
     commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     where, when = machine(config), date.today().isoformat()
-    folder = RESULTS / slug(where)
+    folder, stem = RESULTS / slug(where), (name or title) + '_quick' * config.quick  # never in place of what took its time
     folder.mkdir(parents=True, exist_ok=True)
     result = {'command': f'python bench.py {title}{options}', 'machine': where, 'torch': torch.__version__, 'commit': commit, 'date': when}
-    (folder / f'{name or title}.json').write_text(json.dumps({**result, 'rows': rows, **more}, indent=1) + '\n')
+    (folder / f'{stem}.json').write_text(json.dumps({**result, 'rows': rows, **more}, indent=1) + '\n')
     if plot:
         from matplotlib.figure import Figure  # here, because the process of every candidate imports this file
         figure = Figure(figsize=(13, 5), layout='constrained')
         plot(rows, figure)
         figure.suptitle(f'bench.py {title}{options}: {where}, {when}', fontsize=12)
-        figure.savefig(folder / f'{name or title}.png', dpi=120)
+        figure.savefig(folder / f'{stem}.png', dpi=120)
 
 
 def machine(config):

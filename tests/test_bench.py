@@ -54,11 +54,11 @@ def result_file(tmp_path, name):
 
 def written(tmp_path, title, columns):
     """The rows of results/<title>.json, after a look at them and at the picture."""
-    result = json.loads(result_file(tmp_path, f'{title}.json').read_text())
+    result = json.loads(result_file(tmp_path, f'{title}_quick.json').read_text())
     assert all(list(row) == columns for row in result['rows'])
     assert result['command'] == f'python bench.py {title} --quick' and result['machine'] and result['date']
     assert all(isinstance(value, (str, int, float)) for row in result['rows'] for value in row.values())
-    picture = result_file(tmp_path, f'{title}.png').read_bytes()
+    picture = result_file(tmp_path, f'{title}_quick.png').read_bytes()
     assert picture.startswith(b'\x89PNG\r\n\x1a\n') and len(picture) > 5000
     return result['rows']
 
@@ -111,7 +111,7 @@ def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, 
         return [{'tokens_per_s': 1}] * 5 + [{'tokens_per_s': speed}] * 3
     monkeypatch.setattr(bench, 'training_run', training_run), monkeypatch.setattr(bench, 'training_lines', training_lines)
     bench.main(['scaling', '--quick', '--device=cpu'])
-    one, two = json.loads(result_file(tmp_path, 'scaling.json').read_text())['rows']
+    one, two = json.loads(result_file(tmp_path, 'scaling_quick.json').read_text())['rows']
     assert (one['tokens/s'], one['efficiency'], two['tokens/s'], two['efficiency']) == (100, 1, 180, 0.9)
     assert two['of the machine'] == pytest.approx(180 / 190)
     assert started[:2] == [(1, '4096'), (2, '8192')] and started[2:] == [(1, '4096')] * 2
@@ -151,7 +151,7 @@ def test_amp_measures_each_precision_that_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     monkeypatch.setattr(bench, 'SHAPES', [(SMALL, 2, 1)] * 2)
     bench.main(['amp', '--quick', '--device=cpu'])
-    rows = json.loads(result_file(tmp_path, 'amp.json').read_text())['rows']
+    rows = json.loads(result_file(tmp_path, 'amp_quick.json').read_text())['rows']
     assert [row['precision'] for row in rows] == ['float32', 'bfloat16'] and rows[0]['ratio to float32'] == 1  # once, on a CPU
     assert all(row['tokens/s'] > 0 and 0.05 < row['peak GB'] < 5 for row in rows)
 
@@ -161,7 +161,7 @@ def test_decode_times_prefill_and_tokens_of_every_block(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, 'SHAPES', [(SMALL, 2, 1)] * 2)
     monkeypatch.setattr(bench, 'variants', lambda shape: {'dense': shape, 'none': replace(shape, ffn='none')})
     bench.main(['decode', '--quick', '--device=cpu'])
-    rows = json.loads(result_file(tmp_path, 'decode.json').read_text())['rows']
+    rows = json.loads(result_file(tmp_path, 'decode_quick.json').read_text())['rows']
     assert [row['block'] for row in rows] == ['dense', 'none']
     assert all(row['prefill tokens/s'] > 0 and row['decode tokens/s'] > 0 for row in rows)
 

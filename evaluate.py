@@ -26,7 +26,7 @@ from parallel import Group
 from profiling import is_out_of_memory
 from runlog import plain, read_lines
 from shards import ShardData, open_data
-from tokenizer import SLICE, HuggingFace, load_tokenizer, token_bytes
+from tokenizer import encode, load_tokenizer, token_bytes
 
 
 @dataclass
@@ -169,9 +169,7 @@ def read_test(data):
 
 def as_stream(encoding, text):
     """(n,) uint16: the end of a text, as at the start of every document in training, and then all of `text` as one stream."""
-    size = len(text) if isinstance(encoding, HuggingFace) else SLICE  # it cuts for itself; the stack of tiktoken is limited
-    parts = [encoding.encode_to_numpy(text[i:i + size], disallowed_special=()) for i in range(0, len(text), size)]
-    return np.concatenate([[encoding.eot_token], *parts]).astype(np.uint16)
+    return np.concatenate([np.array([encoding.eot_token], '<u2'), encode(encoding, text)])
 
 
 def evaluate_test(model, encoding, text, counts, context, stride, batch_size, device, dtype):

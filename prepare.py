@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 
 import tokenizer
 from configurator import UserError, load, read_json, run
@@ -50,7 +49,6 @@ from workspace import Bins, Seen, compare, fsync, is_prepared, now, publish, wor
 BATCH = 10**6  # bytes of text that a process encodes at a time
 SAMPLE = 64 * BATCH  # bytes of text whose train documents the tokenizer is trained on
 PART = 16  # batches after which what is done is put on the record: a kill costs no more than these
-SLICE = 2**19  # characters that tiktoken gets at a time: a run of a million spaces overflows its stack
 
 
 @dataclass
@@ -352,7 +350,7 @@ def read_sample(corpus, config, enough):
 def check_room(encoding, sample, size, config, work):
     """Raises UserError where the disk has no room for the bins of `size` bytes of text (0: unknown), as the sample makes tokens."""
     texts = sample[::max(1, len(sample) // 100)]
-    texts = [text[:SLICE // 8] for text in texts]
+    texts = [text[:2**16] for text in texts]
     rate = sum(len(encoding.encode_ordinary(text)) + 1 for text in texts) / sum(len(text.encode()) for text in texts)
     tokens = size * rate / shard_of(config)[1]
     if config.max_tokens:
@@ -476,14 +474,8 @@ def open_tokenizer(work):
 def encode(texts):
     """{split: [str]} -> {split: (n,) uint16 ids}, with the end of text after every document."""
     eot = np.array([encoding.eot_token], '<u2')
-    return {split: np.concatenate([part for document in documents for part in (*encode_document(document), eot)] or [eot[:0]])
+    return {split: np.concatenate([part for document in documents for part in (tokenizer.encode(encoding, document), eot)] or [eot[:0]])
             for split, documents in texts.items()}
-
-
-def encode_document(document):
-    size = SLICE if isinstance(encoding, tiktoken.Encoding) else len(document)
-    for start in range(0, len(document), size):  # '<|endoftext|>' in it is plain text
-        yield encoding.encode_to_numpy(document[start:start + size], disallowed_special=()).astype('<u2')
 
 
 # ----------------------------------------------------------------------------------------------------------------------

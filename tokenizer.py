@@ -29,7 +29,9 @@ ENDS = (EOT, '</s>', '<|end_of_text|>', '<eos>')  # names of the end of a text i
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 FASTER = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"""
 LONG_WORDS = 6_000_000  # bytes of different words of more than 40 characters that a BPE is trained on: see `affordable`
-SLICE = 2**19  # characters that the library of Hugging Face gets at a time: it takes about 150 bytes of memory for each
+# Characters that a library gets at a time: Hugging Face's takes about 150 bytes of memory for each, tiktoken's stack overflows in a
+# run of a million spaces.
+SLICE = 2**19
 SPACE = '\u2581'  # how SentencePiece writes a space
 BYTES = {f'<0x{byte:02X}>': bytes([byte]) for byte in range(256)}  # its tokens for what no other token spells
 PRINTABLE = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
@@ -176,6 +178,13 @@ def from_ranks(content):
 def check_size(n_vocab):
     if n_vocab > 2**16:
         raise UserError(f'{n_vocab} tokens, more than the 65536 that uint16 can number')
+
+
+def encode(encoding, text):
+    """str of any length -> (n,) uint16 ids; '<|endoftext|>' in it is plain text."""
+    size = SLICE if isinstance(encoding, tiktoken.Encoding) else max(1, len(text))  # HuggingFace cuts for itself
+    parts = [encoding.encode_to_numpy(text[i:i + size], disallowed_special=()) for i in range(0, len(text), size)]
+    return np.concatenate([np.empty(0, '<u2'), *parts]).astype('<u2')
 
 
 def token_bytes(encoding):

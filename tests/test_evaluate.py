@@ -18,6 +18,7 @@ import evaluate
 import hellaswag
 import prepare
 import shards
+import tokenizer
 import train
 from configurator import UserError
 from data import TokenData
@@ -308,7 +309,7 @@ def test_the_test_split_is_one_stream_behind_an_end_of_text(saved, wiki, capsys)
 
 def test_a_long_stream_is_encoded_in_slices_as_documents_are(wiki, monkeypatch):
     encoding, text = load_tokenizer(wiki), 'the bird again ' * 50
-    monkeypatch.setattr(evaluate, 'SLICE', 100)
+    monkeypatch.setattr(tokenizer, 'SLICE', 100)
     ids = evaluate.as_stream(encoding, text)
     assert encoding.decode(ids[1:].tolist()) == text
     assert ids[1:].tolist() == [token for i in range(0, 750, 100) for token in encoding.encode_ordinary(text[i:i + 100])]

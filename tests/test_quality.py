@@ -56,11 +56,11 @@ def test_recall_asks_for_every_pair_that_it_has_shown_once():
     for row, asked in zip(x.tolist(), y.tolist()):
         shown = dict(zip(row[0:16:2], row[1:16:2]))
         assert len(shown) == 8 and all(key < 128 <= value < 256 for key, value in shown.items())
-        assert sorted(row[16::2]) == sorted(shown) and row[16::2] != row[0:16:2] or len(set(row[16::2])) == 8
+        assert sorted(row[16::2]) == sorted(shown)
         assert asked[:16] == [-1] * 16 and asked[17::2] == [-1] * 8
         assert asked[16::2] == [shown[key] for key in row[16::2]] == row[17::2]
     again, _ = quality.recall_batch(quality.np.random.default_rng(0), 50, 8)
-    assert torch.equal(x, again) and len({tuple(row[16::2]) == tuple(row[0:16:2]) for row in x.tolist()}) <= 2
+    assert torch.equal(x, again) and not (x[:, 16::2] == x[:, 0:16:2]).all(1).any()  # in another order: 1 in 40,320 is not
 
 
 def test_attention_learns_to_recall_and_accuracy_starts_at_chance():

@@ -365,15 +365,9 @@ def race(config, data, seconds):
     folder, steps = Path('runs/peers'), PEER_TOKENS // PEER_BATCH
 
     def loss_of(rate, seed):
-        out = folder / f'nanogpt_{rate:g}_{seed}'
-        if not (out / 'loss').exists():
-            out.mkdir(parents=True, exist_ok=True)
-            cwd, words = nanogpt(config, data, out, out, seed, f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={steps}',
-                                 f'--lr_decay_iters={steps}', '--warmup_iters=100', '--beta2=0.99', f'--eval_interval={steps}')
-            whole_process(words, cwd=cwd)
-            (out / 'loss').write_text(str(nanogpt_loss(config, data, out / 'ckpt.pt')))
-        print(f'nanoGPT, learning rate {rate:g}, seed {seed}: {(out / "loss").read_text()}', flush=True)
-        return float((out / 'loss').read_text())
+        loss = nanogpt_trained(config, data, rate, seed, folder / f'nanogpt_{rate:g}_{seed}')
+        print(f'nanoGPT, learning rate {rate:g}, seed {seed}: {loss:.4f}', flush=True)
+        return loss
     rate = min(PEER_RATES, key=lambda rate: loss_of(rate, 0))
     rows, recipe = [], str(ROOT / 'config' / SPEEDRUN)
     for seed in range(config.seeds):
@@ -388,6 +382,18 @@ def race(config, data, seconds):
                      'seconds to it': tokens * seconds['speedrun_tiny'] if tokens else 'never',
                      'part of the time': tokens * seconds['speedrun_tiny'] / theirs if tokens else 'never'})
     report('peers', rows, config, ' --nanogpt=PATH', name='peers_race', learning_rate=rate)
+
+
+def nanogpt_trained(config, data, rate, seed, out):
+    """The loss on all of our validation split that nanoGPT's own loop reaches after PEER_TOKENS; kept in `out`, and read from there."""
+    if not (out / 'loss').exists():
+        out.mkdir(parents=True, exist_ok=True)
+        steps = PEER_TOKENS // PEER_BATCH
+        cwd, words = nanogpt(config, data, out, out, seed, f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={steps}',
+                             f'--lr_decay_iters={steps}', '--warmup_iters=100', '--beta2=0.99', f'--eval_interval={steps}')
+        whole_process(words, cwd=cwd)
+        (out / 'loss').write_text(str(nanogpt_loss(config, data, out / 'ckpt.pt')))
+    return float((out / 'loss').read_text())
 
 
 @torch.no_grad()

@@ -4,22 +4,19 @@ What to train on prepared data: the presets that suit them, with size, time and 
     python prepare.py recommend data/pylib                # for this machine
     python prepare.py recommend shards --card_gb=16       # shards that were not split yet; with the memory of another card
 """
-import contextlib
 import math
-import os
 import shlex
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import device as hardware
 import train
 from configurator import UserError, columns
-from model import GPT, GPTConfig, OncePerStep
-from profiling import logit_bytes, measured, readable
+from model import GPT, GPTConfig
+from plan import achieved, count, duration, estimate, number, room
+from profiling import readable
 from shards import find_shards, inspect, nearest
 from show import open_whole, row_of
 from tokenizer import from_file, load_tokenizer
@@ -27,7 +24,6 @@ from tokenizer import from_file, load_tokenizer
 CONFIGS = Path(__file__).with_name('config')
 TOKENS_A_PARAMETER = 20  # compute-optimal (Hoffmann et al., arXiv:2203.15556)
 EPOCHS = 4  # repeated so often, data are worth almost as much as new ones (Muennighoff et al., arXiv:2305.16264)
-EFFICIENCY = 0.35  # of the speed of a matrix product that training reaches: an assumption
 
 
 @dataclass
@@ -79,7 +75,7 @@ def recommend(path, device='auto', card_gb=0.0, say=print):
     say('\n' + columns(plan_rows(plans, corpus, speed, size)))
     say(f'tokens/parameter: of one epoch; the other figures: of all max_steps of the preset. '
         f'Time on one device at {speed / 1e12:.3g} TFLOP/s: {how}.\n'
-        f'Memory: an estimate, 16 bytes a parameter and what a micro-step keeps in {str(dtype).removeprefix("torch.")}, '
+        f'Memory: an estimate, weights, gradients, optimizer and what a micro-step keeps in {str(dtype).removeprefix("torch.")}, '
         f'against {readable(size)} of {whose}.')
     for each in best(plans, corpus.tokens, size):
         say('\n' + advice(each, corpus, speed, size))
@@ -144,85 +140,13 @@ def unsuited(config, corpus):
 # ----------------------------------------------------------------------------------------------------------------------
 # Estimates
 
-def activations(config, checkpointing, rows, kind, dtype):
-    """
-    Bytes that a micro-step of `rows` sequences keeps for backward, by profiling.measured on small models: they grow in proportion
-    to layers, vocabulary and, unless the CPU's attention has dropout, context. Tensors are fake, without content, but in TriX.
-
-    kind: 'cpu' or 'cuda', whose attention keeps no T x T weights for dropout, as the CPU's does: there dropout is left out.
-    """
-    config = config if kind == 'cpu' else replace(config, dropout=0.0)
-    fake, T = config.ffn != 'trix', config.block_size  # the sizes in TriX depend on the tokens
-    if config.mixers() == ['resonance'] * config.n_layer:
-        T = min(T, 2 * config.chunk_size)
-    elif not fake and not config.dropout:
-        T = min(T, 64)
-    n, V, keep = 1 if len(set(config.mixers())) == 1 else config.n_layer, 512, OncePerStep.keep
-
-    def kept(n_layer, vocab_size):
-        model = GPT(replace(config, n_layer=n_layer, vocab_size=vocab_size, block_size=T))
-        *a_sequence, copies = measured(model, torch.device('cpu'), dtype)
-        return rows * a_sequence[checkpointing] * config.block_size / T + copies
-    try:
-        OncePerStep.keep = keep and not fake  # it compares weights
-        with FakeTensorMode() if fake else contextlib.nullcontext():
-            small = kept(n, V)
-            layer = kept(n + 1, V) - small if n < config.n_layer else 0
-            return small + layer * (config.n_layer - n) + (kept(n, 2 * V) - small) * (config.vocab_size / V - 1)
-    finally:
-        OncePerStep.keep = keep
-
-
 def plan(name, config, kind, dtype):
-    """The figures of a preset. Memory: fp32 weights, gradients and AdamW's two moments, what is kept for backward, the logits."""
+    """The figures of a preset."""
     with torch.device('meta'):
         model = GPT(config.pick(GPTConfig))
     parameters = sum(p.numel() for p in model.parameters())
-    memory = 16 * parameters + logit_bytes(model, config.batch_size, torch.device(kind), dtype)
-    memory += activations(model.config, config.activation_checkpointing, config.batch_size, kind, dtype)
+    memory = sum(estimate(config, kind, dtype)(config.batch_size, config.activation_checkpointing).values())
     return Plan(name, parameters, model.flops_per_token(), config.batch_tokens, config.max_steps, memory)
-
-
-def achieved(device, dtype):
-    """(FLOP/s that training is expected to reach, how they were got)"""
-    part = f'{EFFICIENCY:.0%} (an assumption) of'
-    if peak := hardware.peak_flops(device, dtype):
-        name = torch.cuda.get_device_name(device)
-        return EFFICIENCY * peak, f'{part} the {peak / 1e12:,.0f} TFLOP/s that the maker of {name} states'
-    size = 1024 if device.type == 'cpu' else 4096
-    a, n, seconds = torch.randn(size, size, dtype=dtype, device=device), 0, 0.0
-    a @ a
-    hardware.synchronize(device)
-    start = time.perf_counter()
-    while seconds < 1:
-        a @ a
-        hardware.synchronize(device)
-        n, seconds = n + 1, time.perf_counter() - start
-    speed = 2 * size**3 * n / seconds
-    return EFFICIENCY * speed, (f'{part} the {speed / 1e9:,.0f} GFLOP/s measured now on {device} '
-                                f'in products of {size} x {size} matrices, {str(dtype).removeprefix("torch.")}')
-
-
-def room(device, card_gb):
-    """(bytes of memory to train in, whose they are)"""
-    if card_gb:
-        return card_gb * 1e9, f'a card of {card_gb:g} GB'
-    if device.type == 'cuda':
-        return torch.cuda.get_device_properties(device).total_memory, f'{device}'
-    if device.type == 'mps':
-        return torch.mps.recommended_max_memory(), f'{device}'
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), 'this machine'
-
-
-def duration(seconds):
-    for unit, size in (('years', 365 * 86_400), ('days', 86_400), ('h', 3600), ('min', 60)):
-        if seconds >= size:
-            return f'{number(seconds / size)} {unit}'
-    return f'{number(seconds)} s'
-
-
-def number(x):
-    return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,9 +194,3 @@ def advice(p, corpus, speed, size):
     words = shlex.join([name, f'--dataset={corpus.dataset}', f'--max_steps={steps}'])
     several = max(2, torch.cuda.device_count())
     return '\n'.join([*lines, f'  python train.py {words}', f'  torchrun --standalone --nproc_per_node={several} train.py {words}'])
-
-
-def count(n):
-    """1_638_400 -> '1.64M'"""
-    unit, letter = next((u for u in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')) if n >= 0.9995 * u[0]), (1, ''))
-    return f'{n / unit:.3g}{letter}'

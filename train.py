@@ -25,6 +25,7 @@ import checkpoint
 import configurator
 import device as hardware
 import parallel
+import plan
 import profiling
 import runlog
 import schedule as schedules
@@ -84,7 +85,8 @@ class TrainConfig:
     dist_timeout: int = 600  # seconds that a process waits for the others
     resume: str = ''  # auto: go on from the newest good checkpoint in out_dir, if any; or a checkpoint or run to go on from
     other_data: bool = False  # let --resume go on with other data than the checkpoint's
-    plan: bool = False  # show the schedule, and end
+    plan: bool = False  # show what the run takes (parameters, memory, time, disk) and its schedule, and end
+    card_gb: float = 0.0  # --plan: for a GPU with so much memory, whether or not one is here (0: for this machine)
     profile: bool = False  # record three early steps with torch.profiler, and where the memory goes
     tensorboard: bool = False  # scalars and samples for TensorBoard, too, in out_dir/tensorboard
     wandb: bool = False  # scalars for Weights & Biases, too (WANDB_MODE=offline needs no network)
@@ -95,6 +97,8 @@ class TrainConfig:
         found += [f'{key}={getattr(self, key)} must not be negative' for key in
                   ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_interval', 'eval_tokens', 'log_interval',
                    'sample_interval', 'save_interval', 'keep', 'spike_z', 'seed') if getattr(self, key) < 0]
+        if not 0 <= self.card_gb < math.inf:
+            found.append(f'card_gb={self.card_gb}: expected the memory of a card in GB, or 0')
         found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2') if not 0 <= getattr(self, key) < 1]
         found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}' for key, choices in
                   (('optimizer', OPTIMIZERS), ('parallel', ('ddp', 'fsdp'))) if getattr(self, key) not in choices]
@@ -160,14 +164,16 @@ def micro_batches(config, world):
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the loop
 
-def find_data(config):
-    """The directory of the tokens that config.dataset names; prepared now if it is missing and can be."""
+def find_data(config, prepare=True):
+    """What loads the tokens that config.dataset names; prepared now if they are missing and can be, or (prepare=False) None then."""
     path, name, shards = data_dir(config.dataset, config.tokenizer), config.dataset, config.dataset.startswith('shards:')
     if shards and (Path(name[7:]) / 'meta.json').is_file():
         path = Path(name[7:])  # made by prepare.py pack or split
     can_prepare, bpe = name in DATASETS or name.startswith(('text:', 'shards:')), not shards and config.tokenizer == 'bpe'
     if can_prepare and bpe and (path / 'meta.json').is_file() and read_json(path / 'meta.json').get('vocab_size') != config.vocab_size:
         path = path.with_name(f'{path.name}-{config.vocab_size}')  # the same corpus in another vocabulary
+    if not prepare and not (path / 'meta.json').is_file() and not path.is_dir():
+        return None
     if can_prepare and not (path / 'meta.json').is_file():
         print(f'{path} is not there yet: preparing {name} (once; under a minute for pylib)', flush=True)
         command = [sys.executable, str(Path(__file__).with_name('prepare.py')), f'--dataset={name}', f'--out={path}']
@@ -229,7 +235,8 @@ def main(argv):
     say = (lambda text: print(text, flush=True)) if group.main else (lambda text: None)
     say(config.table())
     if config.plan:
-        say(schedules.picture(config))
+        if group.main:
+            say(plan.page(config, *micro_batches(config, group.world), find_data(config, prepare=False), group.world))
         return
     runlog.check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
     device, dtype, why = hardware.resolve(config.device, config.dtype, group.local_rank if group.world > 1 else None)

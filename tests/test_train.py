@@ -553,8 +553,9 @@ def test_profile_writes_a_table_and_a_trace_and_changes_nothing(corpus, tmp_path
     assert_same_run(tmp_path / 'run', whole)
 
 
-def test_a_plan_shows_the_schedule_and_makes_nothing(tmp_path, monkeypatch, capsys):
+def test_a_real_plan_measures_shows_the_schedule_and_makes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.main(['--plan', '--schedule=two_stage', '--max_steps=1000', '--learning_rate=1.5e-3', '--dataset=missing'])
+    train.main(['--plan', '--schedule=two_stage', '--max_steps=1000', '--learning_rate=1.5e-3', '--dataset=missing', '--device=cpu',
+                '--n_embd=16', '--n_layer=1', '--vocab_size=300', '--block_size=16'])
     shown = capsys.readouterr().out
-    assert re.search(r'500 +1\.000e-03 +0 ', shown) and '▇' in shown and not list(tmp_path.iterdir())
+    assert '(measured now' in shown and re.search(r'500 +1\.000e-03 +0 ', shown) and '▇' in shown and not list(tmp_path.iterdir())

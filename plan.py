@@ -1,0 +1,382 @@
+"""
+What a run takes, before it starts: parameters, memory, time, disk, and what to change where that is too much.
+
+    python train.py config/x.py --plan                    # on this machine
+    python train.py config/x.py --plan --card_gb=16       # on a GPU with so much memory, whether or not there is one here
+
+Where a few real steps are cheap they are made, each kind in a process of its own, and memory and time are theirs; elsewhere both
+are estimated. The page says which. Nothing here starts a run or writes a file.
+"""
+import contextlib
+import math
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, process
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import device as hardware
+import schedule as schedules
+from configurator import columns
+from model import GPT, GPTConfig, OncePerStep
+from optim import make_optimizers
+from profiling import counted, has_bfloat16, is_out_of_memory, logit_bytes, measured, readable
+
+EFFICIENCY = 0.35  # of the speed of a matrix product that training reaches: an assumption
+PROBE = 30  # seconds that the steps of a probe may take, about
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory and time, estimated
+
+def activations(config, kind, dtype):
+    """
+    Bytes that a micro-step keeps for backward: (a sequence, the same with activation checkpointing, whatever the number of
+    sequences), by profiling.measured on small models: they grow in proportion to layers, vocabulary and, unless the CPU's attention
+    has dropout, context. Tensors are fake, without content, but in TriX.
+
+    kind: 'cpu' or 'cuda', whose attention keeps no T x T weights for dropout, as the CPU's does: there dropout is left out.
+    """
+    config = config if kind == 'cpu' else replace(config, dropout=0.0)
+    fake, T = config.ffn != 'trix', config.block_size  # the sizes in TriX depend on the tokens
+    if config.mixers() == ['resonance'] * config.n_layer:
+        T = min(T, 2 * config.chunk_size)
+    elif not fake and not config.dropout:
+        T = min(T, 64)
+    n, V, keep = 1 if len(set(config.mixers())) == 1 else config.n_layer, 512, OncePerStep.keep
+
+    def kept(n_layer, vocab_size):
+        model = GPT(replace(config, n_layer=n_layer, vocab_size=vocab_size, block_size=T))
+        plain, checkpointed, copies = measured(model, torch.device('cpu'), dtype)
+        return plain * config.block_size / T, checkpointed * config.block_size / T, copies
+    try:
+        OncePerStep.keep = keep and not fake  # it compares weights
+        with FakeTensorMode() if fake else contextlib.nullcontext():
+            small, wide = kept(n, V), kept(n, 2 * V)
+            deep = kept(n + 1, V) if n < config.n_layer else small
+        return tuple(a + (b - a) * (config.n_layer - n) + (c - a) * (config.vocab_size / V - 1) for a, b, c in zip(small, deep, wide))
+    finally:
+        OncePerStep.keep = keep
+
+
+def estimate(config, kind, dtype):
+    """-> a function (rows, checkpointing) -> {kind of memory: bytes} of a training step with micro-steps of `rows` sequences."""
+    with torch.device('meta'):
+        model = GPT(config.pick(GPTConfig))
+        optimizers = make_optimizers(model, config, torch.device('cpu')).values()
+    *a_sequence, copies = activations(model.config, kind, dtype)
+    fixed = {kind: size for kind, size, _ in counted(model, optimizers)}
+
+    def memory(rows, checkpointing):
+        return {**fixed, 'copies': copies, 'activations': rows * a_sequence[checkpointing],
+                'loss': logit_bytes(model, rows, torch.device(kind), dtype)}
+    return memory
+
+
+def achieved(device, dtype):
+    """(FLOP/s that training is expected to reach, how they were got)"""
+    part = f'{EFFICIENCY:.0%} (an assumption) of'
+    if peak := hardware.peak_flops(device, dtype):
+        name = torch.cuda.get_device_name(device)
+        return EFFICIENCY * peak, f'{part} the {peak / 1e12:,.0f} TFLOP/s that the maker of {name} states'
+    size = 1024 if device.type == 'cpu' else 4096
+    a, n, seconds = torch.randn(size, size, dtype=dtype, device=device), 0, 0.0
+    a @ a
+    hardware.synchronize(device)
+    start = time.perf_counter()
+    while seconds < 1:
+        a @ a
+        hardware.synchronize(device)
+        n, seconds = n + 1, time.perf_counter() - start
+    speed = 2 * size**3 * n / seconds
+    return EFFICIENCY * speed, (f'{part} the {speed / 1e9:,.0f} GFLOP/s measured now on {device} '
+                                f'in products of {size} x {size} matrices, {str(dtype).removeprefix("torch.")}')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory and time, measured
+
+@dataclass
+class Measured:
+    rows: int  # sequences of the micro-steps that were measured
+    bytes: float  # that they took
+    a_sequence: float  # of that, by half as many sequences
+    micro: float  # seconds of a micro-step
+    rest: float  # seconds of what follows until the next one: clipping, the optimizer
+
+
+def steps(knobs, shape, rows, pattern, threads):
+    """In a process of its own: training steps with random tokens, pattern[i] micro-steps of `rows` sequences in step i -> (bytes
+    they took, seconds of a micro-step, seconds of the rest of a step), without those of the first step."""
+    torch.set_num_threads(threads)
+    device, dtype, _ = hardware.resolve(knobs.device, knobs.dtype)
+    before, times = hardware.peak_memory_gb(device), []
+    torch.manual_seed(knobs.seed)
+    model = GPT(shape).to(device).train()
+    model.activation_checkpointing = knobs.activation_checkpointing
+    optimizers, scaler = make_optimizers(model, knobs, device).values(), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    for micro_steps in pattern:
+        start = time.perf_counter()
+        for _ in range(micro_steps):
+            idx = torch.randint(shape.vocab_size, (rows, shape.block_size + 1)).to(device)
+            with hardware.autocast(device, dtype):
+                loss = model(idx[:, :-1], idx[:, 1:])
+            scaler.scale(loss).backward()
+            del loss
+        hardware.synchronize(device)
+        middle = time.perf_counter()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        model.update_balance(1e-3)
+        hardware.synchronize(device)
+        times.append(((middle - start) / micro_steps, time.perf_counter() - middle))
+        model.statistics()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+    taken = hardware.peak_memory_gb(device) - before
+    return taken * 1e9, *(statistics.median(each) for each in zip(*times[1:]))
+
+
+def probe(config, rows, micro_steps, seconds_a_row, fits):
+    """
+    A Measured: three steps with as many sequences, up to `rows`, as fit and take no longer than PROBE by `seconds_a_row` of a
+    micro-step, and two with half as many. None if not even one fits, or if memory runs out all the same.
+    """
+    n = next((n for n in (rows >> i for i in range(rows.bit_length())) if 6 * n * seconds_a_row <= PROBE and fits(n)), 0)
+    if not n:
+        return None
+    server = multiprocessing.get_context('forkserver')
+    server.set_forkserver_preload(['torch._dynamo'])  # seconds to import, and every optimizer needs it: once for all
+    knobs, shape, several = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig), min(2, micro_steps)
+
+    def run(n, *pattern):
+        with ProcessPoolExecutor(1, server) as pool:
+            return pool.submit(steps, knobs, shape, n, pattern, torch.get_num_threads()).result()
+    try:
+        most, micro, rest = run(n, 1, several, 1)
+        less = run(n // 2, 1, several)[0] if n > 1 else most
+    except process.BrokenProcessPool:
+        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return Measured(n, most, max(0.0, most - less) / max(1, n - n // 2), micro, rest)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Disk
+
+def checkpoint_bytes(config):
+    """Of one checkpoint: weights, what is saved with them, and the optimizers' moments, in fp32."""
+    with torch.device('meta'):
+        model = GPT(config.pick(GPTConfig))
+        optimizers = make_optimizers(model, config, torch.device('cpu')).values()
+    tensors = {id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}  # a tied matrix is there once
+    return sum(tensors.values()) + next(size for kind, size, _ in counted(model, optimizers) if kind == 'optimizer')
+
+
+def checkpoints_at_most(config):
+    """(checkpoints that are on the disk at most, in words): the newest, the best, those for ever, and one that is being written."""
+    edge, last = schedules.boundary(config), config.max_steps
+    forever = {*config.mandatory_steps, *((edge, edge + 1) if edge is not None else ())}
+    if not config.save_interval:
+        return 1, 'only if the run is interrupted (--save_interval=0)'
+    regular = (set(range(interval, last + 1, interval)) for interval in (config.save_interval, config.eval_interval) if interval)
+    saves = len({last, *forever}.union(*regular))  # a better validation is saved, too
+    if not config.keep:
+        return saves, 'all are kept (--keep=0), if every validation is better than those before'
+    words = [f'keep={config.keep}'] + ['the best'] * bool(config.eval_interval) + [f'{len(forever)} mandatory'] * bool(forever)
+    return min(saves, config.keep + bool(config.eval_interval) + len(forever)) + 1, ', '.join([*words, 'one in the making'])
+
+
+def free_bytes(path):
+    """Of the file system that a path, which need not exist, is on."""
+    return shutil.disk_usage(next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.is_dir())).free
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+def page(config, rows, micro_steps, data=None, world=1):
+    """The whole plan as text, for each of `world` processes with micro-steps of `rows` sequences. data: the loader of what is
+    prepared, or None. Raises UserError."""
+    if config.card_gb and not torch.cuda.is_available():
+        device, dtype = torch.device('cuda'), hardware.DTYPES.get(config.dtype, torch.bfloat16)
+        why, here = f'a GPU of {config.card_gb:g} GB, {str(dtype).removeprefix("torch.")}: none is here', False
+    else:
+        (device, dtype, why), here = hardware.resolve(config.device, config.dtype), True
+    with torch.device('meta'):
+        model = GPT(config.pick(GPTConfig))
+    size, whose = room(device, config.card_gb)
+    # Python and torch themselves, before the model. On a GPU, the tensors alone count.
+    base = hardware.peak_memory_gb(device) * 1e9 if device.type != 'cuda' else 0
+    speed, how = achieved(device, dtype if device.type != 'cpu' else torch.float32) if here else (None, '')
+    kinds, fsdp = estimate(config, device.type if device.type == 'cuda' else 'cpu', dtype), config.parallel == 'fsdp' and world > 1
+
+    def estimated(rows, checkpointing):
+        return sum(share(kinds(rows, checkpointing), world if fsdp else 1).values())
+
+    def total(rows, checkpointing=config.activation_checkpointing):
+        """By what was measured, and the estimated difference to that."""
+        own = config.activation_checkpointing
+        if not seen:
+            return estimated(rows, checkpointing)
+        slope = seen.a_sequence or estimated(2, own) - estimated(1, own)
+        return seen.bytes + slope * (rows - seen.rows) + estimated(rows, checkpointing) - estimated(rows, own)
+    seen = here and not fsdp and probe(config, rows, micro_steps, model.flops_per_token() * config.block_size / speed if speed else 0,
+                                       lambda n: base + 1.5 * estimated(n, config.activation_checkpointing) < size)
+    memory = share(kinds(rows, config.activation_checkpointing), world if fsdp else 1)
+    parts = ([f'plan for {why}' + (f'; {world} processes, {config.parallel}' if world > 1 else '')], parameter_lines(model),
+             memory_lines(config, memory, total, seen, rows, base, size, whose),
+             [] if base + total(rows) <= size else
+             changes(config, device, dtype, rows, world, size - base, total, memory),
+             run_lines(config, data), time_lines(config, model, seen, speed, how, rows, micro_steps, world),
+             disk_lines(config, data), [schedules.picture(config)])
+    return '\n\n'.join('\n'.join(lines) for lines in parts if lines)
+
+
+def share(memory, parts):
+    """FSDP shares out what there is of each parameter."""
+    return {kind: size / parts if kind in ('parameters', 'gradients', 'optimizer') else size for kind, size in memory.items()}
+
+
+def room(device, card_gb):
+    """(bytes of memory to train in, whose they are)"""
+    if card_gb:
+        return card_gb * 1e9, f'a card of {card_gb:g} GB'
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory, f'{device}'
+    if device.type == 'mps':
+        return torch.mps.recommended_max_memory(), f'{device}'
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), 'this machine'
+
+
+def parameter_lines(model):
+    table = [each for each in model.parameter_table() if each[1]]
+    total, used = (sum(column) for column in list(zip(*table))[1:])
+    embedding = sum(p.numel() for part in (model.wte, model.wpe) if part for p in part.parameters())
+    return [f'{total:,} parameters, {used:,} active (used by a token), {embedding:,} in embeddings'
+            + ' (tied to the head)' * model.config.tie_embeddings + f'; {model.flops_per_token() / 1e6:,.1f} MFLOP a token',
+            columns([('  kind', 'parameters', 'active'), *((f'  {kind}', f'{n:,}', f'{u:,}') for kind, n, u in table)])]
+
+
+HOW = {'copies': 'ternary codes, weights in low precision, the gradient of the head', 'activations': 'kept by forward for backward',
+       'loss': 'chunks of logits', 'optimizer': 'its moments', 'buffers': 'tables and counters'}
+
+
+def memory_lines(config, memory, total, seen, rows, base, size, whose):
+    """By kind, and by batch_size."""
+    T, step = config.block_size, total(rows)
+    table = [(f'  {kind}', readable(each), HOW.get(kind, '')) for kind, each in memory.items() if each >= 0.0005 * step]
+    if seen:
+        rest = step - sum(memory.values())
+        table.append(('  measured', ('-' if rest < 0 else '+') + readable(abs(rest)), 'by a real step'
+                      + (f' of {seen.rows} x {T}' if seen.rows != rows else '') + (
+            ': temporaries, what malloc and libraries hold' if rest >= 0 else ': not all of these are there at once')))
+    if base:
+        table.append(('  base', readable(base), 'Python and torch, before the model'))
+    table.append(('  total', readable(base + step), f'of {readable(size)} of {whose}: '
+                  + ('fits' if base + step <= size else 'DOES NOT FIT') + ('' if seen else ' (an estimate, without what operators and malloc hold: nothing was run)')))
+    cells = [('  batch_size', 'plain', '', '--activation_checkpointing=true', '')]
+    for n in sorted({1, max(1, rows // 2), rows, 2 * rows, 4 * rows}):
+        both = [base + total(n, checkpointing) for checkpointing in (False, True)]
+        cells.append((f'  {n}' + ' (this run)' * (n == rows), *(word for each in both for word in (
+            readable(each), 'fits' if each <= size else 'does not fit'))))
+    return [f'memory of a training step with micro-steps of {rows} x {T} tokens'
+            + ', with activation checkpointing' * config.activation_checkpointing, columns(table), '', 'memory by batch_size', columns(cells)]
+
+
+def changes(config, device, dtype, rows, world, size, total, memory):
+    """A line for each knob that saves memory and is not turned yet, with what the step takes then."""
+    found, tokens = [], config.batch_tokens
+    smaller = [n for n in range(rows - 1, 0, -1) if tokens % (n * config.block_size * world) == 0]
+    for checkpointing in {config.activation_checkpointing, True}:
+        n = next((n for n in smaller if total(n, checkpointing) <= size), smaller[-1] if smaller else None)
+        more = checkpointing and not config.activation_checkpointing
+        if more:
+            found.append(('--activation_checkpointing=true (same results, slower)', total(rows, True)))
+        if n:
+            found.append((f'--batch_size={n} --batch_tokens={tokens}{" --activation_checkpointing=true" * more} (same results)',
+                          total(n, checkpointing)))
+    if dtype == torch.float32 and has_bfloat16(device):
+        half = estimate(config, device.type, torch.bfloat16)(rows, config.activation_checkpointing)
+        found.append(('--dtype=bfloat16', sum(half.values())))
+    if config.parallel != 'fsdp' and config.optimizer != 'muon' and dtype != torch.float16:
+        now = total(rows)
+        found.append(('--parallel=fsdp on 8 devices (same results)', now - sum(memory.values()) + sum(share(memory, 8).values())))
+    lines = [f'  {knob}: {readable(then)}' + (', fits' if then <= size else ', not enough alone') for knob, then in found]
+    if not any(then <= size for _, then in found):
+        lines.append('  or a smaller model: --n_layer, --n_embd, --block_size')
+    return ['it does not fit; what to change:', *lines]
+
+
+def run_lines(config, data):
+    tokens = config.max_steps * config.batch_tokens
+    text = f'{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {tokens:,} tokens'
+    return [f'{text}: {tokens / data.train_tokens:.2f} epochs of the {data.train_tokens:,} in {data.path}' if data else
+            f'{text}; {config.dataset} is not prepared yet, so the epochs are unknown']
+
+
+def time_lines(config, model, seen, speed, how, rows, micro_steps, world):
+    """How long the run takes, by the probe, or by an assumption, which is named. A token of a validation takes a third of the time."""
+    work = model.flops_per_token() * config.max_steps * config.batch_tokens
+    evals = config.max_steps // config.eval_interval + 1 if config.eval_interval else 0
+    part = 1 + evals * config.eval_tokens / 3 / (config.max_steps * config.batch_tokens)
+    note = (f', with {evals} validations' if part > 1 else '') + '; samples, checkpoints and the preparation of data come on top'
+    if not speed:
+        times = ', '.join(f'{name} {duration(part * work / (EFFICIENCY * tflops * 1e12 * world))}'
+                          for name, tflops in hardware.PEAK_TFLOPS.items())
+        return [f'time of the {work:.2e} FLOPs at {EFFICIENCY:.0%} (an assumption) of the peak that the makers state: {times}{note}']
+    if seen:
+        seconds, how = micro_steps * seen.micro * rows / seen.rows + seen.rest, 'measured now, on real steps with random tokens, not compiled'
+    else:
+        seconds, how = work / config.max_steps / (speed * world), f'an estimate: {how}'
+    return [f'time: {number(seconds)} s a step, {number(config.batch_tokens / seconds)} tokens/s ({how}); '
+            f'{duration(part * seconds * config.max_steps)} in all{note}']
+
+
+def disk_lines(config, data):
+    (n, why), each, free = checkpoints_at_most(config), checkpoint_bytes(config), free_bytes(config.out_dir)
+    tokens = 2 * config.max_steps * config.batch_tokens
+    if data:
+        there = sum(file.stat().st_size for file in data.path.rglob('*') if file.is_file())
+        text = f'{readable(there)} of data are in {data.path}'
+    elif config.dataset == 'fineweb_edu':  # as much of it as the run reads
+        text = f'{readable(tokens)} of data are to be prepared'
+    else:
+        text = f'{config.dataset} is not prepared yet: 2 bytes a token'
+    needed = n * each + (tokens if not data and config.dataset == 'fineweb_edu' else 0)
+    return [f'disk: {n:,} checkpoints at most ({why}) of {readable(each)} = {readable(n * each)} in {config.out_dir}; {text}; '
+            f'{readable(free)} are free: ' + ('enough' if needed <= free else 'NOT ENOUGH: a smaller --keep, or another --out_dir')]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In words
+
+def duration(seconds):
+    for unit, size in (('years', 365 * 86_400), ('days', 86_400), ('h', 3600), ('min', 60)):
+        if seconds >= size:
+            return f'{number(seconds / size)} {unit}'
+    return f'{number(seconds)} s'
+
+
+def number(x):
+    return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
+
+
+def count(n):
+    """1_638_400 -> '1.64M'"""
+    unit, letter = next((u for u in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')) if n >= 0.9995 * u[0]), (1, ''))
+    return f'{n / unit:.3g}{letter}'

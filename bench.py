@@ -11,6 +11,7 @@
     python bench.py quality --preset=mixer   # or recall, routing, tiles, bitnet, tiny; --match=params, flops or bytes
     python bench.py peers --nanogpt=PATH     # a checkout of nanoGPT: its model and loop against ours
     python bench.py scaling                  # one process against several, each with one thread or one GPU (five minutes)
+    python bench.py plan                     # what train.py --plan says of eight runs, and what they take (five minutes)
     python bench.py loop                     # what surrounds a step: loading, logging, a checkpoint (a minute)
     python bench.py data                     # encoding, preparing and loading: speed and memory (eight minutes)
 """
@@ -83,8 +84,8 @@ class BenchConfig:
         found += [f'{key}={getattr(self, key)} must be at least 1' for key in ('repeats', 'seeds') if getattr(self, key) < 1]
         found += [] if self.match in ('', *quality.MATCHES) else [f'match={self.match!r} is not one of {", ".join(quality.MATCHES)}']
         found += [] if self.tokens >= 0 else [f'tokens={self.tokens} must not be negative']
-        if self.command == 'peers' and not (Path(self.nanogpt) / 'train.py').is_file():
-            found.append(f'--nanogpt={self.nanogpt}: no train.py there; clone nanoGPT and give its directory')
+        if self.command == 'peers' and (missing := quality.not_nanogpt(self.nanogpt)):
+            found.append(f'--nanogpt={self.nanogpt}: {missing} there, so this is no checkout of nanoGPT; clone it and give its directory')
         return found
 
 
@@ -323,6 +324,40 @@ def scaling(config):
                        for n in counts], config, ' --quick' * config.quick)
 
 
+PLANNED = {  # name: config file and command line
+    'trix_tiny': (TINY,), 'dense_tiny': ('dense_tiny.py',), 'speedrun_tiny': ('speedrun_tiny.py',),
+    'swiglu, 6 x 256': ('dense_tiny.py', '--ffn=swiglu', '--n_layer=6', '--n_embd=256', '--batch_size=8', '--batch_tokens=2048'),
+    'trix, 4 x 256, context 512, two micro-steps': (TINY, '--n_layer=4', '--n_embd=256', '--trix_hidden=256', '--block_size=512',
+                                                    '--batch_size=4', '--batch_tokens=4096'),
+    'bitnet, 4 x 256': ('dense_tiny.py', '--ffn=swiglu', '--linear=bitnet', '--n_layer=4', '--n_embd=256'),
+    'resonance, 4 x 192, context 1024': ('dense_tiny.py', '--mixer=resonance', '--n_layer=4', '--n_embd=192', '--block_size=1024',
+                                         '--batch_size=4', '--batch_tokens=4096'),
+    'gelu, 8 x 512, checkpointing': ('dense_tiny.py', '--n_layer=8', '--n_embd=512', '--batch_size=8', '--batch_tokens=2048',
+                                     '--activation_checkpointing=true')}
+
+
+def plan(config):
+    """What `train.py --plan` says of PLANNED, and what a run of 14 steps then takes: GB on top of Python and torch (`base`), and
+    seconds a step, the median of the last ten."""
+    units, rows = {'GB': 1, 'MB': 1e-3, 'kB': 1e-6}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (name, (file, *words)) in enumerate(list(PLANNED.items())[:2 if config.quick else None]):
+            command = [sys.executable, ROOT / 'train.py', ROOT / 'config' / file, *words, f'--device={config.device}', f'--dtype={config.dtype}']
+            page = whole_process([*command, '--plan'])[2]
+            base, planned = (float(found[1]) * units[found[2]] if (found := re.search(rf'^  {key} +([\d.]+) (.B)', page, re.M)) else 0.0
+                             for key in ('base', 'total'))
+            seconds = float(re.search(r'^time: ([\d.,]+) s', page, re.M)[1].replace(',', ''))
+            whole_process([*command, f'--out_dir={folder}/{i}', '--max_steps=14', '--warmup_steps=0', '--log_interval=1',
+                           '--eval_interval=0', '--sample_interval=0', '--save_interval=0', '--compile=false'])
+            lines = [line for line in read_lines(Path(folder, str(i), 'metrics.jsonl')) if line['kind'] == 'train']
+            memory = max(line['mem_gb'] for line in lines) - base
+            step = statistics.median(lines[0]['tokens'] / line['tokens_per_s'] for line in lines[4:])
+            rows.append({'run': name, 'planned GB': planned - base, 'GB': memory, 'planned/measured GB': (planned - base) / memory,
+                         'planned s/step': seconds, 's/step': step, 'planned/measured s': seconds / step})
+            print(name, *(f'{value:.3g}' for value in list(rows[-1].values())[1:]), flush=True)
+    report('plan', rows, config, ' --quick' * config.quick)
+
+
 def loop(config):
     """What trix_tiny's loop does beside the step: seconds each time and the part of the run's time that they are."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -488,7 +523,7 @@ def opened_shards(folder):
 
 
 COMMANDS = {'blocks': blocks, 'amp': amp, 'context': context, 'decode': decode, 'batch': batch, 'head': head, 'quality': quality.quality,
-            'peers': quality.peers, 'scaling': scaling, 'loop': loop, 'data': data}
+            'peers': quality.peers, 'scaling': scaling, 'plan': plan, 'loop': loop, 'data': data}
 
 
 def main(argv):

@@ -296,7 +296,7 @@ def bigram(data, config):
 # ----------------------------------------------------------------------------------------------------------------------
 # nanoGPT beside ours
 
-PEER_RATES = (1e-3, 2e-3, 4e-3)  # learning rates that nanoGPT may choose from
+PEER_RATES = (2e-3, 4e-3, 8e-3)  # learning rates that nanoGPT may choose from (1e-3 is far behind)
 PEER_TOKENS, PEER_BATCH = 5_000_000, 16 * 256
 PEER_SHAPE = ['--n_layer=3', '--n_head=4', '--n_embd=128', '--block_size=256', '--batch_size=16']
 # The same model as nanoGPT's, and what surrounds the steps switched off.
@@ -305,6 +305,17 @@ BARE = ['--eval_interval=0', '--sample_interval=0', '--save_interval=0', '--log_
 # nanoGPT's train.py has its seed written in it: this adds to it. Its arguments: the seed, then its own.
 WITH_SEED = ("import sys, torch; plain, seed = torch.manual_seed, int(sys.argv.pop(1)); torch.manual_seed = lambda n: plain(n + seed); "
              "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; exec(open('train.py').read())")
+
+
+def not_nanogpt(path):
+    """What a directory lacks to be a checkout of nanoGPT, '' if nothing."""
+    for name, marks in (('train.py', ('gradient_accumulation_steps', 'configurator.py')), ('configurator.py', ()),
+                        ('model.py', ('class GPTConfig', 'class GPT('))):
+        file = Path(path) / name
+        text = file.read_text(errors='replace') if file.is_file() else ''
+        if not text or any(mark not in text for mark in marks):
+            return f'no {name} of it' if text else f'no {name}'
+    return ''
 
 
 def nanogpt(config, data, folder, out, seed, *words):

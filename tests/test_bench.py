@@ -2,6 +2,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +116,23 @@ def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, 
     assert (one['tokens/s'], one['efficiency'], two['tokens/s'], two['efficiency']) == (100, 1, 180, 0.9)
     assert two['of the machine'] == pytest.approx(180 / 190)
     assert started[:2] == [(1, '4096'), (2, '8192')] and started[2:] == [(1, '4096')] * 2
+
+
+def test_plans_are_set_beside_what_the_runs_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
+
+    def whole_process(words):
+        if '--plan' in words:
+            return 1.0, 0.1, '  base   500.0 MB  Python\n  total  1.7 GB    of 8 GB\ntime: 2.5 s a step, 1,638 tokens/s (measured now)'
+        out = Path(next(str(word) for word in words if '--out_dir=' in str(word)).partition('=')[2])
+        out.mkdir()
+        (out / 'metrics.jsonl').write_text(''.join(json.dumps({'kind': 'train', 'step': i, 'tokens': 4096 * i, 'tokens_per_s': 4096 / i,
+                                                               'mem_gb': 1.5}) + '\n' for i in range(1, 15)))
+    monkeypatch.setattr(bench, 'whole_process', whole_process)
+    bench.main(['plan', '--quick', '--device=cpu'])
+    row, _ = json.loads(result_file(tmp_path, 'plan_quick.json').read_text())['rows']
+    assert (row['planned GB'], row['GB'], row['planned s/step'], row['s/step']) == (1.2, 1.0, 2.5, 9.5)
+    assert row['planned/measured GB'] == pytest.approx(1.2) and row['planned/measured s'] == pytest.approx(2.5 / 9.5)
 
 
 def test_the_loop_is_timed_on_a_real_run(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import bench
 import measure
 import quality
 import train
+from configurator import UserError
 from model import GPTConfig
 from runs import finish
 from test_prepare import prepared, texts, write_jsonl
@@ -93,6 +94,7 @@ def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
 
 
 FAKE_TRAIN = """
+# gradient_accumulation_steps = 1; exec(open('configurator.py').read())
 import sys, torch
 words = dict(word[2:].split('=') for word in sys.argv[1:])
 torch.manual_seed(1337 + 0)
@@ -124,6 +126,7 @@ def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(
     data = prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x')
     (tmp_path / 'nano').mkdir()
     (tmp_path / 'nano' / 'train.py').write_text(FAKE_TRAIN), (tmp_path / 'nano' / 'model.py').write_text(FAKE_MODEL)
+    (tmp_path / 'nano' / 'configurator.py').write_text('pass')
     monkeypatch.setattr(quality.train, 'find_data', lambda config: quality.TokenData(data, 16, 300))
     monkeypatch.setattr(quality, 'PEER_RATES', (2e-3, 1e-3))
     losses = iter([[9.0, 7.0, 6.9], [9.0, 8.5, 8.3]])
@@ -146,3 +149,19 @@ def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(
     assert second["tokens to nanoGPT's loss"] == second['part of the time'] == 'never'
     assert sorted(path.name for path in (tmp_path / 'runs' / 'peers').iterdir()) == [
         'nanogpt_0.001_0', 'nanogpt_0.001_1', 'nanogpt_0.002_0', 'speedrun_tiny_0', 'speedrun_tiny_1']
+
+
+def test_a_peer_that_is_not_nanogpt_is_refused(tmp_path):
+    def why():
+        with pytest.raises(UserError, match='no checkout of nanoGPT') as error:
+            bench.load(['peers', f'--nanogpt={tmp_path}'], bench.BenchConfig, positional=('command',))
+        return str(error.value)
+    assert 'no train.py there' in why()
+    (tmp_path / 'train.py').write_text('print("another trainer")')
+    assert 'no train.py of it' in why()
+    (tmp_path / 'train.py').write_text(FAKE_TRAIN), (tmp_path / 'configurator.py').write_text('pass')
+    assert 'no model.py there' in why()
+    (tmp_path / 'model.py').write_text('class GPT:\n    pass\n')
+    assert 'no model.py of it' in why()
+    with pytest.raises(UserError, match='no train.py of it there'):  # this repository itself
+        bench.load(['peers'], bench.BenchConfig, positional=('command',))

@@ -4,6 +4,7 @@
     for optimizer in optimizers.values(): set_rates(optimizer, lr, wd); optimizer.step()
 """
 import math
+from collections import defaultdict
 
 import torch
 
@@ -11,10 +12,10 @@ OPTIMIZERS = ('adamw', 'muon')
 
 
 def make_optimizers(model, config, device):
-    """Which parameters decay, the model says; Muon takes the projections of the blocks among them (not TriX tiles, which are 3-D)."""
+    """Which parameters decay, the model says; Muon takes the projections and TriX tiles of the blocks among them."""
     decayed = model.decayed()
     names = {id(p): name for name, p in model.named_parameters()}
-    hidden = [p for p in decayed if config.optimizer == 'muon' and names[id(p)].endswith('proj.weight')]
+    hidden = [p for p in decayed if config.optimizer == 'muon' and names[id(p)].endswith(('proj.weight', '.up', '.down'))]
     elsewhere = {id(p) for p in hidden}
     matrices = [p for p in decayed if id(p) not in elsewhere]
     elsewhere |= {id(p) for p in matrices}
@@ -24,7 +25,7 @@ def make_optimizers(model, config, device):
                                             fused=device.type != 'mps')}
     if hidden:
         group = {'params': hidden, 'decays': True}
-        found['muon'] = Muon([group], lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn='match_rms_adamw')
+        found['muon'] = Muon([group], lr=config.learning_rate, weight_decay=config.weight_decay)
     return found
 
 
@@ -33,33 +34,46 @@ def set_rates(optimizer, lr, weight_decay):
         group['lr'], group['weight_decay'] = lr, weight_decay if group['decays'] else 0.0
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon (Keller Jordan 2024) with the learning rate of AdamW (Moonshot, arXiv:2502.16982: the RMS of an update is 0.2 lr).
+class Muon(torch.optim.Optimizer):
+    """Keller Jordan's Muon (2024) for matrices (m, n) and stacks of them (E, m, n), with the learning rate of AdamW (Moonshot,
+    arXiv:2502.16982: the RMS of an update is 0.2 lr).
 
-    torch's Newton-Schulz runs in bf16, which most CPUs multiply many times slower than fp32; there the same formula runs in fp32."""
+    Unlike torch.optim.Muon it takes stacks, TriX tiles, makes matrices of one shape orthogonal together, and multiplies in fp32 on
+    a CPU, most of which are many times slower in bf16."""
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self, closure=None):
-        if self.param_groups[0]['params'][0].device.type != 'cpu':
-            return super().step(closure)
+        loss = closure() if closure else None
         for group in self.param_groups:
+            together = defaultdict(list)
             for p in group['params']:
-                if p.grad is None:
-                    continue
-                mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group['momentum'])
-                update = p.grad.lerp(mean, group['momentum']) if group['nesterov'] else mean
-                p.mul_(1 - group['lr'] * group['weight_decay'])
-                p.add_(orthogonal(update, group['ns_coefficients'], group['ns_steps'], group['eps']),
-                       alpha=-group['lr'] * 0.2 * math.sqrt(max(p.shape)))
+                if p.grad is not None:
+                    if 'momentum_buffer' not in self.state[p]:
+                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                    mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+                    update = p.grad.lerp(mean, group['momentum'])  # Nesterov's
+                    together[p.shape[-2:], id(p) if p.numel() > TOGETHER else 0].append((p, update.view(-1, *p.shape[-2:])))
+            for (shape, _), each in together.items():
+                params, updates = zip(*each)
+                for p, update in zip(params, orthogonal(torch.cat(updates)).split([len(update) for update in updates])):
+                    p.mul_(1 - group['lr'] * group['weight_decay'])
+                    p.add_(update.reshape(p.shape), alpha=-group['lr'] * 0.2 * math.sqrt(max(shape)))
+        return loss
 
 
-def orthogonal(x, coefficients, steps, eps):
-    """x (m, n) -> about U V' of its singular value decomposition, by the quintic Newton-Schulz iteration."""
+TOGETHER = 2**20  # weights of a parameter above which it is made orthogonal alone: it is no faster in company, and memory is dear
+
+
+def orthogonal(x, coefficients=(3.4445, -4.7750, 2.0315), steps=5):
+    """x (K, m, n) -> about U V' of the singular value decomposition of each matrix, by the quintic Newton-Schulz iteration."""
     a, b, c = coefficients
-    wide = x.size(0) <= x.size(1)
-    x = (x if wide else x.T) / x.norm().clamp(min=eps)
+    tall = x.size(1) > x.size(2)
+    x = (x.mT if tall else x).to(torch.float32 if x.device.type == 'cpu' else torch.bfloat16)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

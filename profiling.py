@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import device as hardware
 from model import OncePerStep
+from optim import Muon
 from parallel import local
 from runlog import replacing
 
@@ -120,7 +121,7 @@ def counted(model, optimizers, world=1, sharded=False):
 
     optimizer, how = 0, []
     for o in optimizers:
-        n = 1 if isinstance(o, torch.optim.Muon) else 2
+        n = 1 if isinstance(o, Muon) else 2
         how.append(f'{type(o).__name__}: ' + ('its state' if o.state else f'{n} tensor{"s" * (n > 1)} a parameter after its first step'))
         for p in (p for group in o.param_groups for p in group['params'] if p.requires_grad):
             state = [share(t) for t in o.state.get(p, {}).values() if torch.is_tensor(t)]
@@ -201,7 +202,7 @@ def advice(model, optimizers, config, device, dtype, world=1):
         knobs['--activation_checkpointing=true (same results, slower)'] = lambda: forward() - forward(checkpointing=True)
     if dtype == torch.float32 and has_bfloat16(device):
         knobs['--dtype=bfloat16'] = lambda: forward() - forward(dtype=torch.bfloat16)
-    if world > 1 and config.parallel != 'fsdp' and dtype != torch.float16 and not any(isinstance(o, torch.optim.Muon) for o in optimizers):
+    if world > 1 and config.parallel != 'fsdp' and dtype != torch.float16 and not any(isinstance(o, Muon) for o in optimizers):
         knobs['--parallel=fsdp (same results)'] = lambda: state - state // world
 
     text = 'out of memory: ' + ', '.join(f'{kind} {readable(size)}' for kind, size in sizes.items() if size and kind != 'buffers')

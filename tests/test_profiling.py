@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 import profiling
 from model import GPT, BitLinear, GPTConfig
+from optim import Muon
 from profiling import (Profile, advice, breakdown_table, counted, is_out_of_memory, memory_breakdown, operator_table, readable,
                        saved_bytes)
 
@@ -125,7 +126,7 @@ def test_parameters_gradients_and_optimizer_are_counted_exactly():
     model.wte.weight.requires_grad_(False)
     matrices = [p for p in model.parameters() if p.dim() == 2 and p.requires_grad]
     ids = {id(p) for p in matrices}
-    optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids])]
+    optimizers = [Muon(matrices, lr=1e-3), torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids])]
     before = parts(counted(model, optimizers))
     idx = tokens(model, 2)
     model(idx, idx).backward()
@@ -232,7 +233,7 @@ def test_advice_leaves_out_what_is_in_use_or_does_not_help(monkeypatch):
     assert '--batch_size=4 ' in advice(model, [], config(batch_size=6, batch_tokens=64 * 2 * 12), CPU, FP32, world=2)  # 5 does not divide
     line = advice(model, [], config(batch_tokens=1024), CPU, FP32, world=4)
     assert 'for 4 x 64 tokens' in line and '--batch_size=2 ' in line  # there are no more for a process
-    muon = torch.optim.Muon([model.blocks[0].mixer.q_proj.weight])
+    muon = Muon([model.blocks[0].mixer.q_proj.weight], lr=1e-3)
     assert 'fsdp' in line and 'fsdp' not in advice(model, [muon], config(), CPU, FP32, world=4)  # train.py does not do both
     monkeypatch.setattr(profiling, 'has_bfloat16', lambda device: True)
     last = advice(model, [], config(batch_size=1, activation_checkpointing=True, parallel='fsdp'), CPU, BF16, world=2)

@@ -19,6 +19,7 @@ import torch
 import device as hardware
 import train
 from checkpoint import load_model
+from configurator import UserError
 from data import TokenData
 from evaluate import validate
 from measure import ROOT, compare, figures, report, side_by_side, sizes, whole_process
@@ -61,6 +62,10 @@ def runs_of(config):
             words += [f'--max_steps={steps}', f'--warmup_steps={steps // 10}', f'--eval_interval={max(1, steps // 10)}',
                       '--eval_tokens=65536', '--sample_interval=0', f'--save_interval={steps}', '--keep=1']
         found[name] = words
+    data = {name: tuple(vars(train.load(words))[key] for key in ('dataset', 'tokenizer', 'vocab_size')) for name, words in found.items()}
+    if len(set(data.values())) > 1:
+        raise UserError(f'preset {config.preset}: a loss a token is no measure between runs on different data or tokenizers: '
+                        + ', '.join(f'{name} {" ".join(map(str, each))}' for name, each in data.items()) + ': give all of them the same')
     if config.match:
         shapes = {name: train.load(words).pick(GPTConfig) for name, words in found.items()}
         *others, reference = shapes

@@ -307,7 +307,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     around.enter_context(log.failing())
     around.enter_context(memory_guard(out_of_memory))  # in validation, say, or in the optimizer
     log.cut(step)
-    log.config(config.as_dict())
+    log.config({**config.as_dict(), 'data_fingerprint': data.fingerprint})
     if group.main:
         log.trackers += [runlog.tensorboard(out, step)] if config.tensorboard else []
         log.trackers += [runlog.wandb(out, config.as_dict())] if config.wandb else []

@@ -223,14 +223,24 @@ def quality(sample):
 
 
 def side_by_side(runs, now):
-    """A table: the names of the runs, then a row for each fact that one of them has."""
-    found = [facts(run, now) for run in runs]
-    return [('', *(run.name for run in runs)), *(row for name in found[0] if any((row := (name, *(one[name] for one in found)))[1:]))]
+    """A table: the names of the runs, then a row for each fact that one of them has, without those that can't be compared."""
+    found, left_out = [facts(run, now) for run in runs], () if comparable(runs) else ('training loss', 'validation loss', 'best', 'perplexity')
+    return [('', *(run.name for run in runs)), *(row for name in found[0] if name not in left_out
+                                                 and any((row := (name, *(one[name] for one in found)))[1:]))]
+
+
+def comparable(runs):
+    """Whether a nat a token is the same in all runs: the same data by the same tokenizer."""
+    known = all('data_fingerprint' in run.config for run in runs)
+    keys = ('data_fingerprint',) if known else ('dataset', 'tokenizer', 'vocab_size')
+    return len({tuple(repr(run.config.get(key)) for key in keys) for run in runs}) == 1
 
 
 def remarks(runs, now):
     """What a person should know or do, a line each."""
-    return [f'{run.name}: {what}' for run in runs for what in [run.state(now)[1], *hints(run.evals, run.samples)] if what]
+    other = [] if comparable(runs) else ['different data or tokenizers: a loss a token is no measure between these runs, so they are compared '
+                                         'by bits per byte, each of its own validation text']
+    return other + [f'{run.name}: {what}' for run in runs for what in [run.state(now)[1], *hints(run.evals, run.samples)] if what]
 
 
 def screen(runs, now):
@@ -333,7 +343,7 @@ def draw_comparison(runs, lines, key, x, axes):
     if axes.lines:
         axes.set_ylim(top=max(late) if key == 'loss' else None)
         axes.legend()
-    axes.set(xlabel='hours of training' if x == 'hours' else x, ylabel='tokens/s' if key == 'tokens_per_s' else 'nats a token')
+    axes.set(xlabel='hours of training' if x == 'hours' else x, ylabel={'tokens_per_s': 'tokens/s', 'bits_per_byte': 'bits per byte'}.get(key, 'nats a token'))
 
 
 def panels(runs):
@@ -341,6 +351,9 @@ def panels(runs):
     if len(runs) == 1:
         known = {'loss', 'lr', 'tokens_per_s', 'grad_norm', *(key for line in runs[0].train for key in line)}
         return {title: partial(draw_panel, runs[0], title, title == 'loss') for title, (_, names, *_) in PANELS.items() if known & {*names}}
+    if not comparable(runs):
+        return {title: partial(draw_comparison, runs, *what) for title, what in {
+            'bits per byte': ('evals', 'bits_per_byte', 'tokens'), 'throughput': ('train', 'tokens_per_s', 'tokens')}.items()}
     return {title: partial(draw_comparison, runs, *what) for title, what in {
         'training loss': ('train', 'loss', 'tokens'), 'training loss over time': ('train', 'loss', 'hours'),
         'validation loss': ('evals', 'loss', 'tokens'), 'throughput': ('train', 'tokens_per_s', 'tokens')}.items()}

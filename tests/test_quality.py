@@ -70,6 +70,13 @@ def test_attention_learns_to_recall_and_accuracy_starts_at_chance():
     assert with_it > 0.5 and quality.recall_accuracy(replace(shape, mixer='resonance', num_frequencies=1), 2, 10, 0, torch.device('cpu')) < 0.3
 
 
+@pytest.mark.parametrize('word', ['--dataset=wikitext2', '--vocab_size=1000', '--tokenizer=gpt2'])
+def test_runs_on_different_data_or_tokenizers_are_not_ranked_by_loss(word, monkeypatch):
+    monkeypatch.setitem(quality.PRESETS, 'ffn', {'a': (quality.TWIN,), 'b': (quality.TWIN, word)})
+    with pytest.raises(UserError, match='no measure between runs on different data or tokenizers: a pylib bpe 8192, b '):
+        quality.runs_of(bench.load(['quality'], bench.BenchConfig, positional=('command',)))
+
+
 def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path / 'results')
     monkeypatch.chdir(tmp_path)

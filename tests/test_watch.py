@@ -364,16 +364,38 @@ def test_samples_of_the_last_round_are_escaped(drawn):
 def test_runs_are_compared_in_one_picture_and_one_page(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [train_line(step, loss=3.0, tokens_per_s=4096.0) for step in range(10, 110, 10)]
-    other = make(tmp_path / 'other', lines, knobs={**KNOBS, 'dataset': 'mine'})
+    other = make(tmp_path / 'other', lines, knobs={**KNOBS, 'learning_rate': 0.125})
     watch.main([str(drawn), str(other), '--plot', '--report'])
     assert 'wrote compare.png\nwrote compare.html' in capsys.readouterr().out
     assert blue('compare.png') > 1000 and pixels('compare.png', 255, 127, 14) > 300  # a curve of each
     text = check_page(tmp_path / 'compare.html').text
-    assert text.count('svg') == 0 and 'mine' in text and 'dataset' in text and 'batch_tokens' not in text  # that is the same
+    assert text.count('svg') == 0 and '0.125' in text and 'learning_rate' in text and 'batch_tokens' not in text  # that is the same
     axes = Figure().subplots()
     watch.panels([watch.Run(drawn), watch.Run(other)])['training loss over time'](axes)
     curves = {line.get_label(): line.get_xydata() for line in axes.lines[1::2]}
     assert curves[f'{tmp_path.name}/other'][-1].tolist() == pytest.approx([100 * 4096 / 4096 / 3600, 3.0])
+
+
+def test_runs_on_different_data_are_compared_by_bits_per_byte_alone(tmp_path, capsys):
+    def run(name, loss, bits, **knobs):
+        evals = [{'kind': 'eval', 'step': step, 'tokens': 100 * step, 'loss': loss, 'perplexity': 9.87, 'bits_per_byte': bits} for step in (0, 10)]
+        return make(tmp_path / name, [train_line(10, loss=loss), *evals], knobs={**KNOBS, **knobs})
+
+    def compared(*runs):
+        watch.main([str(path) for path in runs])
+        return capsys.readouterr().out, watch.panels([*map(watch.Run, runs)])
+    here, there = {'data_fingerprint': 'a'}, {'data_fingerprint': 'b'}
+    a, b, c, old = run('a', 3.125, 1.5, **here), run('b', 4.375, 1.25, **there), run('c', 2.625, 1.75, **here), run('old', 2.875, 1.0)
+    text, panels = compared(a, b)
+    assert 'no measure between these runs' in text and '1.2500' in text and '1.5000' in text
+    assert not any(loss in text for loss in ('3.125', '4.375', '9.87')) and [*panels] == ['bits per byte', 'throughput']
+    axes = Figure().subplots()
+    panels['bits per byte'](axes)
+    assert [line.get_ydata()[-1] for line in axes.lines] == [1.5, 1.25] and axes.get_ylabel() == 'bits per byte'
+    for runs in ((a, c), (a, old)):  # the same; and without fingerprints, by the names of the data
+        text, panels = compared(*runs)
+        assert 'no measure' not in text and '3.1250' in text and 'validation loss' in panels
+    assert 'no measure' in compared(a, run('other', 3.0, 1.0, vocab_size=77))[0]
 
 
 def test_the_schedule_of_a_config_is_drawn_before_a_run(tmp_path, monkeypatch, capsys):

@@ -301,7 +301,7 @@ def bigram(data, config):
 # ----------------------------------------------------------------------------------------------------------------------
 # nanoGPT beside ours
 
-PEER_RATES = (2e-3, 4e-3, 8e-3)  # learning rates that nanoGPT may choose from (1e-3 is far behind)
+PEER_RATES = (4e-3, 8e-3, 1.6e-2)  # learning rates that nanoGPT may choose from (1e-3 and 2e-3 are behind)
 PEER_TOKENS, PEER_BATCH = 5_000_000, 16 * 256
 PEER_SHAPE = ['--n_layer=3', '--n_head=4', '--n_embd=128', '--block_size=256', '--batch_size=16']
 # The same model as nanoGPT's, and what surrounds the steps switched off.

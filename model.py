@@ -40,6 +40,7 @@ class GPTConfig:
     qk_norm: bool = False  # RMS-normalise queries and keys, which bounds the attention logits
     zero_init: bool = False  # the last matrix of every branch starts at 0, so that every block starts as the identity
     embed_norm: bool = False  # RMSNorm behind the embedding, without weights
+    embed_taps: int = 0  # a causal filter over the embeddings: each token and so many - 1 before it, weighed by channel (0: none)
     logit_softcap: float = 0.0  # logits are softcap * tanh(logits / softcap) (0: as they are)
     tie_embeddings: bool = True  # one matrix for the token embedding and the head
     bias: bool = False  # biases in linear layers and LayerNorm
@@ -68,7 +69,7 @@ class GPTConfig:
         for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'num_frequencies', 'chunk_size', 'trix_tiles', 'trix_top_k'):
             if getattr(self, key) < 1:
                 found.append(f'{key}={getattr(self, key)} must be at least 1')
-        for key in ('n_kv_head', 'd_ff', 'trix_hidden', 'attention_every'):
+        for key in ('n_kv_head', 'd_ff', 'trix_hidden', 'attention_every', 'embed_taps'):
             if getattr(self, key) < 0:
                 found.append(f'{key}={getattr(self, key)} must not be negative')
         if not 0 <= self.dropout < 1:
@@ -239,6 +240,26 @@ def linear(config, n_in, n_out, last=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # Mixers: (B, T, C) -> (B, T, C) across positions, causally
 
+def short_filter(x, weight, cache=None):
+    """x (B, T, C), weight (n, C) -> sum over j of weight[j] x[:, t - j]; with a ShortCache, of what came before x, too."""
+    return ShortFilter.apply(x, weight.type_as(x)) if cache is None else cache.filter(x, weight)
+
+
+class ShortCache:
+    """The positions that a short filter still looks at. Without gradients."""
+
+    def __init__(self, B):
+        self.recent = torch.zeros(B, 0, 0)
+
+    @torch.no_grad()
+    def filter(self, x, weight):
+        if not self.recent.size(2):  # not earlier: the device is known only now
+            self.recent = x.new_zeros(len(self.recent), len(weight) - 1, x.size(2))
+        T, x = x.size(1), torch.cat((self.recent.type_as(x), x), 1)
+        self.recent = x[:, T:].clone()
+        return ShortFilter.apply(x, weight.type_as(x))[:, -T:]
+
+
 class KVCache:
     """Keys and values of one attention layer for up to block_size positions; `pos` counts those that are filled."""
 
@@ -383,7 +404,7 @@ class Resonance(nn.Module):
 
     def forward(self, x, cache=None):
         z = self.in_proj(x)  # (B, T, 3C)
-        z = cache.filter(z) if cache else ShortFilter.apply(z, self.short.type_as(z))
+        z = short_filter(z, self.short, cache and cache.short)
         q, k, v = z.chunk(3, -1)
         with torch.autocast(x.device.type, enabled=False):  # half-precision FFTs fail or overflow
             u = k.float() * v.float()
@@ -394,10 +415,10 @@ class Resonance(nn.Module):
 
 class ResonanceCache:
     """Recurrent state of a resonance layer, s <- lambda s + u, in fp64: the size and the time of a step do not depend on
-    the context. Without gradients. `recent`: what the short filter still looks at."""
+    the context. Without gradients."""
 
     def __init__(self, B, layer):
-        self.B, self.layer, self.state = B, layer, None
+        self.B, self.layer, self.state, self.short = B, layer, None, ShortCache(B)
 
     @torch.no_grad()
     def begin(self):  # in the first forward: before it, FSDP may hold the parameters in parts
@@ -408,18 +429,11 @@ class ResonanceCache:
         self.log = torch.complex(-nu.exp(), theta)  # (K,), of lambda
         self.weight = torch.stack((magnitude * phase.cos(), -magnitude * phase.sin()), -1)  # (K, C, 2): Re(a s) = their sum
         self.state = torch.zeros(B, *magnitude.shape, dtype=self.log.dtype, device=nu.device)  # (B, K, C)
-        self.recent = torch.zeros(B, layer.width - 1, layer.short.size(1), device=nu.device)
-
-    @torch.no_grad()
-    def filter(self, z):  # (B, T, 3C), the next positions -> the same through the short filter
-        if self.state is None:
-            self.begin()
-        T, z = z.size(1), torch.cat((self.recent.type_as(z), z), 1)
-        self.recent = z[:, -self.recent.size(1):].clone()
-        return ShortFilter.apply(z, self.layer.short.type_as(z))[:, -T:]
 
     @torch.no_grad()
     def convolve(self, u):  # (B, T, C), the next positions -> their h (*) u
+        if self.state is None:
+            self.begin()
         if u.size(1) == 1:
             self.fresh = False
             self.state.mul_(self.log.exp()[:, None]).add_(u)
@@ -681,10 +695,11 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What a model remembers of B sequences, `pos` positions so far: keys and values, or states of oscillators, by layer."""
+    """What a model remembers of B sequences, `pos` positions so far: keys and values, or states of oscillators, by layer, and the
+    last embeddings."""
 
     def __init__(self, B, blocks):
-        self.B, self.pos = B, 0
+        self.B, self.pos, self.short = B, 0, ShortCache(B)
         self.layers = [[part.new_cache(B) if hasattr(part, 'new_cache') else None for part in (block.mixer, block.ffn)] for block in blocks]
 
 
@@ -695,7 +710,7 @@ class GPT(nn.Module):
       embeddings, head                    N(0, 0.02), at widths C over 900 N(0, 0.6 / sqrt(C)): the loss starts at ln(vocab_size)
       matrices of the blocks              N(0, 0.02), in_proj of a resonance layer N(0, 1 / sqrt(C))
       o_proj, down_proj, out_proj, down   N(0, 0.02 / sqrt(2 n_layer)), so that the residual stream keeps its scale; or 0
-      norms 1, biases 0, TriX balance 0; the oscillators: Resonance.init_weights
+      norms 1, biases 0, TriX balance 0, taps: each embedding as it is; the oscillators: Resonance.init_weights
     """
 
     def __init__(self, config):
@@ -705,6 +720,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False  # recompute each block in backward instead of keeping its activations
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == 'learned' else None
+        self.taps = nn.Parameter(torch.empty(config.embed_taps, config.n_embd)) if config.embed_taps else None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers())
         self.norm = NORMS[config.norm](config)
@@ -717,7 +733,9 @@ class GPT(nn.Module):
 
     def init_weights(self):
         for name, p in self.named_parameters():
-            if p.dim() == 1:
+            if name == 'taps':
+                nn.init.zeros_(p.data)[0] = 1
+            elif p.dim() == 1:
                 (nn.init.zeros_ if name.endswith('bias') else nn.init.ones_)(p)
             elif name.startswith(('wte', 'wpe', 'lm_head')):
                 nn.init.normal_(p, std=min(0.02, 0.6 / math.sqrt(self.config.n_embd)))
@@ -741,7 +759,8 @@ class GPT(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe:
             x = x + self.wpe.weight[start:start + T]
-        x = self.drop(rms(x) if self.config.embed_norm else x)
+        x = rms(x) if self.config.embed_norm else x
+        x = self.drop(x if self.taps is None else short_filter(x, self.taps, cache and cache.short))
         if self.config.trix_router == 'hash':
             for trix in self.trix_layers():
                 trix.idx = idx
@@ -784,8 +803,8 @@ class GPT(nn.Module):
         return {**{key: average([{key: f[key]} for f in found if key in f])[key] for key in keys}, **worst}
 
     def decayed(self):
-        """The parameters that weight decay is for: matrices. Not norms, biases, or what describes an oscillator."""
-        return [p for name, p in self.named_parameters() if p.dim() > 1 and not name.endswith(('magnitude', 'phase'))]
+        """The parameters that weight decay is for: matrices. Not norms, biases, taps, or what describes an oscillator."""
+        return [p for name, p in self.named_parameters() if p.dim() > 1 and not name.endswith(('magnitude', 'phase', 'taps'))]
 
     # ---- counts
 
@@ -794,7 +813,7 @@ class GPT(nn.Module):
         kinds = {'embedding': [0, 0], 'mixer': [0, 0], 'ffn': [0, 0], 'norm': [0, 0], 'head': [0, 0]}
         for name, p in self.named_parameters():
             part = name.split('.')[2] if name.startswith('blocks.') else name.split('.')[0]
-            kind = {'wte': 'head' if self.config.tie_embeddings else 'embedding', 'wpe': 'embedding',
+            kind = {'wte': 'head' if self.config.tie_embeddings else 'embedding', 'wpe': 'embedding', 'taps': 'embedding',
                     'lm_head': 'head', 'mixer': 'mixer', 'ffn': 'ffn'}.get(part, 'norm')
             kinds[kind][0] += p.numel()
             kinds[kind][1] += self.used(name, p)

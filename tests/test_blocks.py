@@ -20,7 +20,7 @@ VARIANTS = {
     'swiglu': dict(ffn='swiglu', n_kv_head=2, tie_embeddings=False),  # Llama
     'gpt2': dict(ffn='gelu', norm='layernorm', positions='learned', bias=True),
     'nope': dict(ffn='gelu', positions='none', n_kv_head=1),
-    'softcap': dict(ffn='relu2', qk_norm=True, embed_norm=True, logit_softcap=3.0),
+    'softcap': dict(ffn='relu2', qk_norm=True, embed_norm=True, embed_taps=3, logit_softcap=3.0),
     'none': dict(ffn='none'),
     'trix': dict(ffn='trix'),
     'trix_top1': dict(ffn='trix', trix_top_k=1, trix_tiles=4),
@@ -220,6 +220,23 @@ def test_embed_norm_and_softcap_are_their_formulas():
         plain.wte.weight.div_(scale)
         assert_close(other(idx), 3 * torch.tanh(plain(idx) / 3))
         assert other(idx).abs().max() <= 3 < plain(idx).abs().max()
+
+
+def test_taps_weigh_a_token_and_those_before_it_by_channel():
+    models = []
+    for taps in (0, 3):
+        torch.manual_seed(0)
+        models.append(GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=16, embed_taps=taps)))
+    plain, other = models
+    assert torch.equal(plain(tokens(2, T)), other(tokens(2, T)))  # they start as if they weren't there
+    with torch.no_grad():
+        a, b, c = other.taps.copy_(torch.randn(3, plain.config.n_embd))
+        idx, seen = tokens(1, 4), []
+        other.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        other(idx)
+        e = other.wte(idx[0])
+        by_hand = [a * e[0], a * e[1] + b * e[0], a * e[2] + b * e[1] + c * e[0], a * e[3] + b * e[2] + c * e[1]]
+        assert_close(seen[0][0], torch.stack(by_hand))
 
 
 # ---- 5. it can learn

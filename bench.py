@@ -342,7 +342,8 @@ def plan(config):
     units, rows = {'GB': 1, 'MB': 1e-3, 'kB': 1e-6}, []
     with tempfile.TemporaryDirectory() as folder:
         for i, (name, (file, *words)) in enumerate(list(PLANNED.items())[:2 if config.quick else None]):
-            command = [sys.executable, ROOT / 'train.py', ROOT / 'config' / file, *words, f'--device={config.device}', f'--dtype={config.dtype}']
+            command = [sys.executable, ROOT / 'train.py', ROOT / 'config' / file, *words, f'--device={config.device}',
+                       f'--dtype={config.dtype}']
             page = whole_process([*command, '--plan'])[2]
             base, planned = (float(found[1]) * units[found[2]] if (found := re.search(rf'^  {key} +([\d.]+) (.B)', page, re.M)) else 0.0
                              for key in ('base', 'total'))

@@ -240,8 +240,7 @@ def page(config, rows, micro_steps, data=None, world=1):
     memory = share(kinds(rows, config.activation_checkpointing), world if fsdp else 1)
     parts = ([f'plan for {why}' + (f'; {world} processes, {config.parallel}' if world > 1 else '')], parameter_lines(model),
              memory_lines(config, memory, total, seen, rows, base, size, whose),
-             [] if base + total(rows) <= size else
-             changes(config, device, dtype, rows, world, size - base, total, memory),
+             [] if base + total(rows) <= size else changes(config, device, dtype, rows, world, size - base, total, memory),
              run_lines(config, data), time_lines(config, model, seen, speed, how, rows, micro_steps, world),
              disk_lines(config, data), [schedules.picture(config)])
     return '\n\n'.join('\n'.join(lines) for lines in parts if lines)
@@ -287,8 +286,8 @@ def memory_lines(config, memory, total, seen, rows, base, size, whose):
             ': temporaries, what malloc and libraries hold' if rest >= 0 else ': not all of these are there at once')))
     if base:
         table.append(('  base', readable(base), 'Python and torch, before the model'))
-    table.append(('  total', readable(base + step), f'of {readable(size)} of {whose}: '
-                  + ('fits' if base + step <= size else 'DOES NOT FIT') + ('' if seen else ' (an estimate, without what operators and malloc hold: nothing was run)')))
+    table.append(('  total', readable(base + step), f'of {readable(size)} of {whose}: ' + ('fits' if base + step <= size else 'DOES NOT FIT')
+                  + ('' if seen else ' (an estimate, without what operators and malloc hold: nothing was run)')))
     cells = [('  batch_size', 'plain', '', '--activation_checkpointing=true', '')]
     for n in sorted({1, max(1, rows // 2), rows, 2 * rows, 4 * rows}):
         both = [base + total(n, checkpointing) for checkpointing in (False, True)]
@@ -340,7 +339,8 @@ def time_lines(config, model, seen, speed, how, rows, micro_steps, world):
                           for name, tflops in hardware.PEAK_TFLOPS.items())
         return [f'time of the {work:.2e} FLOPs at {EFFICIENCY:.0%} (an assumption) of the peak that the makers state: {times}{note}']
     if seen:
-        seconds, how = micro_steps * seen.micro * rows / seen.rows + seen.rest, 'measured now, on real steps with random tokens, not compiled'
+        seconds = micro_steps * seen.micro * rows / seen.rows + seen.rest
+        how = 'measured now, on real steps with random tokens, not compiled'
     else:
         seconds, how = work / config.max_steps / (speed * world), f'an estimate: {how}'
     return [f'time: {number(seconds)} s a step, {number(config.batch_tokens / seconds)} tokens/s ({how}); '

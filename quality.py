@@ -36,8 +36,8 @@ PRESETS = {  # name: {name of a run: its config file and command line}; differen
     'tiles': {**{f'{E}x{h}_top{k}': (TINY, f'--trix_tiles={E}', f'--trix_hidden={h}', f'--trix_top_k={k}')
                  for E, h, k in ((8, 128, 2), (16, 64, 2), (16, 64, 4))}, 'dense': (TINY, '--ffn=gelu')},
     'routing': {'signature': (TINY,), 'hash': (TINY, '--trix_router=hash'), 'first': (TINY, '--trix_router=first')},
-    'speedrun': {'adamw': (SPEEDRUN, '--optimizer=adamw', '--matrix_lr=0', '--learning_rate=8e-3'), 'no_qk_norm': (SPEEDRUN, '--qk_norm=false'),
-                 'no_zero_init': (SPEEDRUN, '--zero_init=false'), 'no_embed_norm': (SPEEDRUN, '--embed_norm=false'),
+    'speedrun': {'adamw': (SPEEDRUN, '--optimizer=adamw', '--matrix_lr=0', '--learning_rate=8e-3'),
+                 'no_qk_norm': (SPEEDRUN, '--qk_norm=false'), 'no_zero_init': (SPEEDRUN, '--zero_init=false'), 'no_embed_norm': (SPEEDRUN, '--embed_norm=false'),
                  'no_taps': (SPEEDRUN, '--embed_taps=0'), 'gelu': (SPEEDRUN, '--ffn=gelu'), 'softcap_15': (SPEEDRUN, '--logit_softcap=15'),
                  'cosine': (SPEEDRUN, '--schedule=cosine'), 'speedrun_tiny': (SPEEDRUN,)},
     'bitnet': {'bitnet': (TINY, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'), 'dense_twin': (TINY, '--ffn=swiglu')},
@@ -388,8 +388,8 @@ def race(config, data, seconds):
     rows, recipe = [], str(ROOT / 'config' / SPEEDRUN)
     for seed in range(config.seeds):
         target, out = loss_of(rate, seed), folder / f'speedrun_tiny_{seed}'
-        trained([recipe, f'--dataset={data.path.resolve()}', '--eval_tokens=0', '--sample_interval=0', f'--seed={1337 + seed}',
-                 f'--out_dir={out}', '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
+        trained([recipe, f'--dataset={data.path.resolve()}', '--eval_tokens=0', '--eval_interval=100', '--sample_interval=0',
+                 f'--seed={1337 + seed}', f'--out_dir={out}', '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
         curve = evaluations(out)
         tokens = next((tokens for tokens, loss in curve if loss <= target), None)
         theirs = steps * PEER_BATCH * seconds['nanoGPT']

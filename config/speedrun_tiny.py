@@ -8,7 +8,7 @@ zero_init, embed_norm, embed_taps = True, True, 4
 dataset = 'pylib'
 batch_size = 8
 batch_tokens = 8 * 256
-max_steps = 1_640_000 // batch_tokens
+max_steps = 1_250_000 // batch_tokens
 optimizer, learning_rate, matrix_lr = 'muon', 24e-3, 6e-3  # of the embedding, of the matrices
 schedule, min_lr_ratio, warmup_steps = 'linear', 0.0, 20
 

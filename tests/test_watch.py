@@ -282,7 +282,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def check_page(path):
+def check_page(path, least=4):
     """Well-formed, loads nothing, runs nothing; returns the Page."""
     source = path.read_text()
     page = Page(source)
@@ -292,7 +292,7 @@ def check_page(path):
     assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*', source) == [] == re.findall(r'url\((?!#)', source)
     assert len(page.ids) == len({*page.ids}) > 50
     drawings = re.findall(r'<svg.*?</svg>', source, re.S)
-    assert len(drawings) == page.tags.count('svg') >= 4
+    assert len(drawings) == page.tags.count('svg') >= least
     for drawing in drawings:
         names = {node.get('id') for node in ElementTree.fromstring(drawing).iter()}
         assert {*re.findall(r'url\(#([^)]*)\)', drawing), *re.findall(r'href="#([^"]*)"', drawing)} <= names
@@ -500,7 +500,7 @@ def test_no_damage_breaks_status_pictures_or_pages(tmp_path, capsys):
         if i % 35 == 0:
             watch.main([str(folder), *[str(template)] * (i % 3 == 2), ('--plot', '--report')[i % 2], f'--out={tmp_path}/drawn'])
             if i % 2:
-                check_page(tmp_path / 'drawn')
+                check_page(tmp_path / 'drawn', 2)  # with a damaged config the data may be others, so that losses aren't drawn
             else:
                 assert matplotlib.image.imread(tmp_path / 'drawn')[..., :3].std() > 0.05
             counts['drawn'] += 1

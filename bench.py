@@ -8,7 +8,7 @@
     python bench.py batch --model=FILE       # the largest batch that fits
     python bench.py head                     # the loss: chunked, torch's fused one and the plain formula
     python bench.py quality                  # what each FFN learns of the same tokens, three seeds (hours on a CPU)
-    python bench.py quality --preset=mixer   # or recall, routing, tiles, bitnet, tiny; --match=params, flops or bytes
+    python bench.py quality --preset=mixer   # or recall, routing, tiles, bitnet, speedrun, tiny; --match=params, flops or bytes
     python bench.py peers --nanogpt=PATH     # a checkout of nanoGPT: its model and loop against ours
     python bench.py scaling                  # one process against several, each with one thread or one GPU (five minutes)
     python bench.py plan                     # what train.py --plan says of eight runs, and what they take (five minutes)
@@ -67,7 +67,7 @@ class BenchConfig:
     command: str = ''  # one of those above; may stand without --command=
     repeats: int = 15  # timed repeats of each candidate (blocks and context: a half to a fifteenth of it, the longer a step the fewer)
     quick: bool = False  # blocks and context: at most two repeats, contexts up to 4096; data: no corpus of 1 GB
-    preset: str = 'ffn'  # quality: ffn, mixer, recall, routing, tiles, bitnet or tiny
+    preset: str = 'ffn'  # quality: ffn, mixer, recall, routing, tiles, bitnet, speedrun or tiny
     match: str = ''  # quality: give the others as many params, flops (a token) or bytes (packed) as the last one, by their width
     tokens: int = 1_250_000  # quality: of each run, 0: as many as its config file says
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...

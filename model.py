@@ -248,13 +248,13 @@ def short_filter(x, weight, cache=None):
 class ShortCache:
     """The positions that a short filter still looks at. Without gradients."""
 
-    def __init__(self, B):
-        self.recent = torch.zeros(B, 0, 0)
+    def __init__(self):
+        self.recent = None
 
     @torch.no_grad()
     def filter(self, x, weight):
-        if not self.recent.size(2):  # not earlier: the device is known only now
-            self.recent = x.new_zeros(len(self.recent), len(weight) - 1, x.size(2))
+        if self.recent is None:  # not earlier: the device is known only now
+            self.recent = x.new_zeros(len(x), len(weight) - 1, x.size(2))
         T, x = x.size(1), torch.cat((self.recent.type_as(x), x), 1)
         self.recent = x[:, T:].clone()
         return ShortFilter.apply(x, weight.type_as(x))[:, -T:]
@@ -418,7 +418,7 @@ class ResonanceCache:
     the context. Without gradients."""
 
     def __init__(self, B, layer):
-        self.B, self.layer, self.state, self.short = B, layer, None, ShortCache(B)
+        self.B, self.layer, self.state, self.short = B, layer, None, ShortCache()
 
     @torch.no_grad()
     def begin(self):  # in the first forward: before it, FSDP may hold the parameters in parts
@@ -699,7 +699,7 @@ class Cache:
     last embeddings."""
 
     def __init__(self, B, blocks):
-        self.B, self.pos, self.short = B, 0, ShortCache(B)
+        self.B, self.pos, self.short = B, 0, ShortCache()
         self.layers = [[part.new_cache(B) if hasattr(part, 'new_cache') else None for part in (block.mixer, block.ffn)] for block in blocks]
 
 

@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p)
                     mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
                     update = p.grad.lerp(mean, group['momentum'])  # Nesterov's
-                    together[p.shape[-2:], id(p) if p.numel() > TOGETHER else 0].append((p, update.view(-1, *p.shape[-2:])))
+                    together[p.shape[-2:], id(p) if p.numel() > TOGETHER else 0].append((p, update.reshape(-1, *p.shape[-2:])))
             for (shape, _), each in together.items():
                 params, updates = zip(*each)
                 for p, update in zip(params, orthogonal(torch.cat(updates)).split([len(update) for update in updates])):

@@ -235,7 +235,7 @@ def page(config, rows, micro_steps, data=None, world=1):
             return estimated(rows, checkpointing)
         slope = seen.a_sequence or estimated(2, own) - estimated(1, own)
         return seen.bytes + slope * (rows - seen.rows) + estimated(rows, checkpointing) - estimated(rows, own)
-    seen = here and not fsdp and probe(config, rows, micro_steps, model.flops_per_token() * config.block_size / speed if speed else 0,
+    seen = here and not fsdp and probe(config, rows, micro_steps, model.flops_per_token() * config.block_size / speed,
                                        lambda n: base + 1.5 * estimated(n, config.activation_checkpointing) < size)
     memory = share(kinds(rows, config.activation_checkpointing), world if fsdp else 1)
     parts = ([f'plan for {why}' + (f'; {world} processes, {config.parallel}' if world > 1 else '')], parameter_lines(model),

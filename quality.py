@@ -37,8 +37,8 @@ PRESETS = {  # name: {name of a run: its config file and command line}; differen
                  for E, h, k in ((8, 128, 2), (16, 64, 2), (16, 64, 4))}, 'dense': (TINY, '--ffn=gelu')},
     'routing': {'signature': (TINY,), 'hash': (TINY, '--trix_router=hash'), 'first': (TINY, '--trix_router=first')},
     'speedrun': {'adamw': (SPEEDRUN, '--optimizer=adamw', '--matrix_lr=0', '--learning_rate=8e-3'),
-                 'no_qk_norm': (SPEEDRUN, '--qk_norm=false'), 'no_zero_init': (SPEEDRUN, '--zero_init=false'), 'no_embed_norm': (SPEEDRUN, '--embed_norm=false'),
-                 'no_taps': (SPEEDRUN, '--embed_taps=0'), 'gelu': (SPEEDRUN, '--ffn=gelu'), 'softcap_15': (SPEEDRUN, '--logit_softcap=15'),
+                 'no_qk_norm': (SPEEDRUN, '--qk_norm=false'), 'no_zero_init': (SPEEDRUN, '--zero_init=false'),
+                 'no_embed_norm': (SPEEDRUN, '--embed_norm=false'), 'no_taps': (SPEEDRUN, '--embed_taps=0'), 'gelu': (SPEEDRUN, '--ffn=gelu'), 'softcap_15': (SPEEDRUN, '--logit_softcap=15'),
                  'cosine': (SPEEDRUN, '--schedule=cosine'), 'speedrun_tiny': (SPEEDRUN,)},
     'bitnet': {'bitnet': (TINY, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'), 'dense_twin': (TINY, '--ffn=swiglu')},
 }

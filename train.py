@@ -172,7 +172,7 @@ def find_data(config, prepare=True):
     can_prepare, bpe = name in DATASETS or name.startswith(('text:', 'shards:')), not shards and config.tokenizer == 'bpe'
     if can_prepare and bpe and (path / 'meta.json').is_file() and read_json(path / 'meta.json').get('vocab_size') != config.vocab_size:
         path = path.with_name(f'{path.name}-{config.vocab_size}')  # the same corpus in another vocabulary
-    if not prepare and not (path / 'meta.json').is_file() and not path.is_dir():
+    if not prepare and not (path / 'meta.json').is_file():
         return None
     if can_prepare and not (path / 'meta.json').is_file():
         print(f'{path} is not there yet: preparing {name} (once; under a minute for pylib)', flush=True)

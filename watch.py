@@ -343,7 +343,8 @@ def draw_comparison(runs, lines, key, x, axes):
     if axes.lines:
         axes.set_ylim(top=max(late) if key == 'loss' else None)
         axes.legend()
-    axes.set(xlabel='hours of training' if x == 'hours' else x, ylabel={'tokens_per_s': 'tokens/s', 'bits_per_byte': 'bits per byte'}.get(key, 'nats a token'))
+    axes.set(xlabel='hours of training' if x == 'hours' else x,
+             ylabel={'tokens_per_s': 'tokens/s', 'bits_per_byte': 'bits per byte'}.get(key, 'nats a token'))
 
 
 def panels(runs):

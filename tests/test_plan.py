@@ -206,6 +206,12 @@ def test_epochs_and_disk_count_what_is_prepared(quick, corpus, capsys):
     assert readable(sum(f.stat().st_size for f in corpus.rglob('*') if f.is_file())) + ' of data are in' in text
 
 
+def test_a_directory_whose_preparation_was_interrupted_is_left_as_it_is(quick, tmp_path, capsys):
+    (tmp_path / 'data' / 'pylib').mkdir(parents=True)
+    text = planned(capsys, '--dataset=pylib')
+    assert 'pylib is not prepared yet' in text and not any((tmp_path / 'data' / 'pylib').iterdir())
+
+
 def test_a_disk_without_room_is_named(quick, capsys, monkeypatch):
     monkeypatch.setattr(plan, 'free_bytes', lambda path: 1000)
     assert '1.0 kB are free: NOT ENOUGH' in planned(capsys)

@@ -3,6 +3,7 @@ Which block learns more: runs on the same tokens in the same order, several seed
 The commands `quality` and `peers` of bench.py, which lists the presets.
 """
 import importlib.util
+import json
 import math
 import os
 import re
@@ -19,7 +20,7 @@ import torch
 import device as hardware
 import train
 from checkpoint import load_model
-from configurator import UserError
+from configurator import UserError, read_json
 from data import TokenData
 from evaluate import validate
 from measure import ROOT, compare, figures, report, side_by_side, sizes, whole_process
@@ -100,7 +101,18 @@ def matched(shape, what, target):
     return key, step * min((low, high), key=lambda n: abs(measure(n) - target))
 
 
+PLACES = ('out_dir', 'resume', 'device', 'dtype', 'compile', 'other_data')  # knobs that don't change what is learnt
+
+
 def trained(words):
+    """The run of a command line; one that is there already goes on or is used as it is. UserError if that was made with other knobs."""
+    config = train.load(words)
+    file, now = Path(config.out_dir) / 'config.json', config.as_dict()
+    before = read_json(file) if file.is_file() else now
+    changed = [key for key in now if key not in PLACES and json.dumps(before.get(key, now[key])) != json.dumps(now[key])]
+    if changed:
+        raise UserError(f'{config.out_dir}: a run is there that was made with other knobs ({", ".join(changed)}): move it away, '
+                        'so that it is not taken for this one')
     if code := subprocess.run([sys.executable, ROOT / 'train.py', *words]).returncode:
         sys.exit(code)  # it has said why
 

@@ -2,6 +2,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
     assert [(row['speed'], row['tokens/s'], row['rank']) for row in result['rows']] == [(2, 256, '1-2'), (1, 128, '1-2')]
     assert result['rows'][0]['loss'] == pytest.approx(sum(result['losses']['relu2']) / 2)
     assert (folder / 'quality_ffn_params.png').read_bytes()[1:4] == b'PNG'
+
+
+def test_a_run_that_was_made_with_other_knobs_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(quality.subprocess, 'run', lambda words: started.append(words) or SimpleNamespace(returncode=0))
+    words = ['--n_embd=64', f'--out_dir={tmp_path}', '--device=cpu']
+    (tmp_path / 'config.json').write_text(json.dumps({**train.load(words).as_dict(), 'device': 'cuda', 'data_fingerprint': 'x'}))
+    quality.trained(words)
+    assert len(started) == 1
+    with pytest.raises(UserError, match='made with other knobs .learning_rate, seed.: move it away'):
+        quality.trained([*words, '--learning_rate=0.5', '--seed=7'])
+    assert len(started) == 1
 
 
 FAKE_TRAIN = """

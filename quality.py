@@ -338,8 +338,8 @@ def not_nanogpt(path):
 def nanogpt(config, data, folder, out, seed, *words):
     """-> (directory, command line) of nanoGPT's own train.py on our bins, which get a place under `folder` as it expects them."""
     for split in ('train', 'val'):
-        if not (folder / f'{split}.bin').exists():
-            os.symlink((data.path / f'{split}.bin').resolve(), folder / f'{split}.bin')
+        (folder / f'{split}.bin').unlink(missing_ok=True)
+        os.symlink((data.path / f'{split}.bin').resolve(), folder / f'{split}.bin')
     # nanoGPT reads the size of the vocabulary from a pickled dict; this is {'vocab_size': 8192} in protocol 0.
     (folder / 'meta.pkl').write_bytes(b'(dVvocab_size\nI8192\ns.')
     device = hardware.resolve(config.device, config.dtype)[0].type
@@ -413,15 +413,22 @@ def race(config, data, seconds):
 
 
 def nanogpt_trained(config, data, rate, seed, out):
-    """The loss on all of our validation split that nanoGPT's own loop reaches after PEER_TOKENS; kept in `out`, and read from there."""
-    if not (out / 'loss').exists():
+    """
+    The loss on all of our validation split that nanoGPT's own loop reaches after PEER_TOKENS. It is kept in `out` beside what it was
+    trained with, and read from there if that is still the same.
+    """
+    steps, kept = PEER_TOKENS // PEER_BATCH, out / 'loss.json'
+    knobs = [f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={steps}', f'--lr_decay_iters={steps}', '--warmup_iters=100',
+             '--beta2=0.99', f'--eval_interval={steps}']
+    made_with = {'seed': seed, 'knobs': PEER_SHAPE + knobs, 'data': data.fingerprint}
+    result = read_json(kept) if kept.is_file() else {}
+    if {**result, 'loss': None} != {**made_with, 'loss': None}:
         out.mkdir(parents=True, exist_ok=True)
-        steps = PEER_TOKENS // PEER_BATCH
-        cwd, words = nanogpt(config, data, out, out, seed, f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={steps}',
-                             f'--lr_decay_iters={steps}', '--warmup_iters=100', '--beta2=0.99', f'--eval_interval={steps}')
+        cwd, words = nanogpt(config, data, out, out, seed, *knobs)
         whole_process(words, cwd=cwd)
-        (out / 'loss').write_text(str(nanogpt_loss(config, data, out / 'ckpt.pt')))
-    return float((out / 'loss').read_text())
+        result = {**made_with, 'loss': nanogpt_loss(config, data, out / 'ckpt.pt')}
+        kept.write_text(json.dumps(result))
+    return result['loss']
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import measure
 import quality
 import train
 from configurator import UserError
+from measure import whole_process
 from model import GPTConfig
 from runs import finish
 from test_prepare import prepared, texts, write_jsonl
@@ -169,6 +170,13 @@ def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(
     assert second["tokens to nanoGPT's loss"] == second['part of the time'] == 'never'
     assert sorted(path.name for path in (tmp_path / 'runs' / 'peers').iterdir()) == [
         'nanogpt_0.001_0', 'nanogpt_0.001_1', 'nanogpt_0.002_0', 'speedrun_tiny_0', 'speedrun_tiny_1']
+    out, started = tmp_path / 'runs' / 'peers' / 'nanogpt_0.001_0', []
+    monkeypatch.setattr(quality, 'whole_process', lambda words, **options: started.append(words) or whole_process(words, **options))
+    kept = quality.nanogpt_trained(config, quality.TokenData(data, 16, 300), 1e-3, 0, out)
+    assert kept == pytest.approx(7.1, abs=1e-6) and not started
+    other = prepared(write_jsonl(tmp_path / 'b.jsonl', texts(70)), tmp_path / 'data' / 'y')  # other data: not the loss that is kept
+    quality.nanogpt_trained(config, quality.TokenData(other, 16, 300), 1e-3, 0, out)
+    assert len(started) == 1 and (out / 'train.bin').resolve() == (other / 'train.bin').resolve()
 
 
 def test_a_peer_that_is_not_nanogpt_is_refused(tmp_path):

@@ -42,16 +42,29 @@ def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_p
     assert done.returncode == 0 and '7 passed' in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize('command, name', [
-    ('quality --preset=tiny', 'quality_tiny'), ('scaling', 'scaling'), ('loop', 'loop'), ('peers --nanogpt=PATH', 'peers'), ('blocks', 'blocks'), ('context', 'context'),
-    ('quality --preset=tiles --seeds=1', 'quality_tiles'), ('quality --preset=routing --seeds=1', 'quality_routing'),
-    ('quality --preset=bitnet', 'quality_bitnet'), ('data', 'data'), ('data', 'data_memory'), ('data', 'data_shards')])
+TABLES = {  # command: the names of its results, in the order in which the README shows them
+    'quality --preset=tiny': ['quality_tiny'],
+    'peers --nanogpt=PATH': ['peers', 'peers_race'], 'blocks': ['blocks'], 'context': ['context'], 'scaling': ['scaling'], 'loop': ['loop'],
+    'plan': ['plan'], 'data': ['data', 'data_memory', 'data_shards'], 'quality --preset=tiles --seeds=1': ['quality_tiles'],
+    'quality --preset=routing --seeds=1': ['quality_routing'], 'quality --preset=bitnet': ['quality_bitnet']}
+
+
+def tables_of(command):
+    section = re.search(rf'`python bench.py {command}`.*?(?=\n`python bench.py|\n## )', README, re.S).group(0)
+    return [table.splitlines() for table in re.findall(r'\n\n(\|.*?)(?=\n\n)', section + '\n', re.S)]
+
+
+def test_every_table_of_numbers_comes_from_a_command():
+    numbers = re.search(r'\n## Numbers\n(.*?)\n## ', README, re.S).group(1)
+    assert len(re.findall(r'\n\n\|', numbers)) == sum(map(len, TABLES.values()))
+    assert all(len(tables_of(command)) == len(names) for command, names in TABLES.items())
+
+
+@pytest.mark.parametrize('command, name', [(command, name) for command, names in TABLES.items() for name in names])
 def test_every_number_of_the_tables_is_in_the_results(command, name):
     results = json.loads((RESULTS / f'{name}.json').read_text())
-    assert results['command'] == f'python bench.py {command}' or name == 'peers'
-    section = re.search(rf'`python bench.py {command}`.*?(?=\n`python bench.py|\n## )', README, re.S).group(0)
-    tables = [table.splitlines() for table in re.findall(r'\n\n(\|.*?)(?=\n\n)', section + '\n', re.S)]
-    table = tables[('data', 'data_memory', 'data_shards').index(name) if command == 'data' else 0]
+    assert results['command'] == f'python bench.py {command}'
+    table = tables_of(command)[TABLES[command].index(name)]
     keys = [cell.strip() for cell in table[0].strip('|').split('|')]
     assert len(table) == len(results['rows']) + 2
     for line, row in zip(table[2:], results['rows']):

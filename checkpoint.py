@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import packed
 from configurator import UserError, typed
 from model import GPT, GPTConfig
 from runlog import replacing
@@ -150,10 +151,18 @@ def load_weights(model, state, path):
     model.load_state_dict(saved)
 
 
-def load_model(run, device):
-    """A run directory or checkpoint file -> (GPT in eval mode on the device, the checkpoint's dict)."""
-    path, state = find(run, device)
-    model = GPT(model_config(state, path)).to(device)
+def load_model(run, device, context=0):
+    """A run directory, checkpoint or packed file -> (GPT in eval mode on the device, the checkpoint's dict); for windows of
+    `context` tokens, if given. UserError if learned positions end before."""
+    is_packed = str(run).endswith('.safetensors')
+    path, state = (run, packed.read(run)) if is_packed else find(run, device)
+    config = model_config(state, path)
+    if context > config.block_size and config.positions == 'learned':
+        raise UserError(f'--context={context}: {path} has learned positions, and no more than {config.block_size} of them')
+    config.block_size = max(config.block_size, context)
+    if is_packed:
+        return packed.build(config, state, path, device), state
+    model = GPT(config).to(device)
     load_weights(model, state, path)
     return model.eval(), state
 

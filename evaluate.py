@@ -10,7 +10,7 @@ How good a trained model is on text that it has never seen. The last line of the
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,9 +19,8 @@ import torch
 
 import device as hardware
 import hellaswag
-from checkpoint import load_model, load_weights
+from checkpoint import load_model
 from configurator import UserError, load, run, typed
-from model import GPT
 from parallel import Group
 from profiling import is_out_of_memory
 from runlog import plain, read_lines
@@ -190,18 +189,6 @@ def evaluate_test(model, encoding, text, counts, context, stride, batch_size, de
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def open_model(path, context, device):
-    """(model, checkpoint's dict); the model takes `context` tokens, more than in training if need be. UserError if it can't."""
-    model, state = load_model(path, device)
-    trained = model.config.block_size
-    if context > trained:
-        if model.config.positions == 'learned':
-            raise UserError(f'--context={context}: {path} has learned positions, and no more than {trained} of them')
-        model = GPT(replace(model.config, block_size=context)).to(device).eval()
-        load_weights(model, state, path)
-    return model, state
-
-
 def of_the_run(state, path):
     """(eval_tokens, tokens of a micro-step in each process) of the run, which it validated with. UserError if they are broken."""
     try:
@@ -240,7 +227,7 @@ def main(argv):
     argv = ['--hellaswag=download' if word == '--hellaswag' else word for word in argv]
     config = load(argv, EvaluateConfig, positional=('run',), usage=__doc__)
     device, dtype, chosen = hardware.resolve(config.device, config.dtype)
-    model, state = open_model(config.run, config.context, device)
+    model, state = load_model(config.run, device, config.context)
     data = open_validation(config, model, state)
     T, (usual, micro) = data.block_size, of_the_run(state, config.run)
     loader, windows = validation(config, data, usual)

@@ -61,7 +61,7 @@ def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_
         for _ in range(max_new_tokens):
             if cache.pos + part.size(1) > size:
                 cache, part = model.new_cache(len(idx)), idx[:, -(size // 2 or 1):]
-            token = choose(model(part, cache=cache)[:, -1, :n_vocab], temperature, top_k, top_p, generator)
+            token = choose(model(part, cache=cache, last=True)[:, -1, :n_vocab], temperature, top_k, top_p, generator)
             yield token
             part = token[:, None]
             idx = torch.cat((idx, part), 1)[:, -size:]
@@ -114,7 +114,7 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
             if cache.pos + end - start > size:
                 cache, start = model.new_cache(len(grid)), end - (size // 2 or 1)
             part = torch.tensor([row[start:end] for row in ids], device=device)  # (B, 1), more into an empty cache
-            logits = model(part, cache=cache)[:, -1, :encoding.n_vocab]  # (B, V)
+            logits = model(part, cache=cache, last=True)[:, -1, :encoding.n_vocab]  # (B, V)
             log_p = logits.float().log_softmax(-1)
             entropy = (log_p.exp() * -log_p).sum(-1).tolist()
             for row, (_, mode) in enumerate(grid):

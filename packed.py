@@ -1,0 +1,409 @@
+"""
+Models with ternary matrices as they are deployed: codes of 2 bits in one safetensors file, and decoding from them.
+
+    write('model.safetensors', pack(model, 'int8'), config, ...)    # export.py pack
+    model = build(model_config, read('model.safetensors'), device)  # load_model of checkpoint.py takes such a file in place of a run
+
+Codes lie four to a byte, the first in the low bits, 00 = 0, 01 = +1, 10 = -1, every row of a matrix from a byte on. A vector is
+multiplied by them as they lie: ternary.cpp, built on first use. Several rows at once, or where nothing builds: unpacked, by the
+formula that training has.
+"""
+import ctypes
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from configurator import UserError
+from model import GPT, Attention, BitLinear, BitProduct, TriX, rms, rotary_tables, ternary_codes
+from runlog import replacing
+
+FORMAT = 'nanotrix-packed-1'
+EMBEDDINGS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
+KEPT = ('config', 'tokenizer', 'step', 'data')  # of a checkpoint
+ROWS = 4  # of activations, up to which each is multiplied by the packed codes; more are a matrix product
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Codes
+
+def pack_codes(codes):
+    """(..., K) in {-1, 0, 1} -> (..., ceil(K / 4)) uint8"""
+    codes = F.pad(codes, (0, -codes.size(-1) % 4)).unflatten(-1, (-1, 4)).remainder(3).to(torch.uint8)  # -1 -> 2
+    return codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
+
+
+@cache
+def table(device):
+    """(256, 4) fp32: the codes of every byte."""
+    codes = torch.arange(256)[:, None] >> torch.tensor([0, 2, 4, 6]) & 3
+    return torch.tensor([0.0, 1.0, -1.0, math.nan])[codes].to(device)
+
+
+def unpack_codes(packed, K):
+    """(..., ceil(K / 4)) uint8 -> (..., K) fp32 in {-1, 0, 1}"""
+    return F.embedding(packed.int(), table(packed.device)).flatten(-2)[..., :K]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The library of ternary.cpp
+
+@cache
+def library(say=lambda line: print(line, file=sys.stderr)):
+    """ternary.cpp, built where torch keeps its extensions; None if nothing builds here, which is said."""
+    from torch.utils import cpp_extension
+    source = Path(__file__).with_name('ternary.cpp').read_bytes()
+    flags = ['-O3', '-fopenmp', '-fno-math-errno', '-fno-trapping-math', '-shared', '-fPIC']
+    flags += ['-mavx2'] * torch.backends.cpu.get_cpu_capability().startswith('AVX')
+    name = hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16]
+    folder = Path(cpp_extension.get_default_build_root()) / 'nanotrix'
+    try:
+        if not (folder / f'{name}.so').exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                subprocess.run([cpp_extension.get_cxx_compiler(), *flags, '-x', 'c++', '-', '-o', f'{work}/{name}.so'], input=source,
+                               check=True, capture_output=True)
+                os.replace(f'{work}/{name}.so', folder / f'{name}.so')
+        found = ctypes.CDLL(str(folder / f'{name}.so'))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = error.stderr.decode(errors='replace').strip().split('\n')[0] if getattr(error, 'stderr', None) else error
+        say(f'ternary.cpp does not build here, decoding goes on in plain PyTorch, slower: {reason}')
+        return None
+    for function in (found.ternary, found.tiles, found.int8_rows, found.step):
+        function.restype = None
+    return found
+
+
+def usable(x):
+    """Whether a product with x goes through the library."""
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and library() is not None
+
+
+def structure(name, pointers, rest):  # as in ternary.cpp
+    return type(name, (ctypes.Structure,), {'_fields_': [(key, ctypes.c_void_p) for key in pointers.split()] + rest})
+
+
+def whole(names):
+    return [(key, ctypes.c_int) for key in names.split()]
+
+
+Matrix = structure('Matrix', 'data bias', whole('rows cols sub_norm') + [('scale', ctypes.c_float)])
+Tiles = structure('Tiles', 'up down up_scale down_scale signatures balance', whole('tiles shared k h digits'))
+Layer = structure('Layer', 'mixer_norm mixer_bias ffn_norm ffn_bias', [(key, Matrix) for key in 'q k v o gate up down'.split()] + [
+    ('tiles', Tiles), ('keys', ctypes.c_void_p), ('values', ctypes.c_void_p), *whole('C n_head n_kv_head positions layer_norm rotary qk_norm act')])
+
+
+def at(tensor, offset=0):  # its address, as ctypes takes it
+    return None if tensor is None else tensor.data_ptr() + offset * tensor.element_size()
+
+
+def ternary(x, codes, scale, digits):
+    """x (..., K) fp32, codes (M, ceil(K / 4)) uint8, scale a number -> (..., M) fp32: scale * codes x, x rounded to int8 (digits=1) or
+    to 24 bits (3)."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], len(codes))
+    library().ternary(ctypes.c_void_p(at(x)), x.numel() // x.size(-1), x.size(-1), digits, ctypes.c_void_p(at(codes)), ctypes.c_float(scale),
+                      len(codes), ctypes.c_void_p(at(y)), torch.get_num_threads())
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modules
+
+class PackedLinear(nn.Module):
+    """A BitLinear in eval mode, from packed codes: equal to the bit in fp32."""
+
+    def __init__(self, codes, scale, K, bias, sub_norm):
+        super().__init__()
+        self.in_features, self.out_features, self.sub_norm, self.bias = K, len(codes), sub_norm, bias
+        self.register_buffer('codes', codes)
+        self.register_buffer('scale', scale)
+        self.number = scale.item()
+
+    def forward(self, x):
+        x = rms(x) if self.sub_norm else x
+        if usable(x):
+            y = ternary(x, self.codes, self.number, 1)
+        else:
+            codes = unpack_codes(self.codes, self.in_features)
+            y = BitProduct.apply(x, codes, codes, self.scale)
+        return y if self.bias is None else y + self.bias
+
+    def matrix(self):
+        return Matrix(at(self.codes), at(self.bias), self.out_features, self.in_features, self.sub_norm, self.number)
+
+
+class PackedTriX(TriX):
+    """A TriX FFN in eval mode, from packed codes. A token reads the tiles that it is sent to, and no other."""
+
+    def __init__(self, config, tensors, balance):
+        with torch.device('meta'):
+            super().__init__(config)
+        self.h = self.up.size(1)
+        del self.up, self.down
+        for name in ('balance', 'pace', 'load', 'seen'):
+            self.register_buffer(name, balance if name == 'balance' else torch.zeros_like(balance), persistent=False)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer('signatures', torch.stack([unpack_codes(tile, self.n_embd).sum(0).sign() for tile in self.up_codes]),
+                             persistent=False)
+
+    def weights(self):
+        return (unpack_codes(self.up_codes, self.n_embd) * self.up_scale[:, None, None],
+                unpack_codes(self.down_codes, self.h) * self.down_scale[:, None, None], self.signatures)
+
+    def forward(self, x):
+        if x.numel() > ROWS * x.size(-1) or not usable(x):
+            return super().forward(x)
+        shape, x = x.shape, x.reshape(-1, self.n_embd)
+        tiles, gates = (part.contiguous() for part in self.route(x, self.signatures, self.signatures))
+        y, own = torch.zeros_like(x), self.tiles()
+        for i in range(len(x)):
+            library().tiles(ctypes.byref(own), ctypes.c_void_p(at(x[i])), self.n_embd, tiles.size(1), ctypes.c_void_p(at(tiles[i])),
+                            ctypes.c_void_p(at(gates[i])), ctypes.c_void_p(at(y[i])), torch.get_num_threads())
+        return y.view(shape)
+
+    def tiles(self):
+        return Tiles(*map(at, (self.up_codes, self.down_codes, self.up_scale, self.down_scale, self.signatures, self.balance)),
+                     self.n_routed, self.shared, self.k, self.h, 1 if self.int8 else 3)
+
+    def fastest(self, x):
+        return 'loop' if x.device.type == 'cpu' else 'dense'
+
+
+class Int8Embedding(nn.Module):
+    """An embedding, or a head, of int8 rows with a scale each."""
+
+    def __init__(self, codes, scale):
+        super().__init__()
+        self.register_buffer('codes', codes)
+        self.register_buffer('scale', scale)
+
+    @property
+    def weight(self):
+        return self.codes.float() * self.scale[:, None]
+
+    def forward(self, idx):
+        return self.codes[idx].float() * self.scale[idx][..., None]
+
+
+class Int8Head(Int8Embedding):
+    def forward(self, x):
+        if x.numel() > ROWS * x.size(-1) or not usable(x):
+            return F.linear(x, self.weight.type_as(x))
+        x, K, V = x.contiguous(), x.size(-1), len(self.codes)
+        y = x.new_empty(*x.shape[:-1], V)
+        for i in range(x.numel() // K):
+            library().int8_rows(ctypes.c_void_p(at(x, i * K)), K, ctypes.c_void_p(at(self.codes)), ctypes.c_void_p(at(self.scale)), V,
+                                ctypes.c_void_p(at(y, i * V)), torch.get_num_threads())
+        return y
+
+
+class PackedGPT(GPT):
+    """A GPT whose blocks of attention take a token of each sequence in one call of the library."""
+
+    def ready(self):
+        """Once all weights are in place: what the library needs to know of the blocks."""
+        config, self.layers = self.config, None
+        if any(name != 'attention' for name in config.mixers()) or config.ffn == 'resonance' or config.trix_router != 'signature':
+            return self
+        self.layers = (Layer * config.n_layer)()
+        for block, to in zip(self.blocks, self.layers):
+            mixer, ffn = block.mixer, block.ffn
+            to.mixer_norm, to.mixer_bias = at(block.mixer_norm.weight), at(getattr(block.mixer_norm, 'bias', None))
+            if ffn:
+                to.ffn_norm, to.ffn_bias = at(block.ffn_norm.weight), at(getattr(block.ffn_norm, 'bias', None))
+            for key in ('q', 'k', 'v', 'o', 'gate', 'up', 'down'):
+                part = getattr(mixer, f'{key}_proj', None) or getattr(ffn, f'{key}_proj', None)
+                if part:
+                    setattr(to, key, part.matrix() if isinstance(part, PackedLinear) else
+                            Matrix(at(part.weight), at(part.bias), *part.weight.shape, False, 0.0))
+            if isinstance(ffn, TriX):
+                to.tiles = ffn.tiles()
+            to.C, to.n_head, to.n_kv_head, to.positions = config.n_embd, mixer.n_head, mixer.n_kv_head, config.block_size
+            to.layer_norm, to.rotary, to.qk_norm = config.norm == 'layernorm', mixer.rotary, mixer.qk_norm
+            to.act = {'gelu': 0, 'relu2': 1}.get(config.ffn, 2)
+        return self
+
+    def through(self, x, cache):
+        """x (B, T, C) through all blocks -> (B, T, C)"""
+        if cache is None or x.size(1) > 1 or not self.layers or not usable(x):
+            return super().through(x, cache)
+        cos, sin = (at(self.blocks[0].mixer.cos), at(self.blocks[0].mixer.sin)) if self.layers[0].rotary else (None, None)
+        x = x.clone()
+        for b in range(len(x)):
+            for (kv, _), layer in zip(cache.layers, self.layers):
+                k, v = kv.tensors(x.new_empty(len(x), layer.n_kv_head, 0, layer.q.rows // layer.n_head))
+                layer.keys, layer.values = at(k[b]), at(v[b])
+            library().step(self.layers, len(self.layers), ctypes.c_void_p(at(x[b])), cache.pos, ctypes.c_void_p(cos), ctypes.c_void_p(sin),
+                           torch.get_num_threads())
+        for kv, _ in cache.layers:
+            kv.pos += 1
+        return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The file
+
+def parts(model):
+    """{name of a weight: (module, kind)} of a GPT; kind: ternary, embedding or other. What a tied head or only training needs is left out."""
+    found, seen = {}, set()
+    for prefix, module in model.named_modules():
+        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        for name, tensor in own.items():
+            if id(tensor) in seen or name in module._non_persistent_buffers_set or (isinstance(module, TriX) and name == 'pace'):
+                continue
+            seen.add(id(tensor))
+            ternary = isinstance(module, BitLinear) and name == 'weight' or isinstance(module, TriX) and name in ('up', 'down')
+            found[f'{prefix}.{name}'.lstrip('.')] = module, 'ternary' if ternary else 'embedding' if prefix in ('wte', 'lm_head') else 'other'
+    return found
+
+
+def ternary_dims(weight):  # what one scale is for: a matrix, or a tile of several
+    return (1, 2) if weight.dim() == 3 else None
+
+
+def layout(model, embeddings):
+    """{name in the file: (shape, dtype)}"""
+    found = {}
+    for name, (module, kind) in parts(model).items():
+        tensor = model.get_parameter(name) if name in dict(model.named_parameters()) else model.get_buffer(name)
+        if kind == 'ternary':
+            *rows, K = tensor.shape
+            found[f'{name}.codes'] = (*rows, -(-K // 4)), torch.uint8
+            found[f'{name}.scale'] = tuple(tensor.shape[:-2]), torch.float32
+        elif kind == 'embedding':
+            found[name] = tuple(tensor.shape), EMBEDDINGS[embeddings]
+            if embeddings == 'int8':
+                found[f'{name}.scale'] = tuple(tensor.shape[:1]), torch.float32
+        else:
+            found[name] = tuple(tensor.shape), torch.int64 if tensor.dtype == torch.int64 else torch.float32
+    return found
+
+
+@torch.no_grad()
+def pack(model, embeddings='float32'):
+    """The weights of a GPT as a packed file has them: {name: tensor}. UserError if nothing of it is ternary."""
+    tensors, state = {}, model.state_dict()
+    for name, (module, kind) in parts(model).items():
+        value = state[name].cpu()
+        if kind == 'ternary':
+            codes, scale = ternary_codes(value, ternary_dims(value))
+            tensors |= {f'{name}.codes': pack_codes(codes), f'{name}.scale': scale.reshape(value.shape[:-2])}
+        elif kind == 'embedding' and embeddings == 'int8':
+            scale = value.abs().amax(1).clamp(min=1e-12) / 127
+            tensors |= {name: (value / scale[:, None]).round().to(torch.int8), f'{name}.scale': scale}
+        else:
+            tensors[name] = value.to(EMBEDDINGS[embeddings] if kind == 'embedding' else value.dtype).contiguous()
+    if not any(name.endswith('.codes') for name in tensors):
+        raise UserError('nothing in this model is ternary, so there is nothing to pack: it has ffn=' + model.config.ffn
+                        + ', linear=' + model.config.linear)
+    return tensors
+
+
+def digest(metadata, tensors):
+    """sha256 over the metadata and every tensor, by name."""
+    total = hashlib.sha256(json.dumps({key: metadata[key] for key in sorted(metadata) if key != 'sha256'}).encode())
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def write(path, tensors, embeddings, state):
+    """Write packed tensors with what a checkpoint's dict `state` says of them: whole or not at all."""
+    metadata = {'format': FORMAT, 'embeddings': embeddings,
+                **{key: json.dumps(state[key]) for key in KEPT}}
+    metadata['sha256'] = digest(metadata, tensors)
+    try:
+        with replacing(path) as file:
+            file.write(save(tensors, metadata))
+    except OSError as error:
+        raise UserError(f'{path}: could not be written ({error.strerror or error})')
+
+
+def read(path):
+    """A packed file, verified -> a dict as a checkpoint's, with {name: tensor} as `packed` and the kind of its embeddings. UserError for anything else."""
+    try:
+        with safe_open(path, 'pt') as file:
+            metadata = file.metadata() or {}
+            if metadata.get('format') != FORMAT:
+                raise UserError(f'{path}: not a packed model of this project (export.py pack makes them)')
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if digest(metadata, tensors) != metadata.get('sha256'):
+            raise UserError(f'{path}: damaged: its hash is not that of its content')
+        state = {key: json.loads(metadata[key]) for key in KEPT}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f'{path}: truncated, damaged, or no safetensors file ({error})')
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UserError(f'{path}: broken metadata ({error})')
+    kinds = {'config': dict, 'tokenizer': (dict, type(None)), 'step': int, 'data': dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(state[key], kind)]:
+        raise UserError(f'{path}: broken: no valid {", ".join(wrong)} in it')
+    if metadata.get('embeddings') not in EMBEDDINGS:
+        raise UserError(f'{path}: broken: embeddings={metadata.get("embeddings")!r} is not one of {", ".join(EMBEDDINGS)}')
+    return {**state, 'packed': tensors, 'embeddings': metadata['embeddings']}
+
+
+def check(path, tensors, expected):
+    """UserError if the tensors of a file are not those that its config makes, or hold what codes and scales can't be."""
+    problems = []
+    for what, names in (('missing', expected.keys() - tensors.keys()), ('too many', tensors.keys() - expected.keys())):
+        if names:
+            problems.append(f'{path}: {what}: ' + ', '.join(sorted(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else ''))
+    for name in sorted(expected.keys() & tensors.keys()):
+        tensor, (shape, dtype) = tensors[name], expected[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            problems.append(f'{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, by its config {dtype} {shape}')
+        elif name.endswith('.codes') and (tensor & tensor >> 1 & 0x55).any():
+            problems.append(f'{path}: {name} has a code of value 3, which is none')
+        elif tensor.is_floating_point() and not tensor.isfinite().all():
+            problems.append(f'{path}: {name} has values that are not finite')
+    if problems:
+        raise UserError(*problems[:5])
+
+
+def build(config, state, path, device):
+    """The GPT of a packed file (what `read` gives), in eval mode, with its codes still packed. UserError if the file's tensors don't fit."""
+    with torch.device('meta'):
+        model = PackedGPT(config)
+    tensors = state['packed']
+    check(path, tensors, layout(model, state['embeddings']))
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    tables = rotary_tables(config, device) if config.positions == 'rotary' and 'attention' in config.mixers() else None
+    for name, module in list(model.named_modules()):
+        parent, _, key = name.rpartition('.')
+        if isinstance(module, Attention) and tables:
+            module.cos, module.sin = tables  # of all layers the same
+        elif isinstance(module, BitLinear):
+            bias = nn.Parameter(tensors[f'{name}.bias'], False) if module.bias is not None else None
+            codes, scale = tensors[f'{name}.weight.codes'], tensors[f'{name}.weight.scale']
+            setattr(model.get_submodule(parent), key, PackedLinear(codes, scale, module.in_features, bias, module.sub_norm))
+        elif isinstance(module, TriX):
+            own = {f'{part}_{what}': tensors[f'{name}.{part}.{what}'] for part in ('up', 'down') for what in ('codes', 'scale')}
+            if module.router == 'hash':
+                own['table'] = tensors[f'{name}.table']
+            setattr(model.get_submodule(parent), key, PackedTriX(config, own, tensors[f'{name}.balance']))
+    if state['embeddings'] == 'int8':
+        head = 'wte.weight' if config.tie_embeddings else 'lm_head.weight'
+        model.wte, model.lm_head = (kind(tensors[name], tensors[f'{name}.scale'])
+                                    for kind, name in ((Int8Embedding, 'wte.weight'), (Int8Head, head)))
+    for name, p in list(model.named_parameters(remove_duplicate=False)):
+        if p.is_meta:
+            source = 'wte.weight' if name == 'lm_head.weight' and config.tie_embeddings else name
+            module = model.get_submodule(name.rpartition('.')[0])
+            setattr(module, name.rpartition('.')[2], nn.Parameter(tensors[source].float(), False))
+    if config.tie_embeddings and state['embeddings'] != 'int8':
+        model.lm_head.weight = model.wte.weight
+    return model.eval().requires_grad_(False).ready()

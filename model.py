@@ -37,7 +37,7 @@ class GPTConfig:
     linear: str = 'dense'  # dense, or bitnet: every matrix of the blocks is ternary
     norm: str = 'rmsnorm'  # rmsnorm or layernorm
     positions: str = 'rotary'  # rotary, learned or none
-    qk_norm: bool = False  # RMS-normalise queries and keys, which bounds the attention logits
+    qk_norm: bool = False  # RMS-normalise queries and keys, where there is attention: it bounds the attention logits
     zero_init: bool = False  # the last matrix of every branch starts at 0, so that every block starts as the identity
     embed_norm: bool = False  # RMSNorm behind the embedding, without weights
     embed_taps: int = 0  # a causal filter over the embeddings: each token and so many - 1 before it, weighed by channel (0: none)
@@ -90,8 +90,6 @@ class GPTConfig:
                 found.append(f'rotary positions need an even head size, n_embd / n_head is {self.n_embd // self.n_head}')
             if self.n_kv_head and self.n_head % self.n_kv_head:
                 found.append(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
-        elif self.qk_norm:
-            found.append('qk_norm=True needs an attention layer, and there is none')
         if self.attention_every and self.mixer == 'attention':
             found.append(f'attention_every={self.attention_every} is for mixer=resonance: with mixer=attention every layer has attention')
         elif self.attention_every > self.n_layer:
@@ -266,13 +264,25 @@ class KVCache:
     def __init__(self, B, block_size):
         self.B, self.block_size, self.pos, self.k, self.v = B, block_size, 0, None, None
 
-    def append(self, k, v):  # (B, n_kv_head, T, hs) each -> all positions so far, (B, n_kv_head, pos + T, hs)
-        _, nh, T, hs = k.shape
+    def tensors(self, like):
+        """Keys and values (B, n_kv_head, block_size, hs), filled up to pos; made in the first call for one of (B, n_kv_head, T, hs)."""
         if self.k is None:  # not earlier: under autocast the dtype is known only now
-            self.k, self.v = (k.new_empty(self.B, nh, self.block_size, hs) for _ in 'kv')
+            _, nh, _, hs = like.shape
+            self.k, self.v = (like.new_empty(self.B, nh, self.block_size, hs) for _ in 'kv')
+        return self.k, self.v
+
+    def append(self, k, v):  # (B, n_kv_head, T, hs) each -> all positions so far, (B, n_kv_head, pos + T, hs)
+        T, _ = k.size(2), self.tensors(k)
         self.k[:, :, self.pos:self.pos + T], self.v[:, :, self.pos:self.pos + T] = k, v
         self.pos += T
         return self.k[:, :, :self.pos], self.v[:, :, :self.pos]
+
+
+def rotary_tables(config, device=None):
+    """Cosines and sines of the angles of every position, (block_size, hs / 2) each."""
+    hs = config.n_embd // config.n_head
+    angle = torch.outer(torch.arange(config.block_size, device=device).float(), 10_000.0 ** (-torch.arange(0, hs, 2, device=device) / hs))
+    return angle.cos(), angle.sin()
 
 
 class Attention(nn.Module):
@@ -289,9 +299,9 @@ class Attention(nn.Module):
         self.o_proj = linear(config, self.n_head * hs, config.n_embd, last=True)
         self.rotary = config.positions == 'rotary'
         if self.rotary:
-            angle = torch.outer(torch.arange(config.block_size).float(), 10_000.0 ** (-torch.arange(0, hs, 2) / hs))
-            self.register_buffer('cos', angle.cos(), persistent=False)  # (block_size, hs / 2)
-            self.register_buffer('sin', angle.sin(), persistent=False)
+            cos, sin = rotary_tables(config)
+            self.register_buffer('cos', cos, persistent=False)
+            self.register_buffer('sin', sin, persistent=False)
 
     def new_cache(self, B):
         return KVCache(B, self.block_size)
@@ -707,7 +717,8 @@ class GPT(nn.Module):
     """A stack of blocks between a token embedding and a head.
 
     Initialisation:
-      embeddings, head                    N(0, 0.02), at widths C over 900 N(0, 0.6 / sqrt(C)): the loss starts at ln(vocab_size)
+      embeddings, head                    N(0, 0.02), at widths C over 900 N(0, 0.6 / sqrt(C)): the loss starts at ln(vocab_size);
+                                          tied and with embed_norm, over 128, N(0, 2.56 / C): each token has a logit of C std for itself
       matrices of the blocks              N(0, 0.02), in_proj of a resonance layer N(0, 1 / sqrt(C))
       o_proj, down_proj, out_proj, down   N(0, 0.02 / sqrt(2 n_layer)), so that the residual stream keeps its scale; or 0
       norms 1, biases 0, TriX balance 0, taps: each embedding as it is; the oscillators: Resonance.init_weights
@@ -738,7 +749,8 @@ class GPT(nn.Module):
             elif p.dim() == 1:
                 (nn.init.zeros_ if name.endswith('bias') else nn.init.ones_)(p)
             elif name.startswith(('wte', 'wpe', 'lm_head')):
-                nn.init.normal_(p, std=min(0.02, 0.6 / math.sqrt(self.config.n_embd)))
+                own = 2.56 / self.config.n_embd if self.config.embed_norm and self.config.tie_embeddings else 0.02
+                nn.init.normal_(p, std=min(0.02, own, 0.6 / math.sqrt(self.config.n_embd)))
             else:
                 last = name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight', '.down'))
                 scale = (0 if self.config.zero_init else 1 / math.sqrt(2 * self.config.n_layer)) if last else 1
@@ -751,8 +763,9 @@ class GPT(nn.Module):
         """An empty cache for B sequences, for `model(idx, cache=cache)`: decoding, without gradients."""
         return Cache(B, self.blocks)
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T): the mean loss in nats, a scalar."""
+    def forward(self, idx, targets=None, cache=None, last=False):
+        """idx (B, T) int64 -> logits (B, T, vocab_size), with last=True (B, 1, vocab_size), of the last position; with targets (B, T):
+        the mean loss in nats, a scalar."""
         start, T = cache.pos if cache else 0, idx.size(1)
         assert start + T <= self.config.block_size, f'{start + T} positions, but block_size is {self.config.block_size}'
         assert not cache or len(idx) == cache.B, f'{len(idx)} sequences, but the cache was made for {cache.B}'
@@ -764,21 +777,25 @@ class GPT(nn.Module):
         if self.config.trix_router == 'hash':
             for trix in self.trix_layers():
                 trix.idx = idx
-        for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x, cache.layers[i]) if cache else block(x)
+        x = self.through(x, cache)
         if cache:
             cache.pos += T
         if self.training and torch.is_grad_enabled():
             for trix in self.trix_layers():  # here, because activation checkpointing runs a block twice
                 trix.load += trix.counts
-        x, cap = self.norm(x), self.config.logit_softcap
+        x, cap = self.norm(x[:, -1:] if last else x), self.config.logit_softcap
         if targets is None:
             logits = self.lm_head(x)
             return cap * torch.tanh(logits / cap) if cap else logits
         return chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap)
+
+    def through(self, x, cache):  # (B, T, C) -> (B, T, C): all blocks
+        for i, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache.layers[i]) if cache else block(x)
+        return x
 
     def trix_layers(self):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, TriX)]

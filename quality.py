@@ -29,19 +29,21 @@ from runlog import read_lines
 from tokenizer import load_tokenizer, token_bytes
 
 TINY, TWIN, SPEEDRUN = 'trix_tiny.py', 'dense_tiny.py', 'speedrun_tiny.py'
+SOURCE = str(ROOT / 'config' / 'recipes' / 'source.py')
 PRESETS = {  # name: {name of a run: its config file and command line}; differences count against the last one
     'tiny': {'trix_tiny': (TINY,), 'dense_tiny': (TWIN,)},
     'ffn': {**{ffn: (TWIN, f'--ffn={ffn}') for ffn in ('relu2', 'swiglu')}, 'trix': (TINY,),
             'bitnet': (TWIN, '--ffn=bitnet'), 'resonance': (TWIN, '--ffn=resonance'), 'none': (TWIN, '--ffn=none'), 'gelu': (TWIN,)},
     'mixer': {'resonance': (TWIN, '--mixer=resonance'), 'hybrid': (TWIN, '--mixer=resonance', '--attention_every=3'), 'attention': (TWIN,)},
-    'tiles': {**{f'{E}x{h}_top{k}': (TINY, f'--trix_tiles={E}', f'--trix_hidden={h}', f'--trix_top_k={k}')
-                 for E, h, k in ((8, 128, 2), (16, 64, 2), (16, 64, 4))}, 'dense': (TINY, '--ffn=gelu')},
-    'routing': {'signature': (TINY,), 'hash': (TINY, '--trix_router=hash'), 'first': (TINY, '--trix_router=first')},
-    'speedrun': {'adamw': (SPEEDRUN, '--optimizer=adamw', '--matrix_lr=0', '--learning_rate=8e-3'),
+    'tiles': {**{f'{E}x{h}_top{k}': (TINY, SOURCE, f'--trix_tiles={E}', f'--trix_hidden={h}', f'--trix_top_k={k}')
+                 for E, h, k in ((8, 128, 2), (16, 64, 2), (16, 64, 4))}, 'dense': (TINY, SOURCE, '--ffn=gelu')},
+    'routing': {router: (TINY, SOURCE, f'--trix_router={router}') for router in ('signature', 'hash', 'first')},
+    'speedrun': {'adamw': (SPEEDRUN, '--optimizer=adamw', '--matrix_lr=0', '--learning_rate=4e-3'),  # the best of 2, 4 and 8e-3 (seed 1337)
                  'no_qk_norm': (SPEEDRUN, '--qk_norm=false'), 'no_zero_init': (SPEEDRUN, '--zero_init=false'),
-                 'no_embed_norm': (SPEEDRUN, '--embed_norm=false'), 'no_taps': (SPEEDRUN, '--embed_taps=0'), 'gelu': (SPEEDRUN, '--ffn=gelu'), 'softcap_15': (SPEEDRUN, '--logit_softcap=15'),
-                 'cosine': (SPEEDRUN, '--schedule=cosine'), 'speedrun_tiny': (SPEEDRUN,)},
-    'bitnet': {'bitnet': (TINY, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'), 'dense_twin': (TINY, '--ffn=swiglu')},
+                 'no_embed_norm': (SPEEDRUN, '--embed_norm=false'), 'no_taps': (SPEEDRUN, '--embed_taps=0'), 'gelu': (SPEEDRUN, '--ffn=gelu'),
+                 'softcap_15': (SPEEDRUN, '--logit_softcap=15'), 'cosine': (SPEEDRUN, '--schedule=cosine'), 'speedrun_tiny': (SPEEDRUN,)},
+    'bitnet': {'bitnet': (TINY, SOURCE, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
+               'dense_twin': (TINY, SOURCE, '--ffn=swiglu')},
 }
 FULL = ('tiny', 'speedrun')  # presets that train as long as the files say
 MATCHES = {'params': 'parameters', 'flops': 'MFLOP/token', 'bytes': 'packed MB'}

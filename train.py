@@ -43,7 +43,7 @@ from tokenizer import load_tokenizer, token_bytes
 
 @dataclass
 class TrainConfig:
-    out_dir: str = ''  # directory of the run (empty: runs/<name of the last config file>)
+    out_dir: str = ''  # directory of the run (empty: runs/<names of the config files, with - between>)
     dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, or a directory that prepare.py made
     tokenizer: str = 'bpe'  # of a dataset that has yet to be prepared: bpe (trained on it, of vocab_size), gpt2, or a tokenizer.json
     max_steps: int = 1000  # optimizer steps
@@ -117,7 +117,7 @@ def load(argv):
     """Command line -> checked config; a pure function."""
     config = configurator.load(argv, GPTConfig, TrainConfig, usage=__doc__, check=lambda c: batch_problems(c) + schedule_problems(c))
     files = [Path(word).stem for word in argv if word.endswith('.py') and not word.startswith('--')]
-    config.out_dir = config.out_dir or f'runs/{files[-1] if files else "default"}'
+    config.out_dir = config.out_dir or f'runs/{"-".join(files) or "default"}'
     config.batch_tokens = config.batch_tokens or config.batch_size * config.block_size
     return config
 

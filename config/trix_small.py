@@ -1,16 +1,19 @@
-# The middle size of the TriX plan (source A): 12,061,952 parameters.
+# The middle size of the TriX plan (source A): 12,062,976 parameters.
+# config/recipes/source.py gives the plan's recipe.
 # Weights, gradients and AdamW: 0.193 GB at 16 bytes a parameter; activations come on top.
 # Its dense twin on the same tokens in the same order: `--ffn=gelu` (or `--ffn=swiglu`).
 ffn = 'trix'
 n_layer, n_head, n_embd = 6, 4, 256
 block_size, vocab_size = 256, 16_384
 trix_tiles, trix_top_k, trix_hidden = 8, 2, n_embd
+qk_norm, embed_norm, embed_taps = True, True, 4
 
 dataset = 'fineweb_edu'
 batch_size = 32
 batch_tokens = 64 * 256  # 3,051 updates from 50M tokens
 max_steps = 50_000_000 // batch_tokens
-learning_rate = 6e-4
+optimizer, learning_rate, matrix_lr = 'muon', 12e-3, 8e-3  # trix_tiny's by the width: not tuned at this one
+schedule, min_lr_ratio = 'linear', 0.0
 warmup_steps = 100
 
 eval_interval = save_interval = sample_interval = 305  # 5M tokens

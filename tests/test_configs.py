@@ -24,14 +24,14 @@ GPT2 = dict(vocab_size=50_257, norm='layernorm', positions='learned', ffn='gelu'
 RESONANCE = dict(mixer='resonance', ffn='swiglu', block_size=32_768, vocab_size=50_257, tie_embeddings=True,
                  dataset='shards:data/shards', activation_checkpointing=True, beta1=0.9, beta2=0.95, grad_clip=1.0)
 DIMENSIONS = {  # what the sources fix; budget: tokens, batch: (sequences of a micro-step, micro-steps)
-    'trix_tiny': dict(ffn='trix', n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256, learning_rate=1e-3,
+    'trix_tiny': dict(ffn='trix', n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256,
                       budget=5_000_000, dataset='pylib'),
-    'dense_tiny': dict(ffn='gelu', n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256, learning_rate=1e-3,
+    'dense_tiny': dict(ffn='gelu', n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256,
                        budget=5_000_000, dataset='pylib'),
     'speedrun_tiny': dict(n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256, dataset='pylib'),
-    'trix_small': dict(ffn='trix', n_embd=256, n_head=4, n_layer=6, vocab_size=16_384, block_size=256, learning_rate=6e-4,
+    'trix_small': dict(ffn='trix', n_embd=256, n_head=4, n_layer=6, vocab_size=16_384, block_size=256,
                        budget=50_000_000, dataset='fineweb_edu'),
-    'trix_medium': dict(ffn='trix', n_embd=512, n_head=8, n_layer=8, vocab_size=32_000, block_size=512, learning_rate=3e-4,
+    'trix_medium': dict(ffn='trix', n_embd=512, n_head=8, n_layer=8, vocab_size=32_000, block_size=512,
                         budget=500_000_000, dataset='fineweb_edu'),
     'resonance_small': dict(RESONANCE, schedule='restarts', n_embd=768, num_frequencies=64, n_layer=6, batch=(4, 8)),
     'resonance_medium': dict(RESONANCE, schedule='restarts', n_embd=1024, num_frequencies=128, n_layer=12, batch=(4, 8)),
@@ -109,6 +109,21 @@ def test_a_run_cut_short_on_the_command_line_leaves_out_what_does_not_fit():
     assert 'shorter than that of' in short.origin['warmup_steps']
     with pytest.raises(UserError, match='warmup_steps=200 is longer than the run of max_steps=100'):
         load('bitnet_95m', '--max_steps=100', '--warmup_steps=200')
+
+
+@pytest.mark.parametrize('name, rate, parameters', [('trix_tiny', 1e-3, 2_032_512), ('dense_tiny', 1e-3, 1_639_296), ('trix_small', 6e-4, 12_061_952),
+                                                    ('trix_medium', 3e-4, 58_335_744)])
+def test_the_recipe_of_the_source_is_one_switch_away(name, rate, parameters):
+    config = load(name, str(FOLDER / 'recipes' / 'source.py'))
+    plain = train.load([f'--learning_rate={rate}'])
+    recipe = ('optimizer', 'learning_rate', 'matrix_lr', 'schedule', 'min_lr_ratio', 'qk_norm', 'zero_init', 'embed_norm', 'embed_taps', 'weight_decay',
+              'beta1', 'beta2', 'grad_clip')
+    assert [getattr(config, key) for key in recipe] == [getattr(plain, key) for key in recipe]
+    ours = load(name)
+    changed = {key for key, value in ours.as_dict().items() if value != config.as_dict()[key]}
+    assert {'optimizer', 'learning_rate'} <= changed <= {*recipe, 'out_dir'} and config.out_dir == f'runs/{name}-source'
+    with torch.device('meta'):
+        assert sum(p.numel() for p in GPT(config.pick(GPTConfig)).parameters()) == parameters
 
 
 @each_preset

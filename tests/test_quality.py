@@ -86,7 +86,7 @@ def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, 'side_by_side', lambda *words: ({'relu2': [1.0, 1.0], 'gelu': [2.0, 2.0]}, {}))
     codes = []
     prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x')
-    small = ('dense_tiny.py', '--dataset=data/x', '--vocab_size=300', '--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16',
+    small = ('dense_tiny.py', quality.SOURCE, '--dataset=data/x', '--vocab_size=300', '--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16',
              '--batch_size=4', '--batch_tokens=64', '--compile=false')
     monkeypatch.setattr(quality, 'PRESETS', {'ffn': {'relu2': (*small, '--ffn=relu2'), 'gelu': small}})
     bench.main(['quality', '--tokens=1280', '--seeds=2', '--match=params', '--repeats=1', '--device=cpu'])

@@ -163,7 +163,6 @@ def test_hybrids_have_attention_in_every_nth_layer():
     (dict(attention_every=2, mixer='attention'), 'attention_every=2 is for mixer=resonance'),
     (dict(attention_every=9, n_layer=8), 'attention_every=9 is more than n_layer=8'),
     (dict(attention_every=-1), 'attention_every=-1 must not be negative'),
-    (dict(qk_norm=True), 'qk_norm=True needs an attention layer'),
     (dict(attention_every=2, n_embd=30, n_head=4), 'n_embd=30 is not divisible by n_head=4'),
     (dict(mixer='attention', n_head=4, n_kv_head=3), 'n_head=4 is not divisible by n_kv_head=3'),
     (dict(linear='ternary'), "linear='ternary' is not one of dense, bitnet"),

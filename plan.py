@@ -150,10 +150,10 @@ def steps(knobs, shape, rows, pattern, threads):
 
 def probe(config, rows, micro_steps, seconds_a_row, fits):
     """
-    A Measured: three steps with as many sequences, up to `rows`, as fit and take no longer than PROBE by `seconds_a_row` of a
+    A Measured: four steps with as many sequences, up to `rows`, as fit and take no longer than PROBE by `seconds_a_row` of a
     micro-step, and two with half as many. None if not even one fits, or if memory runs out all the same.
     """
-    n = next((n for n in (rows >> i for i in range(rows.bit_length())) if 6 * n * seconds_a_row <= PROBE and fits(n)), 0)
+    n = next((n for n in (rows >> i for i in range(rows.bit_length())) if 9 * n * seconds_a_row <= PROBE and fits(n)), 0)
     if not n:
         return None
     server = multiprocessing.get_context('forkserver')
@@ -164,7 +164,7 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
         with ProcessPoolExecutor(1, server) as pool:
             return pool.submit(steps, knobs, shape, n, pattern, torch.get_num_threads()).result()
     try:
-        most, micro, rest = run(n, 1, several, 1)
+        most, micro, rest = run(n, 1, *3 * [several])  # the memory of TriX grows a little for some steps: its tiles' loads change
         less = run(n // 2, 1, several)[0] if n > 1 else most
     except process.BrokenProcessPool:
         return None

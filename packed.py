@@ -1,8 +1,8 @@
 """
 Models with ternary matrices as they are deployed: codes of 2 bits in one safetensors file, and decoding from them.
 
-    write('model.safetensors', pack(model, 'int8'), config, ...)    # export.py pack
-    model = build(model_config, read('model.safetensors'), device)  # load_model of checkpoint.py takes such a file in place of a run
+    write('model.safetensors', pack(model, 'int8'), 'int8', state)  # export.py pack; state: the dict of a checkpoint
+    model, state = checkpoint.load_model('model.safetensors', 'cpu')  # by read() and build(), in place of a run
 
 Codes lie four to a byte, the first in the low bits, 00 = 0, 01 = +1, 10 = -1, every row of a matrix from a byte on. A vector is
 multiplied by them as they lie: ternary.cpp, built on first use. Several rows at once, or where nothing builds: unpacked, by the
@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
 from model import GPT, Attention, BitLinear, BitProduct, TriX, rms, rotary_tables, ternary_codes
@@ -59,30 +60,38 @@ def unpack_codes(packed, K):
 # ----------------------------------------------------------------------------------------------------------------------
 # The library of ternary.cpp
 
-@cache
-def library(say=lambda line: print(line, file=sys.stderr)):
-    """ternary.cpp, built where torch keeps its extensions; None if nothing builds here, which is said."""
-    from torch.utils import cpp_extension
+def flags():
+    return ['-O3', '-fopenmp', '-fno-math-errno', '-fno-trapping-math', '-shared', '-fPIC',
+            *['-mavx2'] * torch.backends.cpu.get_cpu_capability().startswith('AVX')]
+
+
+def compiled(flags):
+    """ternary.cpp as a library, from where torch keeps what it compiles, or compiled now. OSError or CalledProcessError if it can't be."""
     source = Path(__file__).with_name('ternary.cpp').read_bytes()
-    flags = ['-O3', '-fopenmp', '-fno-math-errno', '-fno-trapping-math', '-shared', '-fPIC']
-    flags += ['-mavx2'] * torch.backends.cpu.get_cpu_capability().startswith('AVX')
-    name = hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16]
-    folder = Path(cpp_extension.get_default_build_root()) / 'nanotrix'
-    try:
-        if not (folder / f'{name}.so').exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                subprocess.run([cpp_extension.get_cxx_compiler(), *flags, '-x', 'c++', '-', '-o', f'{work}/{name}.so'], input=source,
-                               check=True, capture_output=True)
-                os.replace(f'{work}/{name}.so', folder / f'{name}.so')
-        found = ctypes.CDLL(str(folder / f'{name}.so'))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.decode(errors='replace').strip().split('\n')[0] if getattr(error, 'stderr', None) else error
-        say(f'ternary.cpp does not build here, decoding goes on in plain PyTorch, slower: {reason}')
-        return None
+    name = hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16] + '.so'
+    folder = Path(os.environ.get('TORCH_EXTENSIONS_DIR') or Path.home() / '.cache' / 'torch_extensions') / 'nanotrix'
+    if not (folder / name).exists():
+        from torch.utils import cpp_extension
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:  # several processes may be at it
+            subprocess.run([cpp_extension.get_cxx_compiler(), *flags, '-x', 'c++', '-', '-o', f'{work}/{name}'], input=source, check=True,
+                           capture_output=True)
+            os.replace(f'{work}/{name}', folder / name)
+    found = ctypes.CDLL(str(folder / name))
     for function in (found.ternary, found.tiles, found.int8_rows, found.step):
         function.restype = None
     return found
+
+
+@cache
+def library():
+    """ternary.cpp for this machine; None if nothing builds here, which is said."""
+    try:
+        return compiled(flags())
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, 'stderr', b'') or b'').decode(errors='replace').strip()
+        print(f'ternary.cpp does not build here, so packed weights are multiplied in plain PyTorch, slowly: {(said or str(error)).splitlines()[0]}',
+              file=sys.stderr)
 
 
 def usable(x):
@@ -148,7 +157,7 @@ class PackedTriX(TriX):
     """A TriX FFN in eval mode, from packed codes. A token reads the tiles that it is sent to, and no other."""
 
     def __init__(self, config, tensors, balance):
-        with torch.device('meta'):
+        with Unfilled():
             super().__init__(config)
         self.h = self.up.size(1)
         del self.up, self.down
@@ -374,9 +383,20 @@ def check(path, tensors, expected):
         raise UserError(*problems[:5])
 
 
+class Unfilled(TorchFunctionMode):
+    """Leaves new tensors unfilled, so that they take addresses and no memory. (The meta device imports 800 modules, 70 MB.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return (*args, *kwargs.values())[0] if function in FILLS else function(*args, **kwargs)
+
+
+FILLS = {nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.zeros_, torch.Tensor.normal_, torch.Tensor.uniform_}
+
+
 def build(config, state, path, device):
     """The GPT of a packed file (what `read` gives), in eval mode, with its codes still packed. UserError if the file's tensors don't fit."""
-    with torch.device('meta'):
+    with Unfilled():
         model = PackedGPT(config)
     tensors = state['packed']
     check(path, tensors, layout(model, state['embeddings']))
@@ -399,11 +419,9 @@ def build(config, state, path, device):
         head = 'wte.weight' if config.tie_embeddings else 'lm_head.weight'
         model.wte, model.lm_head = (kind(tensors[name], tensors[f'{name}.scale'])
                                     for kind, name in ((Int8Embedding, 'wte.weight'), (Int8Head, head)))
-    for name, p in list(model.named_parameters(remove_duplicate=False)):
-        if p.is_meta:
-            source = 'wte.weight' if name == 'lm_head.weight' and config.tie_embeddings else name
-            module = model.get_submodule(name.rpartition('.')[0])
-            setattr(module, name.rpartition('.')[2], nn.Parameter(tensors[source].float(), False))
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        source = 'wte.weight' if name == 'lm_head.weight' and config.tie_embeddings else name
+        setattr(model.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2], nn.Parameter(tensors[source].float(), False))
     if config.tie_embeddings and state['embeddings'] != 'int8':
         model.lm_head.weight = model.wte.weight
     return model.eval().requires_grad_(False).ready()

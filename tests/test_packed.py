@@ -1,0 +1,347 @@
+"""Packed models compute what trained ones do, from 2 bits a weight, and a file that is not one is refused."""
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import evaluate
+import export
+import packed
+import sample
+from configurator import UserError
+from model import GPT, BitLinear, BitProduct, GPTConfig, TriX, ternary_codes
+from runs import arguments, finish
+
+CPU = torch.device('cpu')
+SMALL = dict(block_size=24, vocab_size=97, n_layer=2, n_head=2, n_embd=24)
+VARIANTS = {
+    'bitnet': dict(ffn='swiglu', linear='bitnet'),
+    'bitnet, odd widths, biases': dict(ffn='gelu', linear='bitnet', d_ff=37, bias=True, sub_norm=False, norm='layernorm', positions='learned',
+                                       tie_embeddings=False),
+    'bitnet FFN': dict(ffn='bitnet', n_kv_head=1, embed_taps=3, embed_norm=True, qk_norm=True),
+    'relu2': dict(ffn='relu2', linear='bitnet', positions='none', logit_softcap=3.0),
+    'no FFN': dict(ffn='none', linear='bitnet'),
+    'trix': dict(ffn='trix', trix_hidden=19),
+    'trix, int8, shared': dict(ffn='trix', trix_shared=True, act_bits=8, linear='bitnet'),
+    'trix, hash': dict(ffn='trix', trix_router='hash'),
+    'resonance': dict(mixer='resonance', ffn='trix', linear='bitnet'),
+    'hybrid': dict(mixer='resonance', attention_every=2, ffn='bitnet', qk_norm=True),
+}
+each_variant = pytest.mark.parametrize('name', VARIANTS)
+needs_library = pytest.mark.skipif(packed.library() is None, reason='no C++ compiler')
+
+
+def trained(**keys):
+    """A model that is not at its start: norms, biases and balances are something."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **keys}))
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(('bias', 'balance')) or p.dim() == 1:
+            p.data += 0.1 * torch.randn_like(p)
+    return model.eval().requires_grad_(False)
+
+
+def written(model, path, embeddings='float32'):
+    state = {'config': asdict(model.config), 'tokenizer': None, 'step': 7, 'data': {'path': 'nowhere'}}
+    packed.write(path, packed.pack(model, embeddings), embeddings, state)
+    return path
+
+
+def ids(n=20, rows=2):
+    return torch.randint(97, (rows, n), generator=torch.Generator().manual_seed(1))
+
+
+# ---- codes and products
+
+@pytest.mark.parametrize('shape', [(1, 1), (3, 4), (5, 7), (2, 3, 130), (4, 0)])
+def test_codes_come_back(shape):
+    codes = torch.randint(-1, 2, shape).float()
+    bits = packed.pack_codes(codes)
+    assert bits.shape == (*shape[:-1], -(-shape[-1] // 4)) and bits.dtype == torch.uint8
+    assert torch.equal(packed.unpack_codes(bits, shape[-1]), codes)
+
+
+def test_the_first_code_is_in_the_low_bits():
+    assert packed.pack_codes(torch.tensor([1.0, -1, 0, 1, -1])).tolist() == [0b01_00_10_01, 0b10]
+
+
+@pytest.fixture(params=['as here', 'portable'])
+def library(request, monkeypatch):
+    """The library as it is built for this machine, and as for one without AVX2."""
+    if request.param == 'portable':
+        found = packed.compiled([flag for flag in packed.flags() if flag != '-mavx2'])
+        assert not found.has_avx2()
+        monkeypatch.setattr(packed, 'library', lambda: found)
+
+
+@needs_library
+@pytest.mark.parametrize('K, M', [(1, 1), (3, 7), (5, 2), (128, 9), (129, 33), (513, 3), (1024, 5), (3079, 4)])
+def test_products_equal_the_plain_formula_to_the_bit(K, M, library):
+    draw = torch.Generator().manual_seed(K)
+    codes, x = torch.randint(-1, 2, (M, K), generator=draw).float(), 3 * torch.randn(11, K, generator=draw)
+    x[1], x[2, K // 2] = 0, 1e4
+    bits, scale = packed.pack_codes(codes), torch.tensor(0.37)
+    assert torch.equal(packed.ternary(x, bits, scale.item(), 1), BitProduct.apply(x, codes, codes, scale))
+    s = 1 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5) * (127 * 65536)
+    exact = ((x * s).round().double() @ codes.double().T).float() * (scale / s)
+    assert torch.equal(packed.ternary(x, bits, scale.item(), 3), exact)
+    true = 0.37 * (x.double() @ codes.double().T)
+    assert (packed.ternary(x, bits, scale.item(), 3) - true).abs().max() <= 1e-6 * x.abs().amax() * K ** 0.5
+
+
+@needs_library
+@pytest.mark.parametrize('K, V', [(1, 1), (15, 3), (16, 2), (100, 9), (2100, 2)])
+def test_rows_of_int8_are_multiplied_to_16_bits(K, V, library):
+    draw = torch.Generator().manual_seed(K)
+    rows, scale = torch.randint(-127, 128, (V, K), generator=draw, dtype=torch.int8), torch.rand(V, generator=draw)
+    x = torch.randn(3, K, generator=draw)
+    head = packed.Int8Head(rows, scale)
+    assert head(x).shape == (3, V)
+    assert (head(x) - x @ head.weight.T).abs().max() < 2e-5 * x.abs().max() * 127 * K ** 0.5
+
+
+@needs_library
+def test_all_threads_compute_the_same(monkeypatch):
+    model = packed.build(*opened(trained(ffn='trix', linear='bitnet', n_embd=256), 'int8'))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            cache = model.new_cache(1)
+            found.append(torch.cat([model(ids()[:1, i:i + 1], cache=cache) for i in range(8)]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def opened(model, embeddings='float32'):
+    """The arguments of packed.build for a model that is packed, without a file."""
+    return model.config, {'packed': packed.pack(model, embeddings), 'embeddings': embeddings}, 'here', CPU
+
+
+# ---- models
+
+@each_variant
+def test_a_packed_model_computes_what_the_trained_one_does(name, tmp_path):
+    model = trained(**VARIANTS[name])
+    other, state = checkpoint.load_model(written(model, tmp_path / 'x.safetensors'), CPU)
+    assert state['step'] == 7 and other.config == model.config and not other.training
+    seen = {}
+
+    def keep(of):
+        return lambda module, inputs, output: seen.update({of: (inputs[0], output)})
+    for key, module in model.named_modules():
+        if isinstance(module, (BitLinear, TriX)) and key:
+            module.register_forward_hook(keep(key))
+    logits = model(ids())
+    assert torch.allclose(other(ids()), logits, rtol=0, atol=1e-5)
+    assert other(ids(), ids()).item() == pytest.approx(model(ids(), ids()).item(), abs=1e-6)
+    for key, (x, y) in seen.items():  # layer by layer, from the same inputs
+        module = other.get_submodule(key)
+        if VARIANTS[name].get('trix_router') == 'hash':
+            module.idx = ids()
+        assert (module(x) - y).norm() <= 1e-5 * y.norm(), key
+        if VARIANTS[name].get('trix_router') == 'hash':
+            module.idx = ids()[:1, :1]
+        assert (module(x[:1, :1]) - y[:1, :1]).norm() <= 1e-5 * y[:1, :1].norm(), key
+
+
+@each_variant
+@pytest.mark.parametrize('rows', [1, 3])
+def test_decoding_step_by_step_equals_the_whole(name, rows):
+    model = packed.build(*opened(trained(**VARIANTS[name])))
+    whole, cache = model(ids(rows=rows)), model.new_cache(rows)
+    parts = [model(ids(rows=rows)[:, :5], cache=cache), *(model(ids(rows=rows)[:, i:i + 1], cache=cache) for i in range(5, 20))]
+    assert cache.pos == 20 and torch.allclose(torch.cat(parts, 1), whole, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize('embeddings, apart', [('float32', 1e-5), ('bfloat16', 0.3), ('int8', 0.3)])
+@pytest.mark.parametrize('tied', [True, False])
+def test_embeddings_of_every_kind(embeddings, apart, tied):
+    model = trained(ffn='trix', tie_embeddings=tied)
+    other = packed.build(*opened(model, embeddings))
+    assert (other(ids()) - model(ids())).abs().max() < apart
+    cache = other.new_cache(1)
+    steps = torch.cat([other(ids()[:1, i:i + 1], cache=cache) for i in range(20)], 1)
+    assert torch.allclose(steps, other(ids()[:1]), rtol=0, atol=1e-4)
+
+
+def test_only_the_tiles_that_are_chosen_are_read():
+    model = packed.build(*opened(trained(ffn='trix', n_layer=1, n_head=1)))
+    trix, x = model.blocks[0].ffn, torch.randn(1, 1, 24)
+    tiles, _ = trix.route(x[0], trix.signatures, trix.signatures)
+    y = trix(x)
+    for e in set(range(8)) - set(tiles.flatten().tolist()):
+        trix.up_scale[e] = trix.down_scale[e] = torch.nan
+    assert torch.equal(trix(x), y)
+
+
+def test_without_a_compiler_it_is_said_and_the_same_comes_out(monkeypatch, capsys):
+    model = trained(ffn='trix', linear='bitnet')
+    other = packed.build(*opened(model))
+    from torch.utils import cpp_extension
+    monkeypatch.setattr(cpp_extension, 'get_cxx_compiler', lambda: 'no-such-compiler')
+    monkeypatch.setattr(packed, 'flags', lambda: ['-Dnot-there-yet'])
+    packed.library.cache_clear()
+    try:
+        cache = other.new_cache(1)
+        steps = torch.cat([other(ids()[:1, i:i + 1], cache=cache) for i in range(20)], 1)
+    finally:
+        packed.library.cache_clear()
+    assert torch.allclose(steps, model(ids()[:1]), rtol=0, atol=1e-5)
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith('ternary.cpp does not build here') and 'no-such-compiler' in line
+
+
+# ---- the file
+
+def test_ternary_matrices_take_a_sixteenth(tmp_path):
+    model = trained(ffn='swiglu', linear='bitnet', n_embd=64, n_head=4)
+    tensors = packed.pack(model)
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            assert 16 * tensors[f'{name}.weight.codes'].nbytes == module.weight.nbytes
+            codes, scale = ternary_codes(module.weight)
+            assert torch.equal(packed.unpack_codes(tensors[f'{name}.weight.codes'], module.in_features), codes)
+            assert tensors[f'{name}.weight.scale'].item() == scale.item()
+
+
+def test_a_model_without_anything_ternary_is_not_packed():
+    with pytest.raises(UserError, match='nothing in this model is ternary.*ffn=gelu, linear=dense'):
+        packed.pack(trained())
+
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+    return written(trained(ffn='trix', linear='bitnet'), tmp_path_factory.mktemp('packed') / 'good.safetensors', 'int8')
+
+
+def changed(good, path, change, rehash=True):
+    """A copy of a packed file after change(tensors, metadata), with a hash that is right again."""
+    with packed.safe_open(good, 'pt') as file:
+        metadata = file.metadata()
+    tensors = load_file(good)
+    change(tensors, metadata)
+    if rehash:
+        metadata['sha256'] = packed.digest(metadata, tensors)
+    save_file(tensors, path, metadata)
+    return path
+
+
+CODES = 'blocks.0.mixer.q_proj.weight.codes'
+DAMAGES = {
+    'missing: blocks.0.ffn.up.scale': lambda t, m: t.pop('blocks.0.ffn.up.scale'),
+    'too many: more': lambda t, m: t.update(more=torch.zeros(1)),
+    f'{CODES} has a code of value 3': lambda t, m: t[CODES].__setitem__((0, 0), 0b11_00),
+    'wte.weight.scale has values that are not finite': lambda t, m: t['wte.weight.scale'].__setitem__(0, torch.inf),
+    'norm.weight is torch.float64': lambda t, m: t.update({'norm.weight': t['norm.weight'].double()}),
+    'wte.weight is torch.int8 .96, 24., by its config': lambda t, m: t.update({'wte.weight': t['wte.weight'][:96]}),
+    'not a packed model of this project': lambda t, m: m.update(format='other'),
+    'no valid step': lambda t, m: m.update(step='"7"'),
+    'broken metadata': lambda t, m: m.update(config='{'),
+    "embeddings='int4' is not one of": lambda t, m: m.update(embeddings='int4'),
+    'wrong type': lambda t, m: m.update(config=json.dumps({**json.loads(m['config']), 'n_layer': 'two'})),
+    'n_embd=24 is not divisible by n_head=5': lambda t, m: m.update(config=json.dumps({**json.loads(m['config']), 'n_head': 5})),
+}
+
+
+@pytest.mark.parametrize('what', DAMAGES)
+def test_a_file_that_is_not_what_its_config_makes_is_refused(good, tmp_path, what):
+    path = changed(good, tmp_path / 'x.safetensors', DAMAGES[what])
+    with pytest.raises(UserError, match=what) as error:
+        checkpoint.load_model(path, CPU)
+    assert str(path) in str(error.value)
+
+
+def test_a_wrong_hash_is_refused(good, tmp_path):
+    path = changed(good, tmp_path / 'x.safetensors', lambda t, m: t[CODES].__setitem__((0, 0), 0b01), rehash=False)
+    with pytest.raises(UserError, match='its hash is not that of its content'):
+        checkpoint.load_model(path, CPU)
+    path = changed(good, tmp_path / 'y.safetensors', lambda t, m: m.update(step='8'), rehash=False)
+    with pytest.raises(UserError, match='its hash is not that of its content'):
+        checkpoint.load_model(path, CPU)
+
+
+@pytest.mark.parametrize('keep', [0, 5, 200, -1])
+def test_a_truncated_file_is_refused(good, tmp_path, keep):
+    path = tmp_path / 'x.safetensors'
+    path.write_bytes(good.read_bytes()[:keep])
+    with pytest.raises(UserError, match='truncated, damaged, or no safetensors file'):
+        checkpoint.load_model(path, CPU)
+
+
+def test_bytes_at_random_places_are_noticed(good, tmp_path):
+    content, draw, path = good.read_bytes(), np.random.default_rng(0), tmp_path / 'x.safetensors'
+    for at in draw.integers(0, len(content), 60):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << draw.integers(8)]) + content[at + 1:])
+        with pytest.raises(UserError):
+            checkpoint.load_model(path, CPU)
+
+
+# ---- the command
+
+@pytest.fixture(scope='module')
+def run(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    code, said = finish(arguments(corpus, folder / 'run', '--ffn=trix', '--linear=bitnet', '--dropout=0', '--max_steps=5', '--sample_interval=0'))
+    assert code == 0, said
+    return folder / 'run'
+
+
+def said_by(capsys, main, *words):
+    main([*map(str, words), '--device=cpu'])
+    return capsys.readouterr().out
+
+
+def test_export_sample_and_evaluate(run, tmp_path, capsys):
+    text = said_by(capsys, export.main, 'pack', run)
+    assert 'blocks.0.ffn.up 4 x 16 x 16 4,096 -> 256 bytes: 16x' in re.sub(' +', ' ', text)
+    assert 'the same likeliest token for 100.00 %' in text.splitlines()[-1]
+    file = run / 'packed.safetensors'
+    assert f'{file.stat().st_size:,} bytes' in text
+    assert said_by(capsys, sample.main, file, '--max_new_tokens=20') == said_by(capsys, sample.main, run, '--max_new_tokens=20')
+    losses = [json.loads(said_by(capsys, evaluate.main, path).splitlines()[-1])['loss'] for path in (file, run)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for embeddings in ('bfloat16', 'int8'):
+        said_by(capsys, export.main, 'pack', run, tmp_path / f'{embeddings}.safetensors', f'--embeddings={embeddings}')
+    sizes = [path.stat().st_size for path in (file, tmp_path / 'bfloat16.safetensors', tmp_path / 'int8.safetensors')]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize('words, what', [
+    ([], 'no command: name one of pack'), (['pak', 'RUN'], 'pak: name one of pack'), (['pack'], 'name a run directory'),
+    (['pack', 'RUN', 'x.bin'], 'x.bin: a packed model is a .safetensors file'), (['pack', 'RUN', '--embeddings=int4'], "embeddings='int4' is not one of"),
+    (['pack', 'nowhere'], 'nowhere: no such run or checkpoint'), (['pack', 'PACKED'], 'packed already'),
+    (['pack', 'RUN', 'nowhere/x.safetensors'], 'nowhere/x.safetensors: could not be written')])
+def test_what_cannot_be_exported_is_refused(run, good, words, what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [{'RUN': str(run), 'PACKED': str(good)}.get(word, word) for word in words]
+    with pytest.raises(UserError, match=what):
+        export.main(words)
+    assert not any(Path().iterdir())
+
+
+def test_sampling_takes_little_more_memory_than_the_file(tmp_path):
+    """What a file of 21 MB adds to Python and torch, beside 12 MB for what sampling loads: not an fp32 copy of it, which would be 235."""
+    if packed.library() is None:
+        pytest.skip('no C++ compiler')
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=8000, n_layer=4, n_embd=1024, n_head=8, ffn='swiglu', linear='bitnet')).eval()
+    path = written(model, tmp_path / 'x.safetensors', 'int8')
+    code = ('import sys, torch, checkpoint, measure, device\n'
+            'from sample import generate\n'
+            'before = device.peak_memory_gb(torch.device("cpu"))\n'
+            'model, _ = checkpoint.load_model(sys.argv[1], torch.device("cpu"))\n'
+            'list(generate(model, torch.zeros(1, 1, dtype=torch.int64), 8000, 8))\n'
+            'print((device.peak_memory_gb(torch.device("cpu")) - before) * 1e9)')
+    done = subprocess.run([sys.executable, '-c', code, path], cwd=Path(packed.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.5 * path.stat().st_size + 12e6

@@ -1,11 +1,14 @@
-"""Text from a trained model. A run directory or a checkpoint file is all it needs: the tokenizer is inside.
+"""Text from a trained model. A run directory, a checkpoint or a packed file is all it needs: the tokenizer is inside.
 
     python sample.py runs/trix_tiny --prompt='def main(' --num=3 --temperature=0.8
+    python sample.py runs/trix_tiny --prompts=prompts.txt    # a prompt a line
+    python sample.py runs/trix_tiny --interactive            # asks for one after the other
 """
 import codecs
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,7 +22,9 @@ from tokenizer import load_tokenizer
 class SampleConfig:
     run: str = ''  # run directory (its newest good checkpoint) or checkpoint file; may stand without --run=
     prompt: str = ''  # text to continue (empty: the start of a document)
-    num: int = 1  # samples
+    prompts: str = ''  # a file of prompts, one a line (\\n in it: a new line), each continued on its own
+    interactive: bool = False  # ask for prompts, until an empty one
+    num: int = 1  # samples of each prompt
     max_new_tokens: int = 200  # tokens of each, at most
     temperature: float = 0.8  # 0: always the likeliest token; below 1: safer, above: wilder
     top_k: int = 0  # choose among the k likeliest tokens (0: all)
@@ -33,6 +38,8 @@ class SampleConfig:
         found = [] if self.run else ['name a run directory or a checkpoint: python sample.py runs/x']
         found += [f'{key}={getattr(self, key)} must be at least 1' for key in ('num', 'max_new_tokens') if getattr(self, key) < 1]
         found += [f'{key}={getattr(self, key)} must not be negative' for key in ('temperature', 'top_k') if getattr(self, key) < 0]
+        if bool(self.prompt) + bool(self.prompts) + self.interactive > 1:
+            found.append('--prompt, --prompts and --interactive: give one of them')
         return found + ([] if 0 < self.top_p <= 1 else [f'top_p={self.top_p} must lie in (0, 1]'])
 
 
@@ -155,24 +162,56 @@ def main(argv):
     if encoding.n_vocab > model.config.vocab_size:
         raise UserError(f'{config.run}: its tokenizer has {encoding.n_vocab} tokens, its model {model.config.vocab_size}')
     print(f'{config.run}, step {state["step"]:,}, on {chosen}', file=sys.stderr)
-    idx = torch.tensor([encode(encoding, config.prompt)], device=device)
+    made, seconds, tokens = 0, [0.0, 0.0], [0, 0]  # of prompts, and of what was generated one by one
+    for prompt in prompts(config):
+        idx = torch.tensor([encode(encoding, prompt)], device=device)
+        for i in range(config.num):
+            if config.num > 1 or config.prompts:
+                print(f'--- {made + 1}')
+            print(prompt, end='', flush=True)
+            times = [time.perf_counter()]
 
-    made, start = 0, time.perf_counter()
-    for i in range(config.num):
-        if config.num > 1:
-            print(f'--- {i + 1}')
-        print(config.prompt, end='', flush=True)
+            def ids():
+                with hardware.autocast(device, dtype):
+                    for token in generate(model, idx, encoding.n_vocab, config.max_new_tokens, config.temperature,
+                                          config.top_k, config.top_p, config.seed + i):
+                        token = token.item()
+                        times.append(time.perf_counter())
+                        if config.stop and token == encoding.eot_token:
+                            return
+                        yield token
+            stream(encoding, ids(), lambda text: print(text, end='', flush=True))
+            print()
+            made += 1
+            tokens = [tokens[0] + min(idx.size(1), model.config.block_size), tokens[1] + len(times) - 2]
+            seconds = [seconds[0] + times[1] - times[0], seconds[1] + times[-1] - times[1]]
+    print('; '.join(f'{what} {n:,} tokens, {n / s:,.0f} tokens/s' for what, n, s in zip(('prompt:', 'decoding:'), tokens, seconds) if s),
+          file=sys.stderr)
 
-        def ids():
-            with hardware.autocast(device, dtype):
-                for token in generate(model, idx, encoding.n_vocab, config.max_new_tokens, config.temperature,
-                                      config.top_k, config.top_p, config.seed + i):
-                    if config.stop and token.item() == encoding.eot_token:
-                        return
-                    yield token.item()
-        made += stream(encoding, ids(), lambda text: print(text, end='', flush=True))
+
+def prompts(config):
+    """The prompts that are asked for, one after the other. UserError if their file can't be read."""
+    if config.interactive:
+        while prompt := ask():
+            yield prompt
+    elif config.prompts:
+        try:
+            lines = Path(config.prompts).read_text(encoding='utf-8').splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'--prompts={config.prompts}: {getattr(error, "strerror", None) or error}')
+        if not any(lines):
+            raise UserError(f'--prompts={config.prompts}: no prompt in it')
+        yield from (line.replace('\\n', '\n') for line in lines if line)
+    else:
+        yield config.prompt
+
+
+def ask():
+    try:
+        return input('> ')
+    except EOFError:
         print()
-    print(f'{made} tokens, {made / (time.perf_counter() - start):.0f} tokens/s', file=sys.stderr)
+        return ''
 
 
 if __name__ == '__main__':

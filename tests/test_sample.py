@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -261,6 +262,26 @@ def test_a_checkpoint_alone_is_enough(trained, tmp_path, capsys):
     assert sum(word in ('red', 'green', 'blue', 'straße', 'éclair', '日本') for word in words) > len(words) / 3
 
 
+def test_prompts_from_a_file_and_from_the_keyboard(trained, tmp_path, capsys, monkeypatch):
+    run, _ = trained
+    (tmp_path / 'prompts.txt').write_text('red\\ngreen\n\nblue\n')
+    capsys.readouterr()
+    sample.main([str(run), f"--prompts={tmp_path / 'prompts.txt'}", '--max_new_tokens=5', '--stop=false', '--device=cpu'])
+    said = capsys.readouterr()
+    first, second = said.out.removeprefix('--- 1\n').split('--- 2\n')
+    assert first.startswith('red\ngreen') and second.startswith('blue')
+    assert re.search(r'prompt: \d+ tokens, [\d,]+ tokens/s; decoding: 8 tokens, [\d,]+ tokens/s', said.err)
+    typed = iter(['blue', 'blue', ''])
+    monkeypatch.setattr('builtins.input', lambda _: next(typed))
+    sample.main([str(run), '--interactive', '--max_new_tokens=5', '--stop=false', '--device=cpu'])
+    assert capsys.readouterr().out == 2 * second  # the same seed, the same text
+    for content, what in ((None, 'No such file'), (b'\n\n', 'no prompt in it'), (b'\xff', "can't decode")):
+        path = tmp_path / 'other.txt'
+        path.write_bytes(content) if content else path.unlink(missing_ok=True)
+        with pytest.raises(UserError, match=f'other.txt: .*{what}'):
+            sample.main([str(run), f'--prompts={path}', '--device=cpu'])
+
+
 def test_sampling_stops_at_the_end_of_a_document(trained, capsys, monkeypatch):
     monkeypatch.setattr(sample, 'choose', lambda logits, *_: torch.tensor([279]))  # the end-of-text token
     capsys.readouterr()
@@ -281,7 +302,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(trained):
 
 @pytest.mark.parametrize('words, message', [
     ([], 'name a run directory'), (['nowhere'], 'nowhere: no such run'), (['x', '--top_p=0'], 'top_p=0.0 must lie in (0, 1]'),
-    (['x', '--num=0'], 'num=0 must be at least 1'), (['x', '--tempreature=1'], "did you mean 'temperature'"),
+    (['x', '--num=0'], 'num=0 must be at least 1'), (['x', '--prompt=a', '--interactive'], 'give one of them'), (['x', '--tempreature=1'], "did you mean 'temperature'"),
 ])
 def test_a_mistake_is_one_line(words, message):
     with pytest.raises(UserError) as refused:

@@ -3,9 +3,13 @@
     python export.py pack runs/x                       # runs/x/packed.safetensors: 2 bits a ternary weight
     python export.py pack runs/x small.safetensors --embeddings=int8
     python sample.py small.safetensors                 # takes it in place of a run, as evaluate.py does
+    python export.py gguf runs/x                       # runs/x/model.gguf, for llama.cpp: BitNet and Llama-like models
+    python export.py gguf runs/x x.gguf --matrices=TQ1_0 --embeddings=Q8_0
 
 Every export ends with a comparison of its outputs with those of the model that was trained, on text.
 """
+import base64
+import contextlib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +22,11 @@ import packed
 from checkpoint import load_model
 from configurator import UserError, load, run
 from data import TokenData
-from tokenizer import encode, load_tokenizer
+from model import BitLinear, ternary_codes
+from tokenizer import BYTE_OF, EOT, encode, load_tokenizer
 
-PARITY_TOKENS = 2048
+PARITY_TOKENS, PROMPTS = 2048, 50
+MATRICES = {'TQ2_0': 256, 'TQ1_0': 256, 'Q8_0': 32, 'F16': 1, 'F32': 1}  # types of GGUF: weights of a block, which must fill rows
 
 
 @dataclass
@@ -28,14 +34,18 @@ class ExportConfig:
     command: str = ''  # pack; may stand without --command=
     run: str = ''  # run directory (its newest good checkpoint) or checkpoint file; may stand without --run=
     out: str = ''  # where to (empty: into the run); may stand without --out=
-    embeddings: str = 'float32'  # pack: embedding and head as float32, bfloat16 or int8 (a scale for each row)
+    embeddings: str = ''  # embedding and head; pack: float32 (the default), bfloat16 or int8 (a scale a row); gguf: F16 (the default), Q8_0 or F32
+    matrices: str = ''  # gguf: TQ2_0 (the default of ternary models), TQ1_0, Q8_0, F16 (that of others) or F32
     device: str = 'auto'  # of the comparison: auto, cpu, cuda, cuda:N or mps
 
     def problems(self):
         found = [] if self.command in COMMANDS else [f'{self.command or "no command"}: name one of {", ".join(COMMANDS)}']
         found += [] if self.run else ['name a run directory or a checkpoint: python export.py pack runs/x']
-        if self.embeddings not in packed.EMBEDDINGS:
-            found.append(f'embeddings={self.embeddings!r} is not one of {", ".join(packed.EMBEDDINGS)}')
+        choices = {'pack': {'embeddings': packed.EMBEDDINGS}, 'gguf': {'embeddings': ('F16', 'Q8_0', 'F32'), 'matrices': MATRICES}}
+        for key in ('embeddings', 'matrices'):
+            own, value = choices.get(self.command, {}).get(key, ()), getattr(self, key)
+            if value and value not in own:
+                found.append(f'{key}={value!r} is not one of {", ".join(own)}' if own else f'{key}={value!r} is not for {self.command}')
         return found
 
 
@@ -76,16 +86,22 @@ def logits_of(model, ids):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def pack(config):
-    device, _, _ = hardware.resolve(config.device, 'float32')
-    model, state = load_model(config.run, device)
-    out = Path(config.out or Path(config.run if Path(config.run).is_dir() else Path(config.run).parent) / 'packed.safetensors')
-    if out.suffix != '.safetensors':
-        raise UserError(f'{out}: a packed model is a .safetensors file')
+def opened(config, name):
+    """(model, state, path of the export) for a command that writes a file; `name` is what it has in the directory of the run."""
+    model, state = load_model(config.run, hardware.resolve(config.device, 'float32')[0])
+    out = Path(config.out or Path(config.run if Path(config.run).is_dir() else Path(config.run).parent) / name)
+    if out.suffix != Path(name).suffix:
+        raise UserError(f'{out}: this export is a {Path(name).suffix} file')
     if 'packed' in state:
-        raise UserError(f'{config.run}: packed already')
-    tensors = packed.pack(model, config.embeddings)
-    packed.write(out, tensors, config.embeddings, state)
+        raise UserError(f'{config.run}: packed already, so give the run or the checkpoint itself')
+    return model, state, out
+
+
+def pack(config):
+    model, state, out = opened(config, 'packed.safetensors')
+    embeddings = config.embeddings or 'float32'
+    tensors = packed.pack(model, embeddings)
+    packed.write(out, tensors, embeddings, state)
 
     kinds, fp32 = defaultdict(lambda: [0, 0]), 0
     for name, tensor in tensors.items():
@@ -106,10 +122,175 @@ def pack(config):
     whole = sum(before for before, _ in kinds.values())
     print(f'{out}: {out.stat().st_size:,} bytes; the model {total:,}, {whole / total:.2f} times smaller than its {whole:,} in fp32')
     source, ids = real_text(state, model.config)
-    parity(out, logits_of(model, ids), logits_of(load_model(out, device)[0], ids), source)
+    parity(out, logits_of(model, ids), logits_of(load_model(out, next(model.parameters()).device)[0], ids), source)
 
 
-COMMANDS = {'pack': pack}
+# ----------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+def only_llama(config, target):
+    """UserError that names every part of a model that neither the `llama` nor the `bitnet` graph of another program can express."""
+    parts = {'mixer': config.mixer == 'attention', 'ffn': config.ffn in ('swiglu', 'bitnet'), 'norm': config.norm == 'rmsnorm',
+             'positions': config.positions == 'rotary', 'qk_norm': not config.qk_norm, 'embed_norm': not config.embed_norm,
+             'embed_taps': not config.embed_taps, 'logit_softcap': not config.logit_softcap, 'bias': not config.bias}
+    found = [f'{key}={getattr(config, key)}: {target} has no such part in its llama or bitnet models' for key, good in parts.items() if not good]
+    if config.ffn == 'bitnet' and config.linear == 'dense' and config.sub_norm:
+        found.append(f'ffn=bitnet with linear=dense: {target} has the norm before the last matrix in both branches of a block or in none; '
+                     'sub_norm=false or linear=bitnet would do')
+    if found:
+        raise UserError(*found)
+
+
+def is_bitnet(config):  # with norms before the last matrices, which only the bitnet graph has
+    return config.linear == 'bitnet' and config.sub_norm
+
+
+def exact(matrix):
+    """(out, in) fp32: the weight as training uses it."""
+    if isinstance(matrix, BitLinear):
+        codes, scale = ternary_codes(matrix.weight)
+        return codes * scale
+    return matrix.weight.detach().float()
+
+
+def merges(ranks):
+    """The pairs that a byte-level BPE of `ranks` merges, in order, in the letters in which such files write bytes: 'Ġ the'."""
+    letter = {byte: character for character, byte in BYTE_OF.items()}
+    order, found = {token: rank for rank, token in enumerate(ranks)}, []
+    for token in ranks:
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # all but the last merge of what makes this token
+            at = min(range(len(parts) - 1), key=lambda i: order.get(parts[i] + parts[i + 1], len(ranks)))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            found.append(' '.join(''.join(letter[byte] for byte in part) for part in parts))
+    return found
+
+
+def byte_level(state, path):
+    """(tokens as bytes, {special token: id}) of the tokenizer of a run. UserError if it is not a byte-level BPE of ours."""
+    content = state['tokenizer']
+    if content is None or 'ranks' not in content:
+        raise UserError(f'{path}: ' + ('no tokenizer is in it' if content is None else f'its tokenizer {content["name"]} came from Hugging Face')
+                        + ': only a BPE of ours and that of GPT-2 can be written')
+    return [base64.b64decode(rank) for rank in content['ranks']], content['special_tokens']
+
+
+def gguf(config):
+    try:
+        import gguf
+    except ImportError:
+        raise UserError('export.py gguf needs the package gguf: pip install gguf')
+    model, state, out = opened(config, 'model.gguf')
+    shape, types, ternary = model.config, gguf.GGMLQuantizationType, any(isinstance(module, BitLinear) for module in model.modules())
+    only_llama(shape, 'llama.cpp')
+    if is_bitnet(shape) and not shape.tie_embeddings:
+        raise UserError('tie_embeddings=False: the bitnet models of llama.cpp have the head tied to the embedding')
+    matrices = config.matrices or ('TQ2_0' if ternary else 'F16')
+    if matrices.startswith('TQ') and not ternary:
+        raise UserError(f'--matrices={matrices}: nothing in this model is ternary: F32, F16 or Q8_0')
+    ranks, special = byte_level(state, config.run)
+    arch, hidden, heads = 'bitnet' if is_bitnet(shape) else 'llama', model.blocks[0].ffn.up_proj.out_features, shape.n_kv_head or shape.n_head
+    tensors = {'token_embd': (model.wte.weight, config.embeddings or 'F16'), 'output_norm': (model.norm.weight, 'F32')}
+    if not shape.tie_embeddings:
+        tensors['output'] = model.lm_head.weight, config.embeddings or 'F16'
+    for i, block in enumerate(model.blocks):
+        own = {'attn_norm': (block.mixer_norm.weight, 'F32'), 'ffn_norm': (block.ffn_norm.weight, 'F32')}
+        for name, part in {'attn_q': block.mixer.q_proj, 'attn_k': block.mixer.k_proj, 'attn_v': block.mixer.v_proj, 'attn_output': block.mixer.o_proj,
+                           'ffn_gate': block.ffn.gate_proj, 'ffn_up': block.ffn.up_proj, 'ffn_down': block.ffn.down_proj}.items():
+            weight, kind = exact(part), matrices if isinstance(part, BitLinear) or not matrices.startswith('TQ') else 'F16'
+            if name in ('attn_q', 'attn_k') and arch == 'llama':  # its rotary pairs are neighbours; those of the bitnet graph are halves, as ours
+                n = shape.n_head if name == 'attn_q' else heads
+                weight = weight.unflatten(0, (n, 2, -1)).transpose(1, 2).flatten(0, 2)
+            own[name] = weight, kind
+        if arch == 'bitnet':
+            own |= {'attn_sub_norm': (torch.ones(shape.n_embd), 'F32'), 'ffn_sub_norm': (torch.ones(hidden), 'F32')}
+        tensors |= {f'blk.{i}.{name}': value for name, value in own.items()}
+    if wrong := [f'{name}: rows of {weight.size(-1)}, and {kind} is made of blocks of {MATRICES[kind]}: choose another type, F16 for instance'
+                 for name, (weight, kind) in tensors.items() if weight.size(-1) % MATRICES[kind]]:
+        raise UserError(*wrong[:2])
+
+    letter = {byte: character for character, byte in BYTE_OF.items()}
+    tokens = [''.join(letter[byte] for byte in token) for token in ranks] + sorted(special, key=special.get)
+    padding = [f'[PAD{i}]' for i in range(len(tokens), shape.vocab_size)]
+    kinds = [gguf.TokenType.NORMAL] * len(ranks) + [gguf.TokenType.CONTROL] * len(special) + [gguf.TokenType.UNUSED] * len(padding)
+    partial = out.with_name(out.name + '.tmp')
+    try:
+        writer = gguf.GGUFWriter(partial, arch)
+        for key, value in {'name': Path(config.run).name, 'context_length': shape.block_size, 'embedding_length': shape.n_embd, 'block_count': shape.n_layer,
+                           'feed_forward_length': hidden, 'head_count': shape.n_head, 'head_count_kv': heads, 'vocab_size': shape.vocab_size,
+                           'rope_dimension_count': shape.n_embd // shape.n_head, 'rope_freq_base': 10_000.0, 'layer_norm_rms_eps': 1e-6,
+                           'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'token_list': tokens + padding, 'token_types': kinds,
+                           'token_merges': merges(ranks), 'bos_token_id': special[EOT], 'eos_token_id': special[EOT], 'add_bos_token': True}.items():
+            getattr(writer, f'add_{key}')(value)
+        for name, (weight, kind) in tensors.items():
+            weight, kind = np.ascontiguousarray(weight.detach().float().cpu().numpy()), types[kind]
+            writer.add_tensor(f'{name}.weight', gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(out)
+    except OSError as error:
+        raise UserError(f'{out}: could not be written ({error.strerror or error})')
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f'{out}: {out.stat().st_size:,} bytes, {arch}, matrices {matrices}, embeddings {config.embeddings or "F16"}')
+    compare_with_llama_cpp(out, model, state)
+
+
+def compare_with_llama_cpp(path, model, state):
+    """Parity of a GGUF file, by llama.cpp itself, if it is here: the next token after PROMPTS texts."""
+    try:
+        llama = Llama(path, model.config.block_size)
+    except ImportError:
+        return print('no parity: the package xllamacpp is not installed (pip install xllamacpp)')
+    source, ids = real_text(state, model.config)
+    eot, T = load_tokenizer(state['tokenizer']).eot_token, min(32, ids.size(1) - 1)
+    prompts = [[eot, *row[:T].tolist()] for row in ids.flatten().unfold(0, T, max(1, (ids.numel() - T) // PROMPTS))[:PROMPTS]]
+    theirs = [llama.next_token(prompt) for prompt in prompts]
+    for rounds in (True, False) if any(isinstance(module, BitLinear) for module in model.modules()) else (True,):
+        with torch.no_grad(), activations(rounds):
+            ours = torch.stack([model(torch.tensor([prompt], device=model.norm.weight.device), last=True)[0, -1].float().cpu() for prompt in prompts])
+        ours = ours.log_softmax(-1)
+        apart = max(abs(ours[i, token].item() - value) for i, own in enumerate(theirs) for token, value in own.items())
+        top = sum(max(own, key=own.get) == ours[i].argmax().item() for i, own in enumerate(theirs)) / len(prompts)
+        print(f'parity of {path} in llama.cpp with the trained model' + ' without int8 activations' * (not rounds) + f' after {len(prompts)} texts of '
+              f'{source}: the same likeliest token for {100 * top:.0f} %, log-probabilities of the ten likeliest at most {apart:.2g} apart')
+    return top, apart
+
+
+@contextlib.contextmanager
+def activations(rounds):
+    """BitLinear layers with their activations rounded to int8, as they were trained, or not."""
+    BitLinear.rounds = rounds
+    try:
+        yield
+    finally:
+        BitLinear.rounds = True
+
+
+class Llama:
+    """llama.cpp on a GGUF file, by the package xllamacpp. ImportError where that is missing."""
+
+    def __init__(self, path, context, threads=0):
+        import xllamacpp
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = str(path), context, 1, 0, -1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or torch.get_num_threads()
+        self.server = xllamacpp.Server(params)
+
+    def complete(self, ids, n=1, **options):
+        return self.server.handle_completions({'prompt': ids, 'n_predict': n, 'temperature': 0.0, 'cache_prompt': False, 'ignore_eos': n > 1,
+                                               **options})
+
+    def next_token(self, ids):
+        """{token: log-probability} of the ten likeliest tokens after ids."""
+        first = self.complete(ids, logprobs=10)['choices'][0]['logprobs']['content'][0]
+        return {each['id']: each['logprob'] for each in first['top_logprobs']}
+
+
+COMMANDS = {'pack': pack, 'gguf': gguf}
 
 
 def main(argv):

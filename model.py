@@ -208,6 +208,7 @@ class BitProduct(torch.autograd.Function):
 
 class BitLinear(nn.Linear):
     """Linear layer with ternary weights and int8 activations; `sub_norm` puts a parameter-free RMSNorm before it."""
+    rounds = True  # False: activations as they are, to compare with programs that don't round them
 
     def __init__(self, n_in, n_out, bias, sub_norm):
         super().__init__(n_in, n_out, bias=bias)
@@ -217,7 +218,8 @@ class BitLinear(nn.Linear):
         x = rms(x) if self.sub_norm else x
         if self.training:
             self.use = x.detach().flatten(0, -2)[:16].clone()  # a few tokens, for the statistics
-        y = BitProduct.apply(x, self.weight, *self.codes(self.weight))
+        codes, scale = self.codes(self.weight)
+        y = BitProduct.apply(x, self.weight, codes, scale) if self.rounds else F.linear(x, codes * scale)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()

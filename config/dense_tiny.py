@@ -3,7 +3,7 @@
 ffn = 'gelu'
 n_layer, n_head, n_embd = 3, 4, 128
 block_size, vocab_size = 256, 8192
-qk_norm, zero_init, embed_norm, embed_taps = True, True, True, 4
+qk_norm, zero_init, embed_taps = True, True, 4
 
 dataset = 'pylib'
 batch_size = 16

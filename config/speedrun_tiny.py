@@ -3,7 +3,7 @@
 n_layer, n_head, n_embd = 3, 4, 128
 block_size, vocab_size = 256, 8192
 ffn, qk_norm = 'relu2', True
-zero_init, embed_norm, embed_taps = True, True, 4
+zero_init, embed_taps = True, 4
 
 dataset = 'pylib'
 batch_size = 8

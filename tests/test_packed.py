@@ -318,7 +318,7 @@ def test_export_sample_and_evaluate(run, tmp_path, capsys):
 
 @pytest.mark.parametrize('words, what', [
     ([], 'no command: name one of pack'), (['pak', 'RUN'], 'pak: name one of pack'), (['pack'], 'name a run directory'),
-    (['pack', 'RUN', 'x.bin'], 'x.bin: a packed model is a .safetensors file'), (['pack', 'RUN', '--embeddings=int4'], "embeddings='int4' is not one of"),
+    (['pack', 'RUN', 'x.bin'], 'x.bin: this export is a .safetensors file'), (['pack', 'RUN', '--embeddings=int4'], "embeddings='int4' is not one of"),
     (['pack', 'nowhere'], 'nowhere: no such run or checkpoint'), (['pack', 'PACKED'], 'packed already'),
     (['pack', 'RUN', 'nowhere/x.safetensors'], 'nowhere/x.safetensors: could not be written')])
 def test_what_cannot_be_exported_is_refused(run, good, words, what, tmp_path, monkeypatch):

@@ -167,41 +167,52 @@ def merges(ranks):
     return found
 
 
-def byte_level(state, path):
-    """(tokens as bytes, {special token: id}) of the tokenizer of a run. UserError if it is not a byte-level BPE of ours."""
-    content = state['tokenizer']
+def vocabulary(content, size):
+    """(tokens as GGUF writes them, their kinds, the pairs that are merged, the id of the end of a text) for a model with `size` ids.
+    UserError if the tokenizer is no byte-level BPE of ours."""
     if content is None or 'ranks' not in content:
-        raise UserError(f'{path}: ' + ('no tokenizer is in it' if content is None else f'its tokenizer {content["name"]} came from Hugging Face')
-                        + ': only a BPE of ours and that of GPT-2 can be written')
-    return [base64.b64decode(rank) for rank in content['ranks']], content['special_tokens']
+        raise UserError(('there is no tokenizer in it' if content is None else f'its tokenizer, {content["name"]}, came from Hugging Face')
+                        + ': only those of ours and GPT-2 can be written')
+    ranks, special = [base64.b64decode(rank) for rank in content['ranks']], content['special_tokens']
+    letter = {byte: character for character, byte in BYTE_OF.items()}
+    tokens = [''.join(letter[byte] for byte in token) for token in ranks] + sorted(special, key=special.get)
+    padding = [f'[PAD{i}]' for i in range(len(tokens), size)]
+    return (tokens + padding, ['NORMAL'] * len(ranks) + ['CONTROL'] * len(special) + ['UNUSED'] * len(padding), merges(ranks), special[EOT])
 
 
 def gguf(config):
+    model, state, out = opened(config, 'model.gguf')
+    kinds = write_gguf(out, model, state['tokenizer'], config.matrices, config.embeddings)
+    print(f'{out}: {out.stat().st_size:,} bytes, {kinds}')
+    compare_with_llama_cpp(out, model, state)
+
+
+def write_gguf(path, model, tokenizer, matrices='', embeddings=''):
+    """Write a model and the content of its tokenizer as a GGUF file, whole or not at all -> what it holds, in words. UserError if llama.cpp
+    has no such model, or no such tokenizer."""
     try:
         import gguf
     except ImportError:
         raise UserError('export.py gguf needs the package gguf: pip install gguf')
-    model, state, out = opened(config, 'model.gguf')
-    shape, types, ternary = model.config, gguf.GGMLQuantizationType, any(isinstance(module, BitLinear) for module in model.modules())
+    shape, ternary = model.config, any(isinstance(module, BitLinear) for module in model.modules())
     only_llama(shape, 'llama.cpp')
     if is_bitnet(shape) and not shape.tie_embeddings:
         raise UserError('tie_embeddings=False: the bitnet models of llama.cpp have the head tied to the embedding')
-    matrices = config.matrices or ('TQ2_0' if ternary else 'F16')
+    matrices, embeddings = matrices or ('TQ2_0' if ternary else 'F16'), embeddings or 'F16'
     if matrices.startswith('TQ') and not ternary:
         raise UserError(f'--matrices={matrices}: nothing in this model is ternary: F32, F16 or Q8_0')
-    ranks, special = byte_level(state, config.run)
+    tokens, kinds, pairs, end = vocabulary(tokenizer, shape.vocab_size)
     arch, hidden, heads = 'bitnet' if is_bitnet(shape) else 'llama', model.blocks[0].ffn.up_proj.out_features, shape.n_kv_head or shape.n_head
-    tensors = {'token_embd': (model.wte.weight, config.embeddings or 'F16'), 'output_norm': (model.norm.weight, 'F32')}
+    tensors = {'token_embd': (model.wte.weight, embeddings), 'output_norm': (model.norm.weight, 'F32')}
     if not shape.tie_embeddings:
-        tensors['output'] = model.lm_head.weight, config.embeddings or 'F16'
+        tensors['output'] = model.lm_head.weight, embeddings
     for i, block in enumerate(model.blocks):
         own = {'attn_norm': (block.mixer_norm.weight, 'F32'), 'ffn_norm': (block.ffn_norm.weight, 'F32')}
         for name, part in {'attn_q': block.mixer.q_proj, 'attn_k': block.mixer.k_proj, 'attn_v': block.mixer.v_proj, 'attn_output': block.mixer.o_proj,
                            'ffn_gate': block.ffn.gate_proj, 'ffn_up': block.ffn.up_proj, 'ffn_down': block.ffn.down_proj}.items():
             weight, kind = exact(part), matrices if isinstance(part, BitLinear) or not matrices.startswith('TQ') else 'F16'
             if name in ('attn_q', 'attn_k') and arch == 'llama':  # its rotary pairs are neighbours; those of the bitnet graph are halves, as ours
-                n = shape.n_head if name == 'attn_q' else heads
-                weight = weight.unflatten(0, (n, 2, -1)).transpose(1, 2).flatten(0, 2)
+                weight = weight.unflatten(0, (shape.n_head if name == 'attn_q' else heads, 2, -1)).transpose(1, 2).flatten(0, 2)
             own[name] = weight, kind
         if arch == 'bitnet':
             own |= {'attn_sub_norm': (torch.ones(shape.n_embd), 'F32'), 'ffn_sub_norm': (torch.ones(hidden), 'F32')}
@@ -209,34 +220,30 @@ def gguf(config):
     if wrong := [f'{name}: rows of {weight.size(-1)}, and {kind} is made of blocks of {MATRICES[kind]}: choose another type, F16 for instance'
                  for name, (weight, kind) in tensors.items() if weight.size(-1) % MATRICES[kind]]:
         raise UserError(*wrong[:2])
-
-    letter = {byte: character for character, byte in BYTE_OF.items()}
-    tokens = [''.join(letter[byte] for byte in token) for token in ranks] + sorted(special, key=special.get)
-    padding = [f'[PAD{i}]' for i in range(len(tokens), shape.vocab_size)]
-    kinds = [gguf.TokenType.NORMAL] * len(ranks) + [gguf.TokenType.CONTROL] * len(special) + [gguf.TokenType.UNUSED] * len(padding)
-    partial = out.with_name(out.name + '.tmp')
+    partial = Path(f'{path}.tmp')
     try:
         writer = gguf.GGUFWriter(partial, arch)
-        for key, value in {'name': Path(config.run).name, 'context_length': shape.block_size, 'embedding_length': shape.n_embd, 'block_count': shape.n_layer,
+        for key, value in {'name': Path(path).stem, 'context_length': shape.block_size, 'embedding_length': shape.n_embd, 'block_count': shape.n_layer,
                            'feed_forward_length': hidden, 'head_count': shape.n_head, 'head_count_kv': heads, 'vocab_size': shape.vocab_size,
                            'rope_dimension_count': shape.n_embd // shape.n_head, 'rope_freq_base': 10_000.0, 'layer_norm_rms_eps': 1e-6,
-                           'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'token_list': tokens + padding, 'token_types': kinds,
-                           'token_merges': merges(ranks), 'bos_token_id': special[EOT], 'eos_token_id': special[EOT], 'add_bos_token': True}.items():
+                           'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'token_list': tokens,
+                           'token_types': [gguf.TokenType[kind] for kind in kinds], 'token_merges': pairs, 'bos_token_id': end,
+                           'eos_token_id': end, 'add_bos_token': True}.items():  # a text starts with the end of one before it, as in training
             getattr(writer, f'add_{key}')(value)
         for name, (weight, kind) in tensors.items():
-            weight, kind = np.ascontiguousarray(weight.detach().float().cpu().numpy()), types[kind]
-            writer.add_tensor(f'{name}.weight', gguf.quants.quantize(weight, kind), raw_dtype=kind)
+            kind = gguf.GGMLQuantizationType[kind]
+            weight = gguf.quants.quantize(np.ascontiguousarray(weight.detach().float().cpu().numpy()), kind)
+            writer.add_tensor(f'{name}.weight', weight, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        partial.replace(out)
+        partial.replace(path)
     except OSError as error:
-        raise UserError(f'{out}: could not be written ({error.strerror or error})')
+        raise UserError(f'{path}: could not be written ({error.strerror or error})')
     finally:
         partial.unlink(missing_ok=True)
-    print(f'{out}: {out.stat().st_size:,} bytes, {arch}, matrices {matrices}, embeddings {config.embeddings or "F16"}')
-    compare_with_llama_cpp(out, model, state)
+    return f'{arch}, matrices {matrices}, embeddings {embeddings}'
 
 
 def compare_with_llama_cpp(path, model, state):
@@ -253,8 +260,8 @@ def compare_with_llama_cpp(path, model, state):
         with torch.no_grad(), activations(rounds):
             ours = torch.stack([model(torch.tensor([prompt], device=model.norm.weight.device), last=True)[0, -1].float().cpu() for prompt in prompts])
         ours = ours.log_softmax(-1)
-        apart = max(abs(ours[i, token].item() - value) for i, own in enumerate(theirs) for token, value in own.items())
-        top = sum(max(own, key=own.get) == ours[i].argmax().item() for i, own in enumerate(theirs)) / len(prompts)
+        apart = max((abs(ours[i, token].item() - value) for i, own in enumerate(theirs) for token, value in own.items()), default=0.0)
+        top = sum(max(own, key=own.get, default=eot) == ours[i].argmax().item() for i, own in enumerate(theirs)) / len(prompts)
         print(f'parity of {path} in llama.cpp with the trained model' + ' without int8 activations' * (not rounds) + f' after {len(prompts)} texts of '
               f'{source}: the same likeliest token for {100 * top:.0f} %, log-probabilities of the ten likeliest at most {apart:.2g} apart')
     return top, apart
@@ -285,9 +292,9 @@ class Llama:
                                                **options})
 
     def next_token(self, ids):
-        """{token: log-probability} of the ten likeliest tokens after ids."""
-        first = self.complete(ids, logprobs=10)['choices'][0]['logprobs']['content'][0]
-        return {each['id']: each['logprob'] for each in first['top_logprobs']}
+        """{token: log-probability} of the ten likeliest tokens after ids; {} if that is the end of the text, of which it says no more."""
+        said = self.complete(ids, logprobs=10)['choices'][0]['logprobs']
+        return {each['id']: each['logprob'] for each in said['content'][0]['top_logprobs']} if said else {}
 
 
 COMMANDS = {'pack': pack, 'gguf': gguf}

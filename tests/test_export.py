@@ -1,0 +1,157 @@
+"""Exports for other programs: those compute the same from them, and what they can't express is refused."""
+import base64
+import random
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import export
+from configurator import UserError
+from model import GPT, BitLinear, GPTConfig
+from test_packed import ids, trained
+from tokenizer import HARD, load_tokenizer, train_bpe
+
+gguf = pytest.importorskip('gguf', reason='a development requirement')
+needs_llama = pytest.mark.skipif(not find_spec('xllamacpp'), reason='a development requirement')
+LLAMA = dict(block_size=64, vocab_size=320, n_layer=2, n_head=4, n_embd=64, ffn='swiglu', d_ff=96)
+MODELS = {
+    'llama': dict(LLAMA, n_kv_head=2),
+    'llama, untied': dict(LLAMA, tie_embeddings=False),
+    'llama, ternary': dict(LLAMA, linear='bitnet', sub_norm=False),
+    'bitnet': dict(LLAMA, linear='bitnet', n_kv_head=2),
+}
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    """The content of a BPE of 300 tokens."""
+    draw = random.Random(0)
+    words = [''.join(draw.choices('abcdefghij', k=draw.randint(2, 7))) for _ in range(80)]
+    return train_bpe([' '.join(draw.choices(words, k=3000))], 300)
+
+
+def read(path):
+    """(metadata, {name: (type, fp32 values)}) of a GGUF file."""
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: (t.tensor_type.name, gguf.quants.dequantize(t.data, t.tensor_type).reshape(tuple(map(int, reversed(t.shape)))))
+               for t in reader.tensors}
+    return {key: field.contents() for key, field in reader.fields.items()}, tensors
+
+
+# ---- the file
+
+def test_merges_are_those_that_made_the_tokens(tokenizer):
+    ranks = [base64.b64decode(rank) for rank in tokenizer['ranks']]
+    pairs = export.merges(ranks)
+    assert len(pairs) == 300 - 1 - 256 and len(set(pairs)) == len(pairs)
+    assert [pair.replace(' ', '') for pair in pairs] == export.vocabulary(tokenizer, 300)[0][256:299]
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('matrices, embeddings', [('F32', 'F32'), ('Q8_0', 'Q8_0'), ('', '')])
+def test_a_gguf_file_holds_the_weights(name, matrices, embeddings, tokenizer, tmp_path):
+    if not matrices and 'linear' in MODELS[name]:
+        matrices = 'F16'  # TQ2_0, the default, needs rows of 256
+    model = trained(**MODELS[name])
+    said = export.write_gguf(tmp_path / 'x.gguf', model, tokenizer, matrices, embeddings)
+    metadata, tensors = read(tmp_path / 'x.gguf')
+    assert metadata['general.architecture'] == said.split(',')[0] == name.split(',')[0]
+    assert len(metadata['tokenizer.ggml.tokens']) == 320 and metadata['tokenizer.ggml.eos_token_id'] == 299
+    assert tensors['blk.1.ffn_up.weight'][0] == (matrices or 'F16') and tensors['blk.1.attn_norm.weight'][0] == 'F32'
+    tolerance = {'F32': 0, 'F16': 1e-3, '': 1e-3, 'Q8_0': 1e-2}[matrices]
+    weight = export.exact(model.blocks[1].ffn.up_proj).numpy()
+    assert abs(tensors['blk.1.ffn_up.weight'][1] - weight).max() <= tolerance * abs(weight).max()
+    assert ('output.weight' in tensors) == (not model.config.tie_embeddings)
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+@pytest.mark.parametrize('kind', ['TQ2_0', 'TQ1_0'])
+def test_ternary_types_hold_the_codes_exactly(kind, tokenizer, tmp_path):
+    model = trained(**{**MODELS['bitnet'], 'n_embd': 256, 'd_ff': 512})
+    export.write_gguf(tmp_path / 'x.gguf', model, tokenizer, kind)
+    _, tensors = read(tmp_path / 'x.gguf')
+    for part, key in ((model.blocks[0].mixer.q_proj, 'attn_q'), (model.blocks[1].ffn.down_proj, 'ffn_down')):
+        exact = export.exact(part)
+        found = torch.tensor(tensors[f'blk.{0 if key == "attn_q" else 1}.{key}.weight'][1])
+        assert torch.equal(found.sign(), exact.sign()) and (found - exact).abs().max() <= 5e-4 * exact.abs().max()  # the scale is in fp16
+
+
+# ---- in llama.cpp
+
+@pytest.fixture(scope='module')
+def opened(tokenizer, tmp_path_factory):
+    """name -> (model, llama.cpp on its F32 file), each opened once."""
+    known = {}
+
+    def open_one(name):
+        if name not in known:
+            model, path = trained(**MODELS[name]), tmp_path_factory.mktemp('gguf') / 'x.gguf'
+            export.write_gguf(path, model, tokenizer, 'F32', 'F32')
+            known[name] = model, export.Llama(path, 64, threads=1)
+        return known[name]
+    return open_one
+
+
+@needs_llama
+@pytest.mark.parametrize('name', MODELS)
+def test_llama_cpp_computes_the_same(name, opened):
+    model, llama = opened(name)
+    seen = 0
+    for n in (1, 2, 3, 7, 20, 40):
+        prompt = ids(n, 1)[0].tolist()
+        with torch.no_grad(), export.activations(rounds=False):
+            ours = model(torch.tensor([prompt]))[0, -1].log_softmax(-1)
+        theirs = llama.next_token(prompt)
+        if ours.argmax() == 299:
+            assert not theirs  # the end of the text
+            continue
+        seen += 1
+        assert len(theirs) == 10 and set(theirs) == set(ours.topk(10).indices.tolist())
+        assert all(abs(ours[token].item() - value) < 1e-2 for token, value in theirs.items())
+    assert seen >= 3
+
+
+@needs_llama
+def test_llama_cpp_reads_a_text_as_we_do(opened, tokenizer):
+    _, llama = opened('llama')
+    encoding, draw = load_tokenizer(tokenizer), random.Random(1)
+    texts = ['abc def', "I'll  say\n\n 12ab", ' x', HARD.split('\0')[1][:30]] + [
+        ''.join(chr(draw.choice((draw.randrange(32, 127), draw.randrange(160, 0x2000), draw.randrange(0x4e00, 0x9000)))) for _ in range(12))
+        for _ in range(20)]
+    for text in texts:
+        by_text, by_ids = (llama.complete(prompt, logprobs=10) for prompt in (text, [encoding.eot_token, *encoding.encode_ordinary(text)]))
+        assert by_text['usage']['prompt_tokens'] == by_ids['usage']['prompt_tokens'], text
+        assert by_text['choices'][0]['logprobs'] == by_ids['choices'][0]['logprobs'], text
+
+
+# ---- refusals
+
+@pytest.mark.parametrize('keys, what', [
+    (dict(ffn='trix'), 'ffn=trix: llama.cpp has no such part'), (dict(ffn='relu2'), 'ffn=relu2: llama.cpp has'),
+    (dict(mixer='resonance'), 'mixer=resonance'), (dict(norm='layernorm'), 'norm=layernorm'), (dict(positions='learned'), 'positions=learned'),
+    (dict(qk_norm=True), 'qk_norm=True'), (dict(embed_norm=True), 'embed_norm=True'), (dict(embed_taps=2), 'embed_taps=2'),
+    (dict(logit_softcap=30.0), 'logit_softcap=30.0'), (dict(bias=True), 'bias=True'), (dict(ffn='bitnet'), 'ffn=bitnet with linear=dense'),
+    (dict(linear='bitnet', tie_embeddings=False), 'the head tied to the embedding'),
+    (dict(linear='bitnet'), 'blk.0.attn_q: rows of 64, and TQ2_0 is made of blocks of 256')])
+def test_what_llama_cpp_cannot_express_is_refused(keys, what, tokenizer, tmp_path):
+    model = GPT(GPTConfig(**{**LLAMA, **keys}))
+    with pytest.raises(UserError, match=what):
+        export.write_gguf(tmp_path / 'x.gguf', model, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_types_and_tokenizers_that_do_not_go_are_refused(tokenizer, tmp_path):
+    model = GPT(GPTConfig(**LLAMA))
+    for arguments, what in (((tokenizer, 'TQ2_0'), 'nothing in this model is ternary'), ((None,), 'there is no tokenizer in it'),
+                            (({'name': 'llama', 'huggingface': {}},), 'its tokenizer, llama, came from Hugging Face')):
+        with pytest.raises(UserError, match=what):
+            export.write_gguf(tmp_path / 'x.gguf', model, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounding_is_on_again_after_a_comparison():
+    with pytest.raises(ZeroDivisionError), export.activations(rounds=False):
+        assert not BitLinear.rounds
+        raise ZeroDivisionError
+    assert BitLinear.rounds

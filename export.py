@@ -288,12 +288,12 @@ class Llama:
         self.server = xllamacpp.Server(params)
 
     def complete(self, ids, n=1, **options):
-        return self.server.handle_completions({'prompt': ids, 'n_predict': n, 'temperature': 0.0, 'cache_prompt': False, 'ignore_eos': n > 1,
-                                               **options})
+        return self.server.handle_completions({'prompt': ids, 'n_predict': n, 'temperature': 0.0, 'cache_prompt': False, **options})
 
     def next_token(self, ids):
-        """{token: log-probability} of the ten likeliest tokens after ids; {} if that is the end of the text, of which it says no more."""
-        said = self.complete(ids, logprobs=10)['choices'][0]['logprobs']
+        """{token: log-probability} of the ten likeliest tokens after ids; {} where it says nothing of them: the end of the
+        text, or bytes that make no character."""
+        said = self.complete(ids, 4, logprobs=10)['choices'][0]['logprobs']  # 4: it says nothing of a part of a character
         return {each['id']: each['logprob'] for each in said['content'][0]['top_logprobs']} if said else {}
 
 

@@ -407,8 +407,8 @@ def test_a_loss_spike_is_skipped_and_recorded_and_its_window_survives_a_resume(c
     def spike():
         forward, count = GPT.forward, iter(range(10**6))
 
-        def spiking(model, idx, targets=None, cache=None):
-            loss = forward(model, idx, targets, cache)
+        def spiking(model, idx, targets=None, **words):
+            loss = forward(model, idx, targets, **words)
             return loss * (3 if model.training and targets is not None and next(count) // 2 == 25 else 1)
         GPT.forward = spiking
     out, words = tmp_path / 'run', ['--spike_z=8', '--spike_window=20', '--keep=0']

@@ -5,11 +5,14 @@
     python sample.py small.safetensors                 # takes it in place of a run, as evaluate.py does
     python export.py gguf runs/x                       # runs/x/model.gguf, for llama.cpp: BitNet and Llama-like models
     python export.py gguf runs/x x.gguf --matrices=TQ1_0 --embeddings=Q8_0
+    python export.py hf runs/x                         # runs/x/hf, for transformers: Llama, BitNet and GPT-2 layouts, in fp32
 
 Every export ends with a comparison of its outputs with those of the model that was trained, on text.
 """
 import base64
 import contextlib
+import json
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +34,7 @@ MATRICES = {'TQ2_0': 256, 'TQ1_0': 256, 'Q8_0': 32, 'F16': 1, 'F32': 1}  # types
 
 @dataclass
 class ExportConfig:
-    command: str = ''  # pack; may stand without --command=
+    command: str = ''  # pack, gguf or hf; may stand without --command=
     run: str = ''  # run directory (its newest good checkpoint) or checkpoint file; may stand without --run=
     out: str = ''  # where to (empty: into the run); may stand without --out=
     embeddings: str = ''  # embedding and head; pack: float32 (the default), bfloat16 or int8 (a scale a row); gguf: F16 (the default), Q8_0 or F32
@@ -297,7 +300,109 @@ class Llama:
         return {each['id']: each['logprob'] for each in said['content'][0]['top_logprobs']} if said else {}
 
 
-COMMANDS = {'pack': pack, 'gguf': gguf}
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+def hf(config):
+    try:
+        import transformers
+    except ImportError:
+        raise UserError('export.py hf needs the package transformers: pip install transformers')
+    transformers.utils.logging.disable_progress_bar()
+    model, state, out = opened(config, 'hf')
+    shape, ternary = model.config, any(isinstance(module, BitLinear) for module in model.modules())
+    if shape.norm == 'layernorm':
+        other = as_gpt2(model, transformers)
+    else:
+        only_llama(shape, 'transformers')
+        other = as_llama(model, transformers)
+    if out.exists():
+        raise UserError(f'{out}: there already; give another directory, or remove it')
+    partial = out.with_name(out.name + '.tmp')
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        other.save_pretrained(partial)
+        if state['tokenizer'] is not None:
+            huggingface_tokenizer(state['tokenizer']).save(str(partial / 'tokenizer.json'))
+            (partial / 'tokenizer_config.json').write_text(json.dumps({'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'bos_token': EOT,
+                                                                       'model_max_length': shape.block_size}) + '\n')
+        partial.replace(out)
+    except OSError as error:
+        raise UserError(f'{out}: could not be written ({error.strerror or error})')
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f'{out}: {type(other).__name__}, {sum(file.stat().st_size for file in out.iterdir()):,} bytes')
+    source, ids = real_text(state, shape)
+    other = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    for rounds in (True, False) if ternary else (True,):
+        with activations(rounds):
+            theirs = torch.cat([other(row[None]).logits[0] for row in ids]).detach()
+            parity(f'{out} in transformers', logits_of(model, ids), theirs, source + ', activations in fp32' * (not rounds))
+
+
+def as_llama(model, transformers):
+    """The Llama or BitNet model of transformers with the weights of a model: ternary ones as training uses them, in fp32."""
+    shape, block = model.config, model.blocks[0]
+    keys = dict(vocab_size=shape.vocab_size, hidden_size=shape.n_embd, intermediate_size=block.ffn.up_proj.out_features, hidden_act='silu',
+                num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head, num_key_value_heads=shape.n_kv_head or shape.n_head,
+                max_position_embeddings=shape.block_size, rms_norm_eps=1e-6, tie_word_embeddings=shape.tie_embeddings, rope_theta=10_000.0)
+    kind = 'BitNet' if is_bitnet(shape) else 'Llama'
+    other = getattr(transformers, f'{kind}ForCausalLM')(getattr(transformers, f'{kind}Config')(**keys))
+    weights = {'model.embed_tokens.weight': model.wte.weight, 'model.norm.weight': model.norm.weight, 'lm_head.weight': model.lm_head.weight}
+    for i, block in enumerate(model.blocks):
+        own = {'input_layernorm.weight': block.mixer_norm.weight, 'post_attention_layernorm.weight': block.ffn_norm.weight}
+        own |= {f'self_attn.{key}_proj.weight': exact(getattr(block.mixer, f'{key}_proj')) for key in 'qkvo'}
+        own |= {f'mlp.{key}_proj.weight': exact(getattr(block.ffn, f'{key}_proj')) for key in ('gate', 'up', 'down')}
+        if kind == 'BitNet':
+            own |= {'self_attn.attn_sub_norm.weight': torch.ones(shape.n_embd), 'mlp.ffn_sub_norm.weight': torch.ones(keys['intermediate_size'])}
+        weights |= {f'model.layers.{i}.{name}': weight for name, weight in own.items()}
+    other.load_state_dict(weights)
+    return other
+
+
+def as_gpt2(model, transformers):
+    """The GPT-2 of transformers with the weights of a model. UserError that names what GPT-2 has not."""
+    shape = model.config
+    parts = {'mixer': shape.mixer == 'attention', 'ffn': shape.ffn == 'gelu', 'linear': shape.linear == 'dense', 'positions': shape.positions == 'learned',
+             'n_kv_head': shape.n_kv_head in (0, shape.n_head), 'tie_embeddings': shape.tie_embeddings, 'qk_norm': not shape.qk_norm,
+             'embed_norm': not shape.embed_norm, 'embed_taps': not shape.embed_taps, 'logit_softcap': not shape.logit_softcap}
+    if found := [f'{key}={getattr(shape, key)}: not in a GPT-2, which a model with norm=layernorm must be' for key, good in parts.items() if not good]:
+        raise UserError(*found)
+    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=shape.vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head,
+        n_inner=model.blocks[0].ffn.up_proj.out_features, activation_function='gelu_new', bos_token_id=None, eos_token_id=None))
+
+    def filled(weight, bias, like):  # theirs always have biases
+        return weight, torch.zeros(like) if bias is None else bias
+    weights = {'transformer.wte.weight': model.wte.weight, 'transformer.wpe.weight': model.wpe.weight, 'lm_head.weight': model.lm_head.weight}
+    pairs = {'transformer.ln_f': filled(model.norm.weight, model.norm.bias, shape.n_embd)}
+    for i, block in enumerate(model.blocks):
+        qkv = [getattr(block.mixer, f'{key}_proj') for key in 'qkv']
+        together = torch.cat([each.weight for each in qkv]), torch.cat([each.bias for each in qkv]) if shape.bias else None
+        linears = {'attn.c_attn': together, **{name: (each.weight, each.bias) for name, each in (
+            ('attn.c_proj', block.mixer.o_proj), ('mlp.c_fc', block.ffn.up_proj), ('mlp.c_proj', block.ffn.down_proj))}}
+        pairs |= {f'transformer.h.{i}.{name}': (filled(weight.T, bias, len(weight))) for name, (weight, bias) in linears.items()}  # (in, out)
+        pairs |= {f'transformer.h.{i}.{name}': filled(norm.weight, norm.bias, shape.n_embd)
+                  for name, norm in (('ln_1', block.mixer_norm), ('ln_2', block.ffn_norm))}
+    for name, (weight, bias) in pairs.items():
+        weights |= {f'{name}.weight': weight, f'{name}.bias': bias}
+    other.load_state_dict(weights)
+    return other
+
+
+def huggingface_tokenizer(content):
+    """The tokenizers.Tokenizer that encodes every text as ours does. UserError if it is no byte-level BPE of ours."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    tokens, kinds, pairs, _ = vocabulary(content, 0)
+    special = [token for token, kind in zip(tokens, kinds) if kind == 'CONTROL']
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(pair.split(' ')) for pair in pairs]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    return bpe
+
+
+
+COMMANDS = {'pack': pack, 'gguf': gguf, 'hf': hf}
 
 
 def main(argv):

@@ -125,6 +125,55 @@ def test_llama_cpp_reads_a_text_as_we_do(opened, tokenizer):
         assert by_text['choices'][0]['logprobs'] == by_ids['choices'][0]['logprobs'], text
 
 
+# ---- in transformers
+
+GPT2 = dict(LLAMA, norm='layernorm', positions='learned', ffn='gelu')
+THEIRS = {**MODELS, 'gpt2': dict(GPT2, bias=True), 'gpt2, without biases': GPT2}
+
+
+@pytest.mark.parametrize('name', THEIRS)
+def test_transformers_computes_the_same(name, tokenizer, tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip('transformers', reason='a development requirement')
+    model = trained(**THEIRS[name])
+    state = {'config': {}, 'data': {}, 'tokenizer': tokenizer}
+    monkeypatch.setattr(export, 'load_model', lambda run, device: (model, state))
+    export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    assert other.config.model_type == name.split(',')[0] and other.dtype == torch.float32
+    with torch.no_grad(), export.activations(rounds=False):
+        assert (other(ids()).logits.log_softmax(-1) - model(ids()).log_softmax(-1)).abs().max() < 1e-4
+    assert 'the same likeliest token for 100.00 %' in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(UserError, match='there already'):
+        export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
+    assert [path.name for path in tmp_path.iterdir()] == ['hf']
+
+
+def test_transformers_reads_a_text_as_we_do(tokenizer, tmp_path):
+    transformers = pytest.importorskip('transformers', reason='a development requirement')
+    export.huggingface_tokenizer(tokenizer).save(str(tmp_path / 'tokenizer.json'))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'))
+    ours, draw = load_tokenizer(tokenizer), random.Random(2)
+    for _ in range(1000):
+        low, high = draw.choice(((9, 127), (32, 127), (160, 0x3000), (0x4e00, 0xa000), (0x1f300, 0x1f700), (9, 0xd800)))
+        text = ''.join(chr(draw.choice((32, draw.randrange(low, high)))) for _ in range(draw.randrange(20)))
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode_ordinary(text), repr(text)
+        assert theirs.decode(ours.encode_ordinary(text), clean_up_tokenization_spaces=False) == text
+    assert theirs.convert_tokens_to_ids('<|endoftext|>') == ours.eot_token
+
+
+@pytest.mark.parametrize('keys, what', [
+    (dict(ffn='trix'), 'ffn=trix: transformers has no such part'), (dict(GPT2, positions='rotary'), 'positions=rotary: not in a GPT-2'),
+    (dict(GPT2, linear='bitnet'), 'linear=bitnet: not in a GPT-2'), (dict(GPT2, n_kv_head=1), 'n_kv_head=1: not in a GPT-2'),
+    (dict(GPT2, tie_embeddings=False), 'tie_embeddings=False: not in a GPT-2')])
+def test_what_transformers_cannot_express_is_refused(keys, what, tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip('transformers', reason='a development requirement')
+    monkeypatch.setattr(export, 'load_model', lambda run, device: (
+        GPT(GPTConfig(**{**LLAMA, **keys})), {'config': {}, 'data': {}, 'tokenizer': tokenizer}))
+    with pytest.raises(UserError, match=what):
+        export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
+    assert not list(tmp_path.iterdir())
+
+
 # ---- refusals
 
 @pytest.mark.parametrize('keys, what', [

@@ -245,6 +245,7 @@ def as_rank(rank, out):  # the body of each process of the next test
     for no_sync in (True, False):
         model = two_steps(2, rank, 2, torch.nn.parallel.DistributedDataParallel, no_sync)
         torch.save({**model.state_dict(), **{f'seen{i}': t.seen for i, t in enumerate(model.trix_layers())}}, f'{out}/{rank}{no_sync}.pt')
+    dist.destroy_process_group()  # gloo's threads must not outlive the interpreter
 
 
 def test_two_processes_with_two_micro_steps_train_and_balance_as_one_process(tmp_path):

@@ -10,6 +10,8 @@
     python bench.py quality                  # what each FFN learns of the same tokens, three seeds (hours on a CPU)
     python bench.py quality --preset=mixer   # or recall, routing, tiles, bitnet, speedrun, tiny; --match=params, flops or bytes
     python bench.py peers --nanogpt=PATH     # a checkout of nanoGPT: its model and loop against ours
+    python bench.py peers --llama_cpp        # packed models decode beside llama.cpp (two minutes)
+    python bench.py convert                  # a dense model as a ternary one: loss, size and speed at every stage (six minutes after training)
     python bench.py scaling                  # one process against several, each with one thread or one GPU (five minutes)
     python bench.py plan                     # what train.py --plan says of eight runs, and what they take (five minutes)
     python bench.py loop                     # what surrounds a step: loading, logging, a checkpoint (a minute)
@@ -41,6 +43,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import corpus
+import deployed
 import device as hardware
 import prepare
 import profiling
@@ -72,6 +75,7 @@ class BenchConfig:
     tokens: int = 1_250_000  # quality: of each run, 0: as many as its config file says
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
+    llama_cpp: bool = False  # peers: decoding beside llama.cpp's, by the package xllamacpp
     model: str = 'config/trix_tiny.py'  # batch: the config file of a model
     card_gb: float = 0.0  # batch: memory of a card, 0: what is there
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
@@ -84,7 +88,9 @@ class BenchConfig:
         found += [f'{key}={getattr(self, key)} must be at least 1' for key in ('repeats', 'seeds') if getattr(self, key) < 1]
         found += [] if self.match in ('', *quality.MATCHES) else [f'match={self.match!r} is not one of {", ".join(quality.MATCHES)}']
         found += [] if self.tokens >= 0 else [f'tokens={self.tokens} must not be negative']
-        if self.command == 'peers' and (missing := quality.not_nanogpt(self.nanogpt)):
+        if self.llama_cpp and self.command != 'peers':
+            found.append('--llama_cpp is for peers')
+        if self.command == 'peers' and not (self.llama_cpp and not self.nanogpt) and (missing := quality.not_nanogpt(self.nanogpt)):
             found.append(f'--nanogpt={self.nanogpt}: {missing} there, so this is no checkout of nanoGPT; clone it and give its directory')
         return found
 
@@ -523,8 +529,16 @@ def opened_shards(folder):
             'ms a batch of 4 rows': 1000 * statistics.median(seconds), 'slowest of 200': 1000 * max(seconds)}
 
 
+def peers(config):
+    """Those that are named."""
+    if config.nanogpt:
+        quality.peers(config)
+    if config.llama_cpp:
+        deployed.llama_cpp(config)
+
+
 COMMANDS = {'blocks': blocks, 'amp': amp, 'context': context, 'decode': decode, 'batch': batch, 'head': head, 'quality': quality.quality,
-            'peers': quality.peers, 'scaling': scaling, 'plan': plan, 'loop': loop, 'data': data}
+            'peers': peers, 'convert': deployed.convert, 'scaling': scaling, 'plan': plan, 'loop': loop, 'data': data}
 
 
 def main(argv):

@@ -11,6 +11,7 @@ import re
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -18,6 +19,7 @@ import packed
 from configurator import UserError, typed
 from model import GPT, GPTConfig
 from runlog import replacing
+from schedule import top_k
 
 VERSION = 1
 # What every one has; the tokenizer is None after training on shards without one.
@@ -111,8 +113,7 @@ def resume(config, data, world, say=print):
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)
     theirs, ours = state['data'].get('fingerprint'), data.fingerprint
-    if data.tokenizer != state['tokenizer']:
-        raise UserError(f'{path}: trained with another tokenizer than that of {data.path} (data {theirs}, here {ours})')
+    same_tokenizer(state, data, path)
     if theirs != ours and not config.other_data:
         raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {theirs}, here {ours}): bring that back, '
                         'or go on with what is here by --other_data')
@@ -125,6 +126,12 @@ def resume(config, data, world, say=print):
     return path, state
 
 
+def same_tokenizer(state, data, path, knob='--resume'):
+    if data.tokenizer != state['tokenizer']:
+        raise UserError(f'{knob}: {path}: trained with another tokenizer than that of {data.path} '
+                        f'(data {state["data"].get("fingerprint")}, here {data.fingerprint})')
+
+
 def model_config(state, path):
     """The GPTConfig that a checkpoint was trained with. UserError if it can't be one."""
     try:
@@ -134,6 +141,9 @@ def model_config(state, path):
         raise UserError(f'{path}: its config has values of the wrong type')
     if problems := config.problems():
         raise UserError(*(f'{path}: {problem}' for problem in problems))
+    steps = state['config'].get('anneal_steps', 0)
+    if config.ffn == 'trix' and isinstance(steps, int) and steps > 0:  # as many tiles as it was trained with by then
+        config.trix_top_k = top_k(max(0, state['step']), SimpleNamespace(anneal_steps=steps, trix_tiles=config.trix_tiles, trix_top_k=config.trix_top_k))
     return config
 
 

@@ -198,13 +198,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap):
+    def forward(ctx, x, weight, targets, softcap, soft):
         rows = max(64, 2 ** 20 // len(weight) // 64 * 64)  # 4 MB of fp32 logits stay in a core's cache
         if x.device.type != 'cpu':
             rows *= 32  # enough work to fill a GPU
         need = any(ctx.needs_input_grad)
         low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         w, loss = weight.to(low), torch.zeros((), device=x.device)
+        teacher, teacher_w, teacher_cap, share = (*soft[:1], soft[1].to(low), *soft[2:]) if soft else (None, None, 0.0, 0.0)
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if need else (None, None)
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, len(x), rows):
@@ -215,12 +216,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     logits.div_(softcap).tanh_()
                     slope = 1 - logits.square() if need else None
                     logits.mul_(softcap)
-                at = logits.gather(1, ts)
+                at = (1 - share) * logits.gather(1, ts)
+                if soft:
+                    log_q = (teacher[i:i + rows].to(low) @ teacher_w.T).float()
+                    log_q = (log_q.div_(teacher_cap).tanh_().mul_(teacher_cap) if teacher_cap else log_q).log_softmax(1)
+                    q = log_q.exp()
+                    at += share * (q * logits.sub(log_q)).sum(1, keepdim=True)
                 peak = logits.amax(1, keepdim=True)
                 total = logits.sub_(peak).exp_().sum(1, keepdim=True)
                 loss += ((peak + total.log() - at) * keep).sum()
                 if need:
-                    p = logits.mul_(keep / total).scatter_add_(1, ts, -keep.float())  # d loss / d logits
+                    p = logits.mul_(keep / total).scatter_add_(1, ts, (share - 1) * keep.float())  # d loss / d logits
+                    if soft:
+                        p.addcmul_(q, keep.float(), value=-share)
                     p = (p.mul_(slope) if softcap else p).to(low)
                     dx[i:i + rows] = p @ w
                     dw.addmm_(p.T, xs) if low == torch.float32 else dw.add_(p.T @ xs)
@@ -233,11 +241,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None
+        return dx * grad, dw * grad, None, None, None
 
 
-def chunked_cross_entropy(x, weight, targets, softcap=0.0):
+def chunked_cross_entropy(x, weight, targets, softcap=0.0, soft=None):
     """Mean cross-entropy in nats of logits x @ weight.T, or softcap * tanh(logits / softcap), over the rows whose target is not -1.
 
-    x (N, C), weight (V, C), targets (N,) int64 -> scalar fp32; nan if every target is -1, as F.cross_entropy."""
-    return ChunkedCrossEntropy.apply(x, weight, targets, softcap) / (targets >= 0).sum()
+    x (N, C), weight (V, C), targets (N,) int64 -> scalar fp32; nan if every target is -1, as F.cross_entropy. soft: (x (N, C'),
+    weight (V, C'), softcap, share) of a teacher with distribution q; the loss is then (1 - share) cross-entropy + share KL(q || p)."""
+    return ChunkedCrossEntropy.apply(x, weight, targets, softcap, soft) / (targets >= 0).sum()

@@ -34,7 +34,7 @@ class GPTConfig:
     d_ff: int = 0  # hidden width of a dense FFN (0: 4 n_embd; swiglu: 8/3 n_embd, up to a multiple of 32)
     ffn: str = 'gelu'  # gelu, relu2, swiglu, trix, bitnet (a ternary swiglu), resonance or none
     mixer: str = 'attention'  # attention or resonance
-    linear: str = 'dense'  # dense, or bitnet: every matrix of the blocks is ternary
+    linear: str = 'dense'  # dense; bitnet: every matrix of the blocks is ternary; bitnet_ffn: those of the FFNs
     norm: str = 'rmsnorm'  # rmsnorm or layernorm
     positions: str = 'rotary'  # rotary, learned or none
     qk_norm: bool = False  # RMS-normalise queries and keys, where there is attention: it bounds the attention logits
@@ -54,6 +54,7 @@ class GPTConfig:
     trix_hidden: int = 0  # hidden units of a tile (0: n_embd)
     trix_shared: bool = False  # one more tile that is always on
     trix_router: str = 'signature'  # signature, or a baseline: hash (of the token, fixed) or first (always the first tiles)
+    trix_cut: str = ''  # tiles cut from a dense FFN (export.py convert): its activation, gelu, relu2 or swiglu; no norm, gates from 1 on
     act_bits: int = 0  # 8: activations that enter a TriX tile are rounded to int8, per token (bitnet's always are)
 
     def mixers(self):
@@ -98,7 +99,9 @@ class GPTConfig:
             found.append(f'dropout={self.dropout} with resonance: a spectrum can\'t be dropped causally; use dropout=0')
         if self.ffn == 'trix' and self.trix_top_k > self.trix_tiles:
             found.append(f'trix_top_k={self.trix_top_k} is more than trix_tiles={self.trix_tiles}')
-        if self.act_bits and self.ffn not in ('trix', 'bitnet') and self.linear != 'bitnet':
+        if self.trix_cut and self.ffn != 'trix':
+            found.append(f'trix_cut={self.trix_cut} needs ffn=trix')
+        if self.act_bits and self.ffn not in ('trix', 'bitnet') and self.linear == 'dense':
             found.append(f'act_bits={self.act_bits} needs a ternary block: ffn=trix')
         return found
 
@@ -233,8 +236,6 @@ def linear(config, n_in, n_out, last=False):
     if config.linear == 'bitnet':
         return BitLinear(n_in, n_out, config.bias, sub_norm=last and config.sub_norm)
     return nn.Linear(n_in, n_out, bias=config.bias)
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,6 +498,14 @@ def relu2(x):
     return F.relu(x).square()  # arXiv:2109.08668
 
 
+def swiglu(x):
+    gate, x = x.chunk(2, -1)
+    return F.silu(gate) * x
+
+
+ACTS = {'gelu': gelu, 'relu2': relu2, 'swiglu': swiglu}
+
+
 class SwiGLU(nn.Module):
     """(silu(x W_gate) * x W_up) W_down, arXiv:2002.05202."""
 
@@ -519,17 +528,23 @@ class TriX(nn.Module):
     2 sigmoid(s_e) / k * down_e(RMSNorm(relu(up_e x)^2)). `balance` chooses and never weighs: it is moved once an
     optimizer step towards even load (loss-free balancing, arXiv:2408.15664). No token is ever dropped.
 
+    With trix_cut each adds 2 sigmoid(slope_e s_e) * down_e(act(up_e x)), slope 0 at first: all tiles together are then the dense
+    FFN that they were cut from. For swiglu, up (2h, C) has the h gates before the h units.
+
     The three executions are one function: 'dense' (every tile, masked: two matrix products), and with tokens sorted by tile
     'loop' (a product a tile, the fastest on a CPU) and 'grouped' (F.grouped_mm; nothing waits for the host).
     """
     execution = 'auto'  # or one of the three
+    ternary = True  # False: weights as they are, to compare with the dense FFN that tiles were cut from
 
     def __init__(self, config):
         super().__init__()
         E, self.k, self.n_embd = config.trix_tiles, config.trix_top_k, config.n_embd
         h = config.trix_hidden or config.n_embd
         self.n_routed, self.shared, self.int8 = E, config.trix_shared, config.act_bits == 8
-        self.up = nn.Parameter(torch.empty(E + self.shared, h, config.n_embd))  # a shared tile is the last one
+        self.act = ACTS.get(config.trix_cut)
+        self.slope = nn.Parameter(torch.empty(E)) if self.act else None
+        self.up = nn.Parameter(torch.empty(E + self.shared, h * (1 + (self.act is swiglu)), config.n_embd))  # a shared tile is the last one
         self.down = nn.Parameter(torch.empty(E + self.shared, config.n_embd, h))
         self.codes, self.logged = {'up': OncePerStep(tile_codes), 'down': OncePerStep(tile_codes)}, {}
         self.router, self.idx = config.trix_router, None  # idx (B, T): the tokens, for the hash baseline alone
@@ -543,6 +558,8 @@ class TriX(nn.Module):
 
     def weights(self):
         """-> up, down as the codes have them, and the signature of each tile, (E + shared, C)."""
+        if not self.ternary:
+            return self.up, self.down, self.up.detach().sum(1).sign()
         (up, signature), (down, _) = self.codes['up'](self.up), self.codes['down'](self.down)
         return StraightThrough.apply(self.up, up), StraightThrough.apply(self.down, down), signature
 
@@ -560,7 +577,8 @@ class TriX(nn.Module):
             else:
                 assert self.idx is not None and self.idx.numel() == len(x), 'hash routing needs idx, as GPT.forward sets it'
                 tiles = self.table[self.idx.flatten()]
-            gates = 2 / self.k * scores.gather(-1, tiles).sigmoid()
+            weight = 2 / self.k * scores.sigmoid() if self.act is None else 2 * (self.slope * scores).sigmoid()  # (N, E)
+            gates = weight.gather(-1, tiles)
         if self.training:
             self.counts = torch.zeros_like(self.load).scatter_add_(0, tiles.flatten(), torch.ones_like(gates).flatten())
         if self.shared:
@@ -589,7 +607,7 @@ class TriX(nn.Module):
         return 2 * self.n_routed * self.n_embd
 
     def hidden(self, z, gates):  # pre-activations (..., h), gates (..., 1) -> (..., h)
-        h = GatedHidden.apply(z, gates)
+        h = self.act(z) * gates.type_as(z) if self.act else GatedHidden.apply(z, gates)
         return Int8.apply(h) if self.int8 else h
 
     def dense(self, x, up, down, tiles, gates):
@@ -686,15 +704,15 @@ class LayerNorm(nn.Module):
 
 
 NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}
-CHOICES = {'mixer': MIXERS, 'ffn': FFNS, 'linear': ('dense', 'bitnet'), 'norm': NORMS, 'positions': ('rotary', 'learned', 'none'),
-           'trix_router': ('signature', 'hash', 'first')}
+CHOICES = {'mixer': MIXERS, 'ffn': FFNS, 'linear': ('dense', 'bitnet', 'bitnet_ffn'), 'norm': NORMS, 'positions': ('rotary', 'learned', 'none'),
+           'trix_router': ('signature', 'hash', 'first'), 'trix_cut': ('', *ACTS)}
 
 
 class Block(nn.Module):
     def __init__(self, config, mixer):
         super().__init__()
         self.mixer_norm, self.mixer = NORMS[config.norm](config), MIXERS[mixer](config)
-        self.ffn = FFNS[config.ffn](config)
+        self.ffn = FFNS[config.ffn](replace(config, linear='bitnet') if config.linear == 'bitnet_ffn' else config)
         self.ffn_norm = NORMS[config.norm](config) if self.ffn else None
         self.drop = nn.Dropout(config.dropout)
 
@@ -723,7 +741,7 @@ class GPT(nn.Module):
                                           tied and with embed_norm, over 128, N(0, 2.56 / C): each token has a logit of C std for itself
       matrices of the blocks              N(0, 0.02), in_proj of a resonance layer N(0, 1 / sqrt(C))
       o_proj, down_proj, out_proj, down   N(0, 0.02 / sqrt(2 n_layer)), so that the residual stream keeps its scale; or 0
-      norms 1, biases 0, TriX balance 0, taps: each embedding as it is; the oscillators: Resonance.init_weights
+      norms 1, biases and slopes 0, TriX balance 0, taps: each embedding as it is; the oscillators: Resonance.init_weights
     """
 
     def __init__(self, config):
@@ -749,7 +767,7 @@ class GPT(nn.Module):
             if name == 'taps':
                 nn.init.zeros_(p.data)[0] = 1
             elif p.dim() == 1:
-                (nn.init.zeros_ if name.endswith('bias') else nn.init.ones_)(p)
+                (nn.init.zeros_ if name.endswith(('bias', 'slope')) else nn.init.ones_)(p)
             elif name.startswith(('wte', 'wpe', 'lm_head')):
                 own = 2.56 / self.config.n_embd if self.config.embed_norm and self.config.tie_embeddings else 0.02
                 nn.init.normal_(p, std=min(0.02, own, 0.6 / math.sqrt(self.config.n_embd)))
@@ -765,9 +783,31 @@ class GPT(nn.Module):
         """An empty cache for B sequences, for `model(idx, cache=cache)`: decoding, without gradients."""
         return Cache(B, self.blocks)
 
-    def forward(self, idx, targets=None, cache=None, last=False):
+    def forward(self, idx, targets=None, cache=None, last=False, soft=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size), with last=True (B, 1, vocab_size), of the last position; with targets (B, T):
-        the mean loss in nats, a scalar."""
+        the mean loss in nats, a scalar. soft: what a teacher has to say of idx, from its soft_targets()."""
+        x, cap = self.features(idx, cache, last), self.config.logit_softcap
+        if targets is None:
+            logits = self.lm_head(x)
+            return cap * torch.tanh(logits / cap) if cap else logits
+        return chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap, soft)
+
+    @torch.no_grad()
+    def soft_targets(self, idx, share):
+        """To distil this model: what forward of another takes as `soft`; share: the part of the loss that it makes."""
+        return self.features(idx).flatten(0, 1), self.lm_head.weight, self.config.logit_softcap, share
+
+    def features(self, idx, cache=None, last=False):
+        """idx (B, T) -> (B, T or 1, C): what the head multiplies."""
+        x = self.through(self.embed(idx, cache), cache)
+        if cache:
+            cache.pos += idx.size(1)
+        if self.training and torch.is_grad_enabled():
+            for trix in self.trix_layers():  # here, because activation checkpointing runs a block twice
+                trix.load += trix.counts
+        return self.norm(x[:, -1:] if last else x)
+
+    def embed(self, idx, cache=None):  # (B, T) -> (B, T, C): what enters the blocks
         start, T = cache.pos if cache else 0, idx.size(1)
         assert start + T <= self.config.block_size, f'{start + T} positions, but block_size is {self.config.block_size}'
         assert not cache or len(idx) == cache.B, f'{len(idx)} sequences, but the cache was made for {cache.B}'
@@ -779,17 +819,7 @@ class GPT(nn.Module):
         if self.config.trix_router == 'hash':
             for trix in self.trix_layers():
                 trix.idx = idx
-        x = self.through(x, cache)
-        if cache:
-            cache.pos += T
-        if self.training and torch.is_grad_enabled():
-            for trix in self.trix_layers():  # here, because activation checkpointing runs a block twice
-                trix.load += trix.counts
-        x, cap = self.norm(x[:, -1:] if last else x), self.config.logit_softcap
-        if targets is None:
-            logits = self.lm_head(x)
-            return cap * torch.tanh(logits / cap) if cap else logits
-        return chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap)
+        return x
 
     def through(self, x, cache):  # (B, T, C) -> (B, T, C): all blocks
         for i, block in enumerate(self.blocks):
@@ -801,6 +831,10 @@ class GPT(nn.Module):
 
     def trix_layers(self):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, TriX)]
+
+    def set_top_k(self, k):
+        for trix in self.trix_layers():
+            trix.k = k
 
     def update_balance(self, rate):
         """Once an optimizer step: move every TriX layer towards even load."""

@@ -4,9 +4,9 @@ Models with ternary matrices as they are deployed: codes of 2 bits in one safete
     write('model.safetensors', pack(model, 'int8'), 'int8', state)  # export.py pack; state: the dict of a checkpoint
     model, state = checkpoint.load_model('model.safetensors', 'cpu')  # by read() and build(), in place of a run
 
-Codes lie four to a byte, the first in the low bits, 00 = 0, 01 = +1, 10 = -1, every row of a matrix from a byte on. A vector is
-multiplied by them as they lie: ternary.cpp, built on first use. Several rows at once, or where nothing builds: unpacked, by the
-formula that training has.
+Codes lie four to a byte, the first in the low bits, 00 = 0, 01 = +1, 10 = -1, every row of a matrix from a byte on. Activations in
+int8 are multiplied by them as they lie: ternary.cpp, built on first use. Other activations (TriX has them in fp32, unless
+act_bits=8) are, too, for a few rows, and else, as everywhere where nothing builds, by a matrix that is unpacked for the moment.
 """
 import ctypes
 import hashlib
@@ -27,13 +27,14 @@ from safetensors.torch import save
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
-from model import GPT, Attention, BitLinear, BitProduct, TriX, rms, rotary_tables, ternary_codes
+from model import (GPT, Attention, BitLinear, BitProduct, Int8, TriX, int8_codes, rms, rotary_tables,
+                   ternary_codes)
 from runlog import replacing
 
 FORMAT = 'nanotrix-packed-1'
 EMBEDDINGS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
 KEPT = ('config', 'tokenizer', 'step', 'data')  # of a checkpoint
-ROWS = 4  # of activations, up to which each is multiplied by the packed codes; more are a matrix product
+ROWS = 4  # of activations, up to which each goes through TriX or an int8 head by itself; more are a matrix product
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,6 +100,21 @@ def usable(x):
     return x.device.type == 'cpu' and x.dtype == torch.float32 and library() is not None
 
 
+@cache
+def triton():
+    """ternary_triton.py; None if there is no Triton here, which is said."""
+    try:
+        import ternary_triton
+        return ternary_triton
+    except ImportError as error:
+        print(f'no Triton here, so packed weights are multiplied in plain PyTorch, slowly: {error}', file=sys.stderr)
+
+
+def few(x):
+    """Whether x (..., C) has so few rows, on a GPU, that reading the matrix is what a product with it costs."""
+    return x.is_cuda and x.numel() <= 4 * ROWS * x.size(-1) and triton() is not None
+
+
 def structure(name, pointers, rest):  # as in ternary.cpp
     return type(name, (ctypes.Structure,), {'_fields_': [(key, ctypes.c_void_p) for key in pointers.split()] + rest})
 
@@ -108,9 +124,13 @@ def whole(names):
 
 
 Matrix = structure('Matrix', 'data bias', whole('rows cols sub_norm') + [('scale', ctypes.c_float)])
-Tiles = structure('Tiles', 'up down up_scale down_scale signatures balance', whole('tiles shared k h digits'))
+Head = structure('Head', 'norm norm_bias data scale', whole('rows cols layer_norm') + [('softcap', ctypes.c_float)])
+Tiles = structure('Tiles', 'up down up_scale down_scale signatures balance slope', whole('tiles shared k h digits act'))
 Layer = structure('Layer', 'mixer_norm mixer_bias ffn_norm ffn_bias', [(key, Matrix) for key in 'q k v o gate up down'.split()] + [
     ('tiles', Tiles), ('keys', ctypes.c_void_p), ('values', ctypes.c_void_p), *whole('C n_head n_kv_head positions layer_norm rotary qk_norm act')])
+
+
+ACT = {'gelu': 0, 'relu2': 1, 'swiglu': 2}
 
 
 def at(tensor, offset=0):  # its address, as ctypes takes it
@@ -138,12 +158,17 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.sub_norm, self.bias = K, len(codes), sub_norm, bias
         self.register_buffer('codes', codes)
         self.register_buffer('scale', scale)
+        self.register_buffer('only', torch.zeros(1, dtype=torch.int64, device=codes.device))
         self.number = scale.item()
 
     def forward(self, x):
         x = rms(x) if self.sub_norm else x
         if usable(x):
             y = ternary(x, self.codes, self.number, 1)
+        elif few(x):
+            q, size = int8_codes(x.flatten(0, -2))
+            y = triton().product(q.to(torch.int8), size.flatten(), self.codes[None], self.scale.view(1), self.only.expand(len(q)))
+            y = y.view(*x.shape[:-1], -1)
         else:
             codes = unpack_codes(self.codes, self.in_features)
             y = BitProduct.apply(x, codes, codes, self.scale)
@@ -159,11 +184,11 @@ class PackedTriX(TriX):
     def __init__(self, config, tensors, balance):
         with Unfilled():
             super().__init__(config)
-        self.h = self.up.size(1)
-        del self.up, self.down
+        self.h, self.cut = self.down.size(2), config.trix_cut
+        del self.up, self.down, self.slope
         for name in ('balance', 'pace', 'load', 'seen'):
             self.register_buffer(name, balance if name == 'balance' else torch.zeros_like(balance), persistent=False)
-        for name, tensor in tensors.items():
+        for name, tensor in {'slope': None, **tensors}.items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer('signatures', torch.stack([unpack_codes(tile, self.n_embd).sum(0).sign() for tile in self.up_codes]),
                              persistent=False)
@@ -173,22 +198,42 @@ class PackedTriX(TriX):
                 unpack_codes(self.down_codes, self.h) * self.down_scale[:, None, None], self.signatures)
 
     def forward(self, x):
-        if x.numel() > ROWS * x.size(-1) or not usable(x):
+        if x.device.type != 'cpu' and not few(x):
             return super().forward(x)
         shape, x = x.shape, x.reshape(-1, self.n_embd)
         tiles, gates = (part.contiguous() for part in self.route(x, self.signatures, self.signatures))
+        if few(x):
+            z = self.chosen(x.float(), self.up_codes, self.up_scale, tiles)
+            h = self.hidden(z, gates.view(-1, 1))
+            return self.chosen(h, self.down_codes, self.down_scale, tiles).view(*tiles.shape, -1).sum(1).view(shape)
         y, own = torch.zeros_like(x), self.tiles()
+        if len(x) > ROWS or not usable(x):
+            for e in range(len(self.up_codes)):
+                rows, place = (tiles == e).nonzero(as_tuple=True)
+                z = self.product(x[rows], self.up_codes[e], self.up_scale[e], self.n_embd)
+                h = self.hidden(z, gates[rows, place][:, None])
+                y.index_add_(0, rows, self.product(h, self.down_codes[e], self.down_scale[e], self.h).type_as(y))
+            return y.view(shape)
         for i in range(len(x)):
             library().tiles(ctypes.byref(own), ctypes.c_void_p(at(x[i])), self.n_embd, tiles.size(1), ctypes.c_void_p(at(tiles[i])),
                             ctypes.c_void_p(at(gates[i])), ctypes.c_void_p(at(y[i])), torch.get_num_threads())
         return y.view(shape)
 
+    def chosen(self, x, codes, scale, tiles):  # (N, K) or (N k, K) -> (N k, M): by the tiles (N, k) that are chosen
+        x, size = int8_codes(x) if self.int8 else (x, None)
+        return triton().product(x.to(torch.int8) if self.int8 else x, size if size is None else size.flatten(), codes, scale, tiles.flatten())
+
+    def product(self, x, codes, scale, K):  # (n, K) times a tile (M, K) -> (n, M)
+        if self.int8 and usable(x):
+            return ternary(x, codes, scale.item(), 1)
+        return F.linear(Int8.apply(x) if self.int8 else x, (unpack_codes(codes, K) * scale).type_as(x))
+
     def tiles(self):
-        return Tiles(*map(at, (self.up_codes, self.down_codes, self.up_scale, self.down_scale, self.signatures, self.balance)),
-                     self.n_routed, self.shared, self.k, self.h, 1 if self.int8 else 3)
+        return Tiles(*map(at, (self.up_codes, self.down_codes, self.up_scale, self.down_scale, self.signatures, self.balance, self.slope)),
+                     self.n_routed, self.shared, self.k, self.h, 1 if self.int8 else 3, ACT.get(self.cut, -1))
 
     def fastest(self, x):
-        return 'loop' if x.device.type == 'cpu' else 'dense'
+        return 'dense'
 
 
 class Int8Embedding(nn.Module):
@@ -219,8 +264,82 @@ class Int8Head(Int8Embedding):
         return y
 
 
+class Step:
+    """
+    A further token of each sequence on a GPU: whatever its position, the same kernels at the same addresses, so that after three
+    times they are one CUDA graph, which starts without waiting for Python.
+    """
+
+    def __init__(self, model, cache, idx):
+        self.model, self.cache, self.graph, self.count = model, cache, None, 0
+        for kv, _ in cache.layers:  # of positions to come, too: they are multiplied by 0, which must not be nan
+            for part in kv.tensors(None):
+                part[:, :, kv.pos:].zero_()
+        self.idx, self.pos = torch.empty_like(idx), torch.zeros(1, dtype=torch.int64, device=idx.device)
+
+    def __call__(self, idx):
+        size = self.model.config.block_size
+        assert self.cache.pos < size, f'{self.cache.pos + 1} positions, but block_size is {size}'
+        self.idx.copy_(idx)
+        self.pos.fill_(self.cache.pos)
+        if self.graph:
+            self.graph.replay()
+        elif self.count != 3 or not idx.is_cuda:
+            self.logits, self.count = self.compute(), self.count + 1
+        else:
+            self.record()
+        self.cache.pos += 1
+        for kv, _ in self.cache.layers:
+            kv.pos += 1
+        return self.logits.clone()
+
+    def record(self):
+        graph, self.count = torch.cuda.CUDAGraph(), self.count + 1
+        try:
+            with torch.cuda.graph(graph):
+                self.logits = self.compute()
+            self.graph = graph
+            graph.replay()  # while it was recorded nothing was computed
+        except RuntimeError as error:
+            print(f'no CUDA graph here, so every kernel waits for Python: {str(error).splitlines()[0]}', file=sys.stderr)
+            self.logits = self.compute()
+
+    def compute(self):
+        model, config, pos = self.model, self.model.config, self.pos
+        with torch.autocast(self.idx.device.type, enabled=False):
+            x = model.wte(self.idx)
+            x = x + model.wpe.weight[pos] if model.wpe else x
+            x = rms(x) if config.embed_norm else x
+            if model.taps is not None:
+                recent = torch.cat((self.cache.short.recent, x), 1)  # (B, taps, C), the oldest first
+                self.cache.short.recent.copy_(recent[:, 1:])
+                x = (recent * model.taps.flip(0)).sum(1, keepdim=True)
+            for block, (kv, _) in zip(model.blocks, self.cache.layers):
+                x = x + self.attention(block.mixer, block.mixer_norm(x), kv)
+                x = x + block.ffn(block.ffn_norm(x)) if block.ffn else x
+            logits, cap = model.lm_head(model.norm(x)), config.logit_softcap
+            return cap * torch.tanh(logits / cap) if cap else logits
+
+    def attention(self, mixer, x, kv):
+        B = len(x)
+        q, k, v = (part(x).view(B, 1, heads, -1).transpose(1, 2) for part, heads in (
+            (mixer.q_proj, mixer.n_head), (mixer.k_proj, mixer.n_kv_head), (mixer.v_proj, mixer.n_kv_head)))
+        q, k = (rms(q), rms(k)) if mixer.qk_norm else (q, k)
+        if mixer.rotary:
+            cos, sin = mixer.cos[self.pos], mixer.sin[self.pos]  # (1, hs / 2)
+            q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+        keys, values = kv.tensors(k)
+        keys.index_copy_(2, self.pos, k.type_as(keys))
+        values.index_copy_(2, self.pos, v.type_as(values))
+        seen = torch.arange(keys.size(2), device=x.device) <= self.pos
+        y = F.scaled_dot_product_attention(q.type_as(keys), keys, values, attn_mask=seen[None, None, None],
+                                           enable_gqa=mixer.n_head != mixer.n_kv_head)
+        return mixer.o_proj(y.transpose(1, 2).reshape(B, 1, -1).type_as(x))
+
+
 class PackedGPT(GPT):
-    """A GPT whose blocks of attention take a token of each sequence in one call of the library."""
+    """A GPT of attention blocks that takes a further token in one call of the library, or as one CUDA graph."""
+    by_steps = False  # True: by Step without a GPU, too, to test it
 
     def ready(self):
         """Once all weights are in place: what the library needs to know of the blocks."""
@@ -242,31 +361,48 @@ class PackedGPT(GPT):
                 to.tiles = ffn.tiles()
             to.C, to.n_head, to.n_kv_head, to.positions = config.n_embd, mixer.n_head, mixer.n_kv_head, config.block_size
             to.layer_norm, to.rotary, to.qk_norm = config.norm == 'layernorm', mixer.rotary, mixer.qk_norm
-            to.act = {'gelu': 0, 'relu2': 1}.get(config.ffn, 2)
+            to.act = ACT.get(config.ffn, 2)
+        head, mixer = self.lm_head, self.blocks[0].mixer
+        codes, scale = (head.codes, head.scale) if isinstance(head, Int8Head) else (head.weight, None)
+        self.head = Head(at(self.norm.weight), at(getattr(self.norm, 'bias', None)), at(codes), at(scale), *codes.shape,
+                         config.norm == 'layernorm', config.logit_softcap)
+        self.angles = [ctypes.c_void_p(at(table)) for table in ((mixer.cos, mixer.sin) if mixer.rotary else (None, None))]
         return self
 
-    def through(self, x, cache):
-        """x (B, T, C) through all blocks -> (B, T, C)"""
-        if cache is None or x.size(1) > 1 or not self.layers or not usable(x):
-            return super().through(x, cache)
-        cos, sin = (at(self.blocks[0].mixer.cos), at(self.blocks[0].mixer.sin)) if self.layers[0].rotary else (None, None)
-        x = x.clone()
-        for b in range(len(x)):
-            for (kv, _), layer in zip(cache.layers, self.layers):
-                k, v = kv.tensors(x.new_empty(len(x), layer.n_kv_head, 0, layer.q.rows // layer.n_head))
-                layer.keys, layer.values = at(k[b]), at(v[b])
-            library().step(self.layers, len(self.layers), ctypes.c_void_p(at(x[b])), cache.pos, ctypes.c_void_p(cos), ctypes.c_void_p(sin),
-                           torch.get_num_threads())
+    def forward(self, idx, targets=None, cache=None, last=False, soft=None):
+        if cache is None or targets is not None or idx.size(1) > 1 or not self.layers:
+            return super().forward(idx, targets, cache, last, soft)
+        if idx.device.type == 'cpu' and library() is not None and not self.by_steps:
+            return self.by_library(self.embed(idx, cache).float(), cache)
+        if cache.pos and (idx.is_cuda or self.by_steps):
+            if not hasattr(cache, 'step'):
+                cache.step = Step(self, cache, idx)
+            return cache.step(idx)
+        return super().forward(idx, targets, cache, last, soft)
+
+    def by_library(self, x, cache):
+        """x (B, 1, C), embeddings of the next tokens, which is written over -> logits (B, 1, vocab_size)"""
+        if not hasattr(cache, 'native'):
+            cache.native = [(Layer * len(self.layers))(*self.layers) for _ in x]  # of each sequence
+            for i, (kv, _) in enumerate(cache.layers):
+                k, v = kv.tensors(x.new_empty(len(x), self.layers[i].n_kv_head, 0, self.layers[i].q.rows // self.layers[i].n_head))
+                for b, layers in enumerate(cache.native):
+                    layers[i].keys, layers[i].values = at(k[b]), at(v[b])
+        y = x.new_empty(len(x), 1, self.config.vocab_size)
+        for b, layers in enumerate(cache.native):
+            library().step(layers, len(layers), ctypes.byref(self.head), ctypes.c_void_p(at(x[b])), cache.pos, *self.angles,
+                           ctypes.c_void_p(at(y[b])), torch.get_num_threads())
+        cache.pos += 1
         for kv, _ in cache.layers:
             kv.pos += 1
-        return x
+        return y
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The file
 
 def parts(model):
-    """{name of a weight: (module, kind)} of a GPT; kind: ternary, embedding or other. What a tied head or only training needs is left out."""
+    """{name: (weight, kind)} of a GPT; kind: ternary, embedding or other. What a tied head or only training needs is left out."""
     found, seen = {}, set()
     for prefix, module in model.named_modules():
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
@@ -275,7 +411,7 @@ def parts(model):
                 continue
             seen.add(id(tensor))
             ternary = isinstance(module, BitLinear) and name == 'weight' or isinstance(module, TriX) and name in ('up', 'down')
-            found[f'{prefix}.{name}'.lstrip('.')] = module, 'ternary' if ternary else 'embedding' if prefix in ('wte', 'lm_head') else 'other'
+            found[f'{prefix}.{name}'.lstrip('.')] = tensor, 'ternary' if ternary else 'embedding' if prefix in ('wte', 'lm_head') else 'other'
     return found
 
 
@@ -286,11 +422,9 @@ def ternary_dims(weight):  # what one scale is for: a matrix, or a tile of sever
 def layout(model, embeddings):
     """{name in the file: (shape, dtype)}"""
     found = {}
-    for name, (module, kind) in parts(model).items():
-        tensor = model.get_parameter(name) if name in dict(model.named_parameters()) else model.get_buffer(name)
+    for name, (tensor, kind) in parts(model).items():
         if kind == 'ternary':
-            *rows, K = tensor.shape
-            found[f'{name}.codes'] = (*rows, -(-K // 4)), torch.uint8
+            found[f'{name}.codes'] = (*tensor.shape[:-1], -(-tensor.size(-1) // 4)), torch.uint8
             found[f'{name}.scale'] = tuple(tensor.shape[:-2]), torch.float32
         elif kind == 'embedding':
             found[name] = tuple(tensor.shape), EMBEDDINGS[embeddings]
@@ -304,9 +438,9 @@ def layout(model, embeddings):
 @torch.no_grad()
 def pack(model, embeddings='float32'):
     """The weights of a GPT as a packed file has them: {name: tensor}. UserError if nothing of it is ternary."""
-    tensors, state = {}, model.state_dict()
-    for name, (module, kind) in parts(model).items():
-        value = state[name].cpu()
+    tensors = {}
+    for name, (value, kind) in parts(model).items():
+        value = value.detach().cpu()
         if kind == 'ternary':
             codes, scale = ternary_codes(value, ternary_dims(value))
             tensors |= {f'{name}.codes': pack_codes(codes), f'{name}.scale': scale.reshape(value.shape[:-2])}
@@ -343,7 +477,8 @@ def write(path, tensors, embeddings, state):
 
 
 def read(path):
-    """A packed file, verified -> a dict as a checkpoint's, with {name: tensor} as `packed` and the kind of its embeddings. UserError for anything else."""
+    """A packed file, verified -> a dict as a checkpoint's, with {name: tensor} as `packed` and the kind of its embeddings. UserError
+    for anything else."""
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
@@ -412,8 +547,8 @@ def build(config, state, path, device):
             setattr(model.get_submodule(parent), key, PackedLinear(codes, scale, module.in_features, bias, module.sub_norm))
         elif isinstance(module, TriX):
             own = {f'{part}_{what}': tensors[f'{name}.{part}.{what}'] for part in ('up', 'down') for what in ('codes', 'scale')}
-            if module.router == 'hash':
-                own['table'] = tensors[f'{name}.table']
+            more = ['table'] * (module.router == 'hash') + ['slope'] * bool(config.trix_cut)
+            own |= {part: tensors[f'{name}.{part}'] for part in more}
             setattr(model.get_submodule(parent), key, PackedTriX(config, own, tensors[f'{name}.balance']))
     if state['embeddings'] == 'int8':
         head = 'wte.weight' if config.tie_embeddings else 'lm_head.weight'

@@ -240,6 +240,7 @@ def page(config, rows, micro_steps, data=None, world=1):
     memory = share(kinds(rows, config.activation_checkpointing), world if fsdp else 1)
     parts = ([f'plan for {why}' + (f'; {world} processes, {config.parallel}' if world > 1 else '')], parameter_lines(model),
              memory_lines(config, memory, total, seen, rows, base, size, whose),
+             ['the teacher of --distill_from is not in these figures: its weights, and a forward of it a micro-step'] * bool(config.distill_from),
              [] if base + total(rows) <= size else changes(config, device, dtype, rows, world, size - base, total, memory),
              run_lines(config, data), time_lines(config, model, seen, speed, how, rows, micro_steps, world),
              disk_lines(config, data), [schedules.picture(config)])

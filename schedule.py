@@ -90,6 +90,12 @@ SCHEDULES = {'cosine': cosine, 'restarts': restarts, 'onecycle': onecycle, 'wsd'
              'two_stage': two_stage}
 
 
+def top_k(step, config):
+    """Tiles that a token is sent to: from all of them down to trix_top_k over the first anneal_steps."""
+    left = 1 - step / config.anneal_steps if step < config.anneal_steps else 0
+    return math.ceil(between(config.trix_top_k, config.trix_tiles, left))
+
+
 def boundary(config):
     """two_stage: the first step of the second stage. None for the others."""
     return (config.boundary_step or config.max_steps // 2) if config.schedule == 'two_stage' else None

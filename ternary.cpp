@@ -130,6 +130,12 @@ int64_t dot(const int8_t* row, const int16_t* x, int n) {
     return total;
 }
 
+float to_16_bits(const float* x, int n, int16_t* q) {  // x is about q / what comes back
+    const float s = 32767.0f / magnitude(x, n);
+    for (int k = 0; k < n; k++) q[k] = (int16_t)std::nearbyintf(x[k] * s);
+    return s;
+}
+
 float dot(const float* a, const float* b, int n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -146,10 +152,10 @@ struct Matrix {  // (rows, cols); rows = 0: none
     float scale;
 };
 
-struct Trix {  // tiles = 0: none
+struct Trix {  // tiles = 0: none. act: -1 relu2 and a norm; tiles cut from a dense FFN: 0 gelu, 1 relu2, 2 silu with a gate
     const uint8_t *up, *down;
-    const float *up_scale, *down_scale, *signatures, *balance;
-    int tiles, shared, k, h, digits;
+    const float *up_scale, *down_scale, *signatures, *balance, *slope;
+    int tiles, shared, k, h, digits, act;
 };
 
 struct Layer {
@@ -158,6 +164,14 @@ struct Layer {
     Trix trix;
     float *keys, *values;  // (n_kv_head, positions, hs)
     int C, n_head, n_kv_head, positions, layer_norm, rotary, qk_norm, act;  // act: 0 gelu, 1 relu2, 2 silu with a gate
+};
+
+struct Head {  // logits: (rows, cols) int8 with a scale a row, or fp32 where scale is null, behind the last norm
+    const float *norm, *norm_bias;
+    const void* data;
+    const float* scale;
+    int rows, cols, layer_norm;
+    float softcap;  // 0: none
 };
 
 struct Vector {  // what goes into matrices
@@ -191,33 +205,42 @@ void norm(const float* x, float* y, int n, const float* weight, const float* bia
     for (int k = 0; k < n; k++) y[k] = (float)(x[k] - mean / n) * inverse * weight[k] + (bias ? bias[k] : 0);
 }
 
+float activated(float u, int act) {
+    if (act == 0) return 0.5f * u * (1 + std::tanh(0.7978845608f * (u + 0.044715f * u * u * u)));
+    return act == 1 ? (u > 0 ? u * u : 0) : u / (1 + std::exp(-u));
+}
+
 struct Scratch {
     std::vector<float> y, q, kv, hidden;
     Vector in, out;
     std::vector<Activations> tiles;
     std::vector<int64_t> chosen;
     std::vector<float> gates;
+    std::vector<int16_t> wide;
+    float unit;
 };
 
-// y[c] += gates[i] down_i(RMSNorm(relu(up_i x)^2)), summed over the k tiles that are chosen
+// y[c] += gates[i] down_i(RMSNorm(relu(up_i x)^2)), or gates[i] down_i(act(up_i x)), summed over the k tiles that are chosen
 void trix(const Trix& t, const float* x, int n, float* y, int k, const int64_t* tiles, const float* gates, Scratch& s) {
-    const int n_bytes = (n + 3) / 4, h_bytes = (t.h + 3) / 4;
+    const int n_bytes = (n + 3) / 4, h_bytes = (t.h + 3) / 4, rows = t.act == 2 ? 2 * t.h : t.h;
 #pragma omp single
     {
         s.in.codes.set(x, n, t.digits);
-        s.hidden.resize((size_t)k * t.h);
+        s.hidden.resize((size_t)k * rows);
         s.tiles.resize(k);
     }
 #pragma omp for schedule(static)
-    for (int r = 0; r < k * t.h; r++) {
-        const int64_t e = tiles[r / t.h];
-        const float z = dot(t.up + (e * t.h + r % t.h) * n_bytes, s.in.codes, n_bytes) * (t.up_scale[e] / s.in.codes.scale);
-        s.hidden[r] = z > 0 ? z * z : 0;
+    for (int r = 0; r < k * rows; r++) {
+        const int64_t e = tiles[r / rows];
+        const float z = dot(t.up + (e * rows + r % rows) * n_bytes, s.in.codes, n_bytes) * (t.up_scale[e] / s.in.codes.scale);
+        s.hidden[r] = r % rows < t.h ? activated(z, t.act < 0 ? 1 : t.act) : z;
     }
 #pragma omp for schedule(static)
     for (int i = 0; i < k; i++) {
-        float* u = s.hidden.data() + (size_t)i * t.h;
-        rms(u, t.h, nullptr);
+        float* u = s.hidden.data() + (size_t)i * rows;
+        if (t.act < 0) rms(u, t.h, nullptr);
+        if (t.act == 2)
+            for (int r = 0; r < t.h; r++) u[r] *= u[t.h + r];
         for (int r = 0; r < t.h; r++) u[r] *= gates[i];
         s.tiles[i].set(u, t.h, t.digits);
     }
@@ -296,7 +319,10 @@ void ffn(const Layer& l, float* x, Scratch& s) {
             for (int e = 0; e < t.tiles; e++) order[e] = e;
             std::partial_sort(order.begin(), order.begin() + t.k, order.end(),
                               [&](int64_t a, int64_t b) { return scores[a] + t.balance[a] > scores[b] + t.balance[b]; });
-            for (int i = 0; i < t.k; i++) s.chosen[i] = order[i], s.gates[i] = 2.0f / t.k / (1 + std::exp(-scores[order[i]]));
+            for (int i = 0; i < t.k; i++) {
+                const int64_t e = s.chosen[i] = order[i];
+                s.gates[i] = t.act < 0 ? 2.0f / t.k / (1 + std::exp(-scores[e])) : 2 / (1 + std::exp(-t.slope[e] * scores[e]));
+            }
             if (t.shared) s.chosen[t.k] = t.tiles;
         }
         return trix(t, s.y.data(), l.C, x, t.k + t.shared, s.chosen.data(), s.gates.data(), s);
@@ -308,14 +334,8 @@ void ffn(const Layer& l, float* x, Scratch& s) {
     }
 #pragma omp for schedule(static)
     for (int r = 0; r < l.up.rows; r++) {
-        float u = row(l.up, s.in, r);
-        if (l.act == 0) u = 0.5f * u * (1 + std::tanh(0.7978845608f * (u + 0.044715f * u * u * u)));
-        else if (l.act == 1) u = u > 0 ? u * u : 0;
-        else {
-            const float g = row(l.gate, s.in, r);
-            u *= g / (1 + std::exp(-g));
-        }
-        s.hidden[r] = u;
+        const float u = row(l.up, s.in, r);
+        s.hidden[r] = l.act == 2 ? u * activated(row(l.gate, s.in, r), 2) : activated(u, l.act);
     }
 #pragma omp single
     {
@@ -324,6 +344,21 @@ void ffn(const Layer& l, float* x, Scratch& s) {
     }
 #pragma omp for schedule(static)
     for (int r = 0; r < l.C; r++) x[r] += row(l.down, s.in, r);
+}
+
+void logits(const Head& h, const float* x, float* y, Scratch& s) {
+#pragma omp single
+    {
+        norm(x, s.y.data(), h.cols, h.norm, h.norm_bias, h.layer_norm);
+        s.wide.resize(h.cols);
+        s.unit = h.scale ? to_16_bits(s.y.data(), h.cols, s.wide.data()) : 1;
+    }
+#pragma omp for schedule(static)
+    for (int r = 0; r < h.rows; r++) {
+        const float u = h.scale ? (float)dot((const int8_t*)h.data + (int64_t)r * h.cols, s.wide.data(), h.cols) * (h.scale[r] / s.unit)
+                                : dot((const float*)h.data + (int64_t)r * h.cols, s.y.data(), h.cols);
+        y[r] = h.softcap ? h.softcap * std::tanh(u / h.softcap) : u;
+    }
 }
 
 }  // namespace
@@ -366,9 +401,8 @@ void ternary(const float* x, int n, int cols, int digits, const uint8_t* codes, 
 
 // y (rows) = scale_r * (row r of int8, (rows, n)) x, x rounded to 16 bits
 void int8_rows(const float* x, int n, const int8_t* weight, const float* scale, int rows, float* y, int threads) {
-    const float s = 32767.0f / magnitude(x, n);
     std::vector<int16_t> q(n);
-    for (int k = 0; k < n; k++) q[k] = (int16_t)std::nearbyintf(x[k] * s);
+    const float s = to_16_bits(x, n, q.data());
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && (int64_t)rows * n > 65536)
     for (int r = 0; r < rows; r++) y[r] = (float)dot(weight + (int64_t)r * n, q.data(), n) * (scale[r] / s);
 }
@@ -380,15 +414,18 @@ void tiles(const Trix* t, const float* x, int n, int k, const int64_t* tiles, co
     trix(*t, x, n, y, k, tiles, gates, s);
 }
 
-// Blocks of attention and FFN for one token: x (C) in the residual stream, at position pos. Its keys and values are added.
+// One token from its embedding x (C), at position pos, through all blocks, whose keys and values it joins, to its logits y.
 // cos, sin: (positions, hs / 2).
-void step(const Layer* layers, int n_layers, float* x, int pos, const float* cos, const float* sin, int threads) {
+void step(const Layer* layers, int n_layers, const Head* head, float* x, int pos, const float* cos, const float* sin, float* y, int threads) {
     Scratch s;
     s.y.resize(layers[0].C);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int i = 0; i < n_layers; i++) {
-        attention(layers[i], x, pos, cos, sin, s);
-        if (layers[i].ffn_norm) ffn(layers[i], x, s);
+    {
+        for (int i = 0; i < n_layers; i++) {
+            attention(layers[i], x, pos, cos, sin, s);
+            if (layers[i].ffn_norm) ffn(layers[i], x, s);
+        }
+        logits(*head, x, y, s);
     }
 }
 

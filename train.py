@@ -68,7 +68,7 @@ class TrainConfig:
     eval_tokens: int = 65_536  # tokens of a validation, always the same windows (0: all of the split)
     log_interval: int = 10  # steps between lines on the console and in metrics.jsonl
     sample_interval: int = 100  # steps between samples: every prompt, greedy, typical and wild
-    sample_prompts: str = '|The |In this |def |import '  # prompts of those samples, '|' between them (empty: the start of a document)
+    sample_prompts: str = '|The|In this|def|import'  # prompts of those samples, '|' between them (empty: the start of a document)
     sample_tokens: int = 64  # tokens of each
     save_interval: int = 100  # steps between checkpoints (there is one at the end and at every better validation, too)
     keep: int = 3  # newest checkpoints that are kept, beside the best and the mandatory ones (0: all)
@@ -83,6 +83,10 @@ class TrainConfig:
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time
     parallel: str = 'ddp'  # several processes: ddp, or fsdp, which shares out weights, gradients and optimizer
     dist_timeout: int = 600  # seconds that a process waits for the others
+    init_from: str = ''  # start with the weights of this run or checkpoint, which export.py convert made or which is to be tuned further
+    distill_from: str = ''  # learn from the distribution of this run's model, too: its tokenizer must be the same
+    distill_weight: float = 0.5  # the part of the loss that this is: (1 - w) cross-entropy + w KL(teacher || model)
+    anneal_steps: int = 0  # ffn=trix: steps over which a token's tiles come down from all of them to trix_top_k
     resume: str = ''  # auto: go on from the newest good checkpoint in out_dir, if any; or a checkpoint or run to go on from
     other_data: bool = False  # let --resume go on with other data than the checkpoint's
     plan: bool = False  # show what the run takes (parameters, memory, time, disk) and its schedule, and end
@@ -100,6 +104,10 @@ class TrainConfig:
         if not 0 <= self.card_gb < math.inf:
             found.append(f'card_gb={self.card_gb}: expected the memory of a card in GB, or 0')
         found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2') if not 0 <= getattr(self, key) < 1]
+        if not 0 <= self.distill_weight <= 1:
+            found.append(f'distill_weight={self.distill_weight} must lie in [0, 1]')
+        if not 0 <= self.anneal_steps <= max(1, self.max_steps):
+            found.append(f'anneal_steps={self.anneal_steps} must lie between 0 and max_steps={self.max_steps}')
         found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}' for key, choices in
                   (('optimizer', OPTIMIZERS), ('parallel', ('ddp', 'fsdp'))) if getattr(self, key) not in choices]
         if wrong := [step for step in self.mandatory_steps if not 0 < step <= self.max_steps]:
@@ -115,7 +123,8 @@ class TrainConfig:
 
 def load(argv):
     """Command line -> checked config; a pure function."""
-    config = configurator.load(argv, GPTConfig, TrainConfig, usage=__doc__, check=lambda c: batch_problems(c) + schedule_problems(c))
+    config = configurator.load(argv, GPTConfig, TrainConfig, usage=__doc__,
+                               check=lambda c: batch_problems(c) + schedule_problems(c) + annealing_problems(c))
     files = [Path(word).stem for word in argv if word.endswith('.py') and not word.startswith('--')]
     config.out_dir = config.out_dir or f'runs/{"-".join(files) or "default"}'
     config.batch_tokens = config.batch_tokens or config.batch_size * config.block_size
@@ -146,6 +155,12 @@ def batch_problems(config):
     below = config.batch_tokens // micro * micro
     nearest = ' or '.join(f'{n}' for n in (below, below + micro) if n)
     return [f'batch_tokens={config.batch_tokens} is no multiple of batch_size * block_size = {micro}; the nearest are {nearest}']
+
+
+def annealing_problems(config):
+    if config.anneal_steps and (config.ffn != 'trix' or config.trix_router == 'hash'):
+        return [f'anneal_steps={config.anneal_steps} needs ffn=trix, and no trix_router=hash, which knows only trix_top_k tiles of a token']
+    return []
 
 
 def micro_batches(config, world):
@@ -186,6 +201,17 @@ def find_data(config, prepare=True):
         raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH and '
                         'shards:DIR: bring the tokens there, or choose --dataset=pylib')
     return open_data(path, config.block_size, config.vocab_size)
+
+
+def find_teacher(config, data, device):
+    """The model of --distill_from, or None. UserError if its tokens are not those of the data."""
+    if not config.distill_from:
+        return None
+    model, state = checkpoint.load_model(config.distill_from, device, config.block_size)
+    checkpoint.same_tokenizer(state, data, config.distill_from, '--distill_from')
+    if model.config.vocab_size != config.vocab_size:
+        raise UserError(f'--distill_from={config.distill_from}: its vocabulary has {model.config.vocab_size} entries, this model\'s {config.vocab_size}')
+    return model.requires_grad_(False)
 
 
 def random_state(device):
@@ -266,6 +292,13 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     model, optimizers = GPT(config.pick(GPTConfig)), {}
     if state:
         checkpoint.load_weights(model, state, origin)
+    elif config.init_from:
+        path, other = checkpoint.find(config.init_from, say=say)
+        checkpoint.same_tokenizer(other, data, path, '--init_from')
+        checkpoint.load_weights(model, other, path)
+        say(f'weights from {path}')
+        del other
+    teacher = find_teacher(config, data, device)
     sharded = group.world > 1 and config.parallel == 'fsdp'
     with memory_guard(out_of_memory):
         if not sharded:
@@ -365,7 +398,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
                 torch.manual_seed(dropout_seed(config, step, micro * group.world + group.rank))
             with group.micro_step(trained, last=micro + 1 == micro_steps):
                 with hardware.autocast(device, dtype):
-                    part = trained(x, y) / micro_steps
+                    soft = teacher.soft_targets(x, config.distill_weight) if teacher else None
+                    part = trained(x, y, soft=soft) / micro_steps
                 scaler.scale(part).backward()
             parts.append(part.detach())
             if micro + 1 < micro_steps and stopping():
@@ -403,6 +437,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     while True:
         # ---- at the top, `step` steps are done: validate, sample, save
         last = step >= config.max_steps
+        model.set_top_k(schedules.top_k(step, config))
         paused = time.perf_counter()
 
         def due(interval):

@@ -13,4 +13,4 @@ optimizer, learning_rate, matrix_lr = 'muon', 24e-3, 6e-3  # of the embedding, o
 schedule, min_lr_ratio = 'linear', 0.0
 
 eval_interval = save_interval = sample_interval = 122
-sample_prompts = '|def |import |class |# '
+sample_prompts = '|def|import|class|#'

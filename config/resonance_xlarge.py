@@ -20,4 +20,4 @@ activation_checkpointing = True
 
 eval_interval = save_interval = sample_interval = 1000
 eval_tokens = 16 * block_size
-sample_prompts = 'The '  # in three modes: each row of a batch of samples holds 0.8 GB of oscillators (fp64)
+sample_prompts = 'The'  # in three modes: each row of a batch of samples holds 0.8 GB of oscillators (fp64)

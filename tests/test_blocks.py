@@ -25,6 +25,8 @@ VARIANTS = {
     'trix': dict(ffn='trix'),
     'trix_top1': dict(ffn='trix', trix_top_k=1, trix_tiles=4),
     'trix_all': dict(ffn='trix', trix_shared=True, act_bits=8, bias=True),
+    'bitnet_ffn': dict(ffn='gelu', linear='bitnet_ffn'),
+    'trix_cut': dict(ffn='trix', trix_cut='swiglu', trix_hidden=16),
     'trix_hash': dict(ffn='trix', trix_router='hash'),
     'bitnet': dict(ffn='bitnet', n_kv_head=2),
     'bitnet_all': dict(ffn='swiglu', linear='bitnet', n_kv_head=2),
@@ -37,7 +39,7 @@ VARIANTS = {
 }
 every_block = pytest.mark.parametrize('name', VARIANTS)
 each_kind = pytest.mark.parametrize('name', [name for name in VARIANTS if name not in (  # these learn as others do
-    'gpt2', 'nope', 'softcap', 'trix_top1', 'trix_hash', 'bitnet', 'bitnet_llama', 'hybrid_trix')])
+    'gpt2', 'nope', 'softcap', 'trix_top1', 'trix_hash', 'bitnet', 'bitnet_ffn', 'bitnet_llama', 'hybrid_trix')])
 
 
 def build(name, seed=0, **changes):

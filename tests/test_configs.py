@@ -41,6 +41,8 @@ DIMENSIONS = {  # what the sources fix; budget: tokens, batch: (sequences of a m
     'wikitext_tiny': dict(GPT2, n_embd=256, n_head=4, n_layer=4, d_ff=1024, block_size=256, dataset='wikitext2'),
     'wikitext_small': dict(GPT2, n_embd=512, n_head=8, n_layer=6, d_ff=2048, block_size=512, dataset='wikitext103'),
     'wikitext_medium': dict(GPT2, n_embd=768, n_head=12, n_layer=12, d_ff=3072, block_size=1024, dataset='wikitext103'),
+    'bitnet_tiny': dict(linear='bitnet', ffn='swiglu', norm='rmsnorm', positions='rotary', tie_embeddings=True, qk_norm=False, embed_taps=0,
+                        n_embd=256, d_ff=768, vocab_size=8192, dataset='pylib', budget=1_500_000),
     'bitnet_95m': dict(linear='bitnet', ffn='swiglu', norm='rmsnorm', positions='rotary', tie_embeddings=True, vocab_size=32_000,
                        n_layer=8, n_embd=768, n_head=12, n_kv_head=6, d_ff=3072, dataset='fineweb_edu', weight_decay=0.1,
                        beta1=0.9, beta2=0.95, learning_rate=1.5e-3, warmup_steps=2000, log_interval=100,

@@ -46,3 +46,19 @@ def test_cross_entropy_with_and_without_a_softcap(softcap):
         logits = x @ w.T
         return F.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, ignore_index=-1)
     agree(lambda x, w: chunked_cross_entropy(x, w, targets, softcap), plain, torch.randn(300, 16), torch.randn(50, 16))
+
+
+@pytest.mark.parametrize('share', [0.3, 1.0])
+@pytest.mark.parametrize('softcap, theirs', [(0.0, 0.0), (2.0, 0.0), (0.0, 3.0)])
+def test_cross_entropy_with_a_teacher(share, softcap, theirs):
+    torch.manual_seed(0)
+    targets, x_t, w_t = torch.randint(-1, 50, (300,)), torch.randn(300, 8), torch.randn(50, 8)
+
+    def capped(logits, cap):
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def plain(x, w):
+        logits, q = capped(x @ w.T, softcap), capped(x_t @ w_t.T, theirs).softmax(1)
+        distance = F.kl_div(logits.log_softmax(1), q, reduction='none').sum(1)[targets >= 0].mean()
+        return (1 - share) * F.cross_entropy(logits, targets, ignore_index=-1) + share * distance
+    agree(lambda x, w: chunked_cross_entropy(x, w, targets, softcap, (x_t, w_t, theirs, share)), plain, torch.randn(300, 16), torch.randn(50, 16))

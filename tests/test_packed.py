@@ -1,5 +1,6 @@
 """Packed models compute what trained ones do, from 2 bits a weight, and a file that is not one is refused."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,8 @@ VARIANTS = {
     'trix': dict(ffn='trix', trix_hidden=19),
     'trix, int8, shared': dict(ffn='trix', trix_shared=True, act_bits=8, linear='bitnet'),
     'trix, hash': dict(ffn='trix', trix_router='hash'),
+    'trix, cut': dict(ffn='trix', trix_cut='gelu', trix_shared=True),
+    'trix, cut from a swiglu': dict(ffn='trix', trix_cut='swiglu', trix_hidden=13, act_bits=8),
     'resonance': dict(mixer='resonance', ffn='trix', linear='bitnet'),
     'hybrid': dict(mixer='resonance', attention_every=2, ffn='bitnet', qk_norm=True),
 }
@@ -345,3 +348,59 @@ def test_sampling_takes_little_more_memory_than_the_file(tmp_path):
     done = subprocess.run([sys.executable, '-c', code, path], cwd=Path(packed.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.5 * path.stat().st_size + 12e6
+
+
+# ---- on a GPU
+
+@pytest.mark.parametrize('name', [name for name, keys in VARIANTS.items() if keys.get('mixer') != 'resonance' and name != 'trix, hash'])
+def test_a_step_that_knows_its_position_only_as_a_tensor(name, monkeypatch):
+    """What a CUDA graph records, without one."""
+    monkeypatch.setattr(packed.PackedGPT, 'by_steps', True)
+    model = packed.build(*opened(trained(**VARIANTS[name])))
+    whole, cache = model(ids(rows=3)), model.new_cache(3)
+    parts = [model(ids(rows=3)[:, :5], cache=cache), *(model(ids(rows=3)[:, i:i + 1], cache=cache) for i in range(5, 20))]
+    assert cache.step.count == 15 and cache.pos == 20
+    assert torch.allclose(torch.cat(parts, 1), whole, rtol=0, atol=2e-5)
+
+
+TRITON = """
+import sys, torch, packed
+from model import GPT, GPTConfig, int8_codes
+from test_packed import ids, opened, trained
+import ternary_triton
+
+for K, M, E, N, k in ((24, 13, 1, 1, 1), (37, 9, 4, 2, 3), (300, 20, 2, 1, 2), (1, 1, 1, 3, 1)):
+    codes, scale, x, chosen = torch.randint(-1, 2, (E, M, K)).float(), torch.rand(E) + 0.1, torch.randn(N, K), torch.randint(E, (N * k,))
+    q, size = int8_codes(x)
+    plain = torch.stack([q[p // k] @ codes[e].T * (scale[e] / size[p // k]) for p, e in enumerate(chosen.tolist())])
+    assert torch.equal(ternary_triton.product(q.to(torch.int8), size.flatten(), packed.pack_codes(codes), scale, chosen), plain)
+    plain = torch.stack([x[p // k] @ codes[e].T * scale[e] for p, e in enumerate(chosen.tolist())])
+    assert (ternary_triton.product(x, None, packed.pack_codes(codes), scale, chosen) - plain).abs().max() < 1e-5
+
+few, usable = packed.few, packed.usable
+for keys in (dict(ffn='swiglu', linear='bitnet'), dict(ffn='trix', trix_shared=True), dict(ffn='trix', act_bits=8), dict(ffn='trix', trix_cut='swiglu')):
+    model = packed.build(*opened(trained(**keys)))
+    whole = model(ids())
+    packed.few, packed.usable = (lambda x: True), (lambda x: False)
+    assert torch.allclose(model(ids()[:, :6]), whole[:, :6], rtol=0, atol=1e-5), keys
+    packed.few, packed.usable = few, usable
+"""
+
+
+def test_the_kernel_of_a_gpu_equals_the_plain_formula():
+    """In Triton's interpreter, which needs no GPU."""
+    pytest.importorskip('triton', reason='comes with torch for CUDA')
+    root = Path(packed.__file__).parent
+    done = subprocess.run([sys.executable, '-c', TRITON], cwd=root, capture_output=True, text=True,
+                          env={**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': os.pathsep.join(map(str, (root, root / 'tests', *sys.path)))})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name', ['bitnet', 'trix', 'trix, int8, shared', 'trix, cut'])
+def test_a_graph_computes_what_the_model_does(name):
+    config, state, where, _ = opened(trained(**VARIANTS[name]))
+    model = packed.build(config, state, where, torch.device('cuda'))
+    whole, cache = trained(**VARIANTS[name])(ids(rows=1)), model.new_cache(1)
+    parts = [model(ids(rows=1)[:, :5].cuda(), cache=cache), *(model(ids(rows=1)[:, i:i + 1].cuda(), cache=cache) for i in range(5, 20))]
+    assert cache.step.graph is not None and torch.allclose(torch.cat(parts, 1).cpu(), whole, rtol=0, atol=1e-3)

@@ -1,0 +1,38 @@
+"""Products of vectors with matrices of packed ternary codes on CUDA, in Triton: what ternary.cpp is on the CPU. Imported by packed.py
+where there is a GPU; without one, TRITON_INTERPRET=1 runs the kernel on the CPU, slowly."""
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(x, size, codes, scale, chosen, y, K, M, n_bytes, FAN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Program (r, p): ROWS rows of matrix chosen[p], times row p / FAN of x."""
+    p = tl.program_id(1)
+    matrix = tl.load(chosen + p)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), tl.int32 if EXACT else tl.float32)
+    for first in range(0, n_bytes, BYTES):
+        byte = first + tl.arange(0, BYTES)
+        four = tl.load(codes + (matrix * M + row[:, None]) * n_bytes + byte[None, :],
+                       mask=(row[:, None] < M) & (byte[None, :] < n_bytes), other=0).to(tl.int32)
+        for j in tl.static_range(4):
+            code = (four >> (2 * j)) & 3
+            code = tl.where(code == 2, -1, code)
+            value = tl.load(x + p // FAN * K + 4 * byte + j, mask=4 * byte + j < K, other=0)
+            total += tl.sum(code * value.to(tl.int32)[None, :] if EXACT else code.to(tl.float32) * value[None, :], 1)
+    unit = tl.load(scale + matrix)
+    tl.store(y + p * M + row, total.to(tl.float32) * (unit / tl.load(size + p // FAN) if EXACT else unit), mask=row < M)
+
+
+def product(x, size, codes, scale, chosen):
+    """
+    x (N, K), codes (E, M, ceil(K / 4)) uint8, scale (E,), chosen (P,) int64, P a multiple of N -> (P, M) fp32: scale * codes x of matrix
+    chosen[p] and row p N / P of x. size (N,): x is int8, for x / size, and the sums are exact; None: x is fp32.
+    """
+    (N, K), (E, M, n_bytes), P = x.shape, codes.shape, len(chosen)
+    y = torch.empty(P, M, device=x.device)
+    rows, n = 8, min(256, max(16, triton.next_power_of_2(n_bytes)))
+    kernel[triton.cdiv(M, rows), P](x.contiguous(), scale if size is None else size, codes, scale, chosen.contiguous(), y, K, M, n_bytes, P // N,
+                                    size is not None, rows, n)
+    return y

@@ -190,7 +190,8 @@ def amp(config):
         repeats = 2 if config.quick else max(2, config.repeats // 3)
         times, peaks = side_by_side(title, models, batch, repeats, config, dtypes={dtype: dtype for dtype in dtypes})
         rows += [{'shape': title, 'precision': row['name'], 'tokens/s': batch * shape.block_size / row['seconds'],
-                  'ratio to float32': row['ratio'], 'low': row['low'], 'high': row['high'], 'peak GB': peaks[row['name']]} for row in compare(times, 'float32')]
+                  'ratio to float32': row['ratio'], 'low': row['low'], 'high': row['high'], 'peak GB': peaks[row['name']]}
+                 for row in compare(times, 'float32')]
     report('amp', rows, config, ' --quick' * config.quick)
 
 
@@ -242,7 +243,8 @@ def batch(config):
     if not low:
         raise UserError(f'{config.model}: not even one sequence of {model.block_size:,} tokens fits into {limit:.3g} GB')
     report('batch', [{'config': Path(config.model).stem, 'context': model.block_size, 'limit GB': float(min(limit, 1e6)),
-                      'largest batch': low, 'peak GB': seen[low]}], config, f' --model={config.model}' + f' --card_gb={config.card_gb:g}' * bool(config.card_gb))
+                      'largest batch': low, 'peak GB': seen[low]}],
+           config, f' --model={config.model}' + f' --card_gb={config.card_gb:g}' * bool(config.card_gb))
 
 
 def two_steps(model, rows, device, dtype):

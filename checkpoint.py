@@ -143,7 +143,8 @@ def model_config(state, path):
         raise UserError(*(f'{path}: {problem}' for problem in problems))
     steps = state['config'].get('anneal_steps', 0)
     if config.ffn == 'trix' and isinstance(steps, int) and steps > 0:  # as many tiles as it was trained with by then
-        config.trix_top_k = top_k(max(0, state['step']), SimpleNamespace(anneal_steps=steps, trix_tiles=config.trix_tiles, trix_top_k=config.trix_top_k))
+        trained = SimpleNamespace(anneal_steps=steps, trix_tiles=config.trix_tiles, trix_top_k=config.trix_top_k)
+        config.trix_top_k = top_k(max(0, state['step']), trained)
     return config
 
 

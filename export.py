@@ -260,7 +260,8 @@ def write_gguf(path, model, tokenizer, matrices='', embeddings=''):
     try:
         writer = gguf.GGUFWriter(partial, arch)
         for key, value in {'name': Path(path).stem, 'context_length': shape.block_size, 'embedding_length': shape.n_embd,
-                           'block_count': shape.n_layer, 'feed_forward_length': hidden, 'head_count': shape.n_head, 'head_count_kv': heads, 'vocab_size': shape.vocab_size,
+                           'block_count': shape.n_layer, 'feed_forward_length': hidden, 'head_count': shape.n_head, 'head_count_kv': heads,
+                           'vocab_size': shape.vocab_size,
                            'rope_dimension_count': shape.n_embd // shape.n_head, 'rope_freq_base': 10_000.0, 'layer_norm_rms_eps': 1e-6,
                            'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'token_list': tokens,
                            'token_types': [gguf.TokenType[kind] for kind in kinds], 'token_merges': pairs, 'bos_token_id': end,
@@ -294,12 +295,13 @@ def compare_with_llama_cpp(path, model, state):
     theirs = [llama.next_token(prompt) for prompt in prompts]
     for rounds in (True, False) if any(isinstance(module, BitLinear) for module in model.modules()) else (True,):
         with torch.no_grad(), activations(rounds):
-            ours = torch.stack([model(torch.tensor([prompt], device=model.norm.weight.device), last=True)[0, -1].float().cpu() for prompt in prompts])
-        ours = ours.log_softmax(-1)
+            ids = [torch.tensor([prompt], device=model.norm.weight.device) for prompt in prompts]
+            ours = torch.stack([model(each, last=True)[0, -1].float().cpu() for each in ids]).log_softmax(-1)
         apart = max((abs(ours[i, token].item() - value) for i, own in enumerate(theirs) for token, value in own.items()), default=0.0)
         top = sum(max(own, key=own.get, default=eot) == ours[i].argmax().item() for i, own in enumerate(theirs)) / len(prompts)
         print(f'parity of {path} in llama.cpp with the trained model' + ' without int8 activations' * (not rounds)
-              + f' after {len(prompts)} texts of {source}: the same likeliest token for {100 * top:.0f} %, log-probabilities of the ten likeliest at most {apart:.2g} apart')
+              + f' after {len(prompts)} texts of {source}: the same likeliest token for {100 * top:.0f} %, '
+              f'log-probabilities of the ten likeliest at most {apart:.2g} apart')
     return top, apart
 
 
@@ -400,7 +402,8 @@ def as_gpt2(model, transformers):
     shape = model.config
     parts = {'mixer': shape.mixer == 'attention', 'ffn': shape.ffn == 'gelu', 'linear': shape.linear == 'dense',
              'positions': shape.positions == 'learned', 'n_kv_head': shape.n_kv_head in (0, shape.n_head),
-             'tie_embeddings': shape.tie_embeddings, 'qk_norm': not shape.qk_norm, 'embed_norm': not shape.embed_norm, 'embed_taps': not shape.embed_taps, 'logit_softcap': not shape.logit_softcap}
+             'tie_embeddings': shape.tie_embeddings, 'qk_norm': not shape.qk_norm, 'embed_norm': not shape.embed_norm,
+             'embed_taps': not shape.embed_taps, 'logit_softcap': not shape.logit_softcap}
     if found := [f'{key}={getattr(shape, key)}: not in a GPT-2, which a model with norm=layernorm must be'
                  for key, good in parts.items() if not good]:
         raise UserError(*found)
@@ -449,12 +452,14 @@ NOT_KEPT = ('out_dir', 'init_from', 'distill_from', 'anneal_steps', 'resume', 'o
 def convert(config):
     model, state, out = opened(config, config.to)
     stages = stages_of(model, config.to, config.tiles, config.top_k)
+    train_keys = {key: value for key, value in state['config'].items() if key in train.TrainConfig.__dataclass_fields__}
+    if missing := [key for key in ('batch_size', 'batch_tokens', 'max_steps', 'learning_rate') if key not in train_keys]:
+        raise UserError(f'{config.run}: its config has no {", ".join(missing)}, of which the recipe of the recovery is made')
     source, ids = real_text(state, model.config, 8 * PARITY_TOKENS)
     print(f'cross-entropy in nats a token, on {ids[:, 1:].numel():,} tokens of {source}:')
     for name, (other, ternary) in {'as trained': (model, True), **stages}.items():
         with as_they_are(not ternary):
             print(f'  {name:42} {loss_of(other, ids):.4f}')
-    train_keys = {key: value for key, value in state['config'].items() if key in train.TrainConfig.__dataclass_fields__}
     shape = {**vars(other.config), 'trix_top_k': config.top_k} if config.to == 'trix' else vars(other.config)
     with replacing_directory(out) as partial:
         (partial / 'checkpoints').mkdir()
@@ -491,8 +496,10 @@ def loss_of(model, ids):
 
 
 def recovery(config, out, knobs):
-    """The config file of the training that follows a conversion: a tenth of the run's tokens. The rate is the best
-    of 1, 2 and 5e-3 for dense_tiny, which Muon brings back less of; for other widths it is scaled and not tuned, and the run's own is its limit."""
+    """
+    The config file of the training that follows a conversion: a tenth of the run's tokens. The rate is the best of 1, 2 and 5e-3 for
+    dense_tiny, which Muon brings back less of; for other widths it is scaled and not tuned, and the run's own is its limit.
+    """
     defaults = {field.name: field.default for kind in (GPTConfig, train.TrainConfig) for field in fields(kind)}
     kept = {key: tuple(value) if isinstance(value, list) else value for key, value in knobs.items() if key in defaults and key not in NOT_KEPT}
     rows = max(1, knobs['batch_tokens'] // knobs['block_size'] // 2)  # of a step: half as many, so there are twice the steps

@@ -210,7 +210,8 @@ def find_teacher(config, data, device):
     model, state = checkpoint.load_model(config.distill_from, device, config.block_size)
     checkpoint.same_tokenizer(state, data, config.distill_from, '--distill_from')
     if model.config.vocab_size != config.vocab_size:
-        raise UserError(f'--distill_from={config.distill_from}: its vocabulary has {model.config.vocab_size} entries, this model\'s {config.vocab_size}')
+        raise UserError(f'--distill_from={config.distill_from}: its vocabulary has {model.config.vocab_size} entries, '
+                        f'this model\'s {config.vocab_size}')
     return model.requires_grad_(False)
 
 

@@ -413,7 +413,8 @@ def report(runs, now):
         parts['Validations'] = table([keys] + [[show(line, form, key) for key, form in zip(keys, forms)] for line in runs[0].evals])
         parts['Events'] = table([('event',)] + [(describe(event),) for event in runs[0].events])
         modes, prompts = (list(dict.fromkeys(sample[key] for sample in runs[0].newest)) for key in ('mode', 'prompt'))
-        cells = {(sample['prompt'], sample['mode']): quality(sample) + '\n' + re.sub(r'\n\s*\n\s*\n', '\n\n', sample['text']) for sample in runs[0].newest}
+        cells = {(sample['prompt'], sample['mode']): quality(sample) + '\n' + re.sub(r'\n\s*\n\s*\n', '\n\n', sample['text'])
+                 for sample in runs[0].newest}
         parts['Samples'] = table([('prompt', *modes)] + [(repr(prompt), *(cells.get((prompt, mode), '') for mode in modes)) for prompt in prompts])
     knobs = {key: [clean(run.config.get(key, '')) for run in runs] for run in runs for key in run.config}
     parts['Config' if len(runs) == 1 else 'What differs in the configs'] = table([('', *(run.name for run in runs))] + [

@@ -162,6 +162,7 @@ def test_annealing_begins_with_all_tiles_and_ends_at_its_step():
     ({}, ['--to=gguf'], "to='gguf': convert needs --to=trix, bitnet or bitnet_ffn"),
     ({}, [], "to='': convert needs"),
     ({}, ['--to=trix', '--top_k=9'], 'top_k=9, tiles=8: a token is sent to'),
+    ({}, ['--to=bitnet'], 'its config has no batch_size, batch_tokens, max_steps, learning_rate, of which'),
 ])
 def test_what_cannot_be_converted_is_refused(keys, words, what, tmp_path):
     model = GPT(GPTConfig(**{**dict(n_embd=16, n_layer=1, n_head=2, vocab_size=97, block_size=16), **keys}))

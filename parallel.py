@@ -104,7 +104,8 @@ class Group:
                 self.store.set('first', 'done')
             return result
         while not self.store.check(['first']):
-            self.failed_elsewhere()
+            if self.store.check(['failure']) and not self.store.check(['first']):  # if now it is done, a later failure may be everyone's
+                self.failed_elsewhere()
             time.sleep(0.2)
         return work()
 

@@ -72,7 +72,7 @@ class BenchConfig:
     quick: bool = False  # blocks and context: at most two repeats, contexts up to 4096; data: no corpus of 1 GB
     preset: str = 'ffn'  # quality: ffn, mixer, recall, routing, tiles, bitnet, speedrun or tiny
     match: str = ''  # quality: give the others as many params, flops (a token) or bytes (packed) as the last one, by their width
-    tokens: int = 1_250_000  # quality: of each run, 0: as many as its config file says
+    tokens: int = 0  # quality: of each run; 0: as its config file says in the presets tiny and speedrun, 1,250,000 in the others
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
     llama_cpp: bool = False  # peers: decoding beside llama.cpp's, by the package xllamacpp

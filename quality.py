@@ -45,7 +45,7 @@ PRESETS = {  # name: {name of a run: its config file and command line}; differen
     'bitnet': {'bitnet': (TINY, SOURCE, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
                'dense_twin': (TINY, SOURCE, '--ffn=swiglu')},
 }
-FULL = ('tiny', 'speedrun')  # presets that train as long as the files say
+FULL = ('tiny', 'speedrun')  # presets that train as long as the files say, if --tokens says nothing
 MATCHES = {'params': 'parameters', 'flops': 'MFLOP/token', 'bytes': 'packed MB'}
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided 95 % of t with 1, 2, ... degrees of freedom
 PAIRS = (4, 8, 16, 32, 64)  # recall: keys with their values that a sequence shows before it asks for them
@@ -54,9 +54,14 @@ PAIRS = (4, 8, 16, 32, 64)  # recall: keys with their values that a sequence sho
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs of a preset
 
+def length(config):
+    """Tokens of each run; 0: as many as its file says."""
+    return config.tokens or (0 if config.preset in FULL else 1_250_000)
+
+
 def runs_of(config):
-    """{name: command line of its run}, for config.tokens (FULL, or 0: as long as the files say), matched as config.match says."""
-    found, tokens = {}, 0 if config.preset in FULL else config.tokens
+    """{name: command line of its run}, as long as length() says, matched as config.match says."""
+    found, tokens = {}, length(config)
     for name, (file, *words) in PRESETS[config.preset].items():
         words = [str(ROOT / 'config' / file), *words]
         if tokens:
@@ -122,15 +127,15 @@ def trained(words):
 def quality(config):
     """
     Train the runs of a preset with several seeds, all on the same tokens in the same order (runs that are there already are used),
-    and evaluate them: FULL on all of the validation split, the others on 131,072 tokens of it. `speed`: training steps, side by
-    side, against the last of the preset. `rank`: the places that a run may have, by paired t-tests over the seeds at 95 %.
+    and evaluate them: those that are as long as their files say on all of the validation split, the others on 131,072 tokens of it.
+    `speed`: training steps, side by side, against the last of the preset. `rank`: the places that a run may have, by paired t-tests over the seeds at 95 %.
     """
     if config.preset == 'recall':
         return recall(config)
     device, dtype, _ = hardware.resolve(config.device, config.dtype)
     rows, models, losses, curves = [], {}, {}, {}
     runs = runs_of(config)
-    tokens = 0 if config.preset in FULL else config.tokens
+    tokens = length(config)
     folder = '-'.join(filter(None, (config.preset, config.match, str(tokens or ''))))
     Path('runs/quality', folder).mkdir(parents=True, exist_ok=True)
     for name, words in runs.items():
@@ -141,7 +146,7 @@ def quality(config):
             model, state = load_model(out, device)
             data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
             lengths = token_bytes(load_tokenizer(data.tokenizer))
-            results.append(validate(model, data, lengths, data.val_windows(0 if config.preset in FULL else 131_072), 16, device, dtype))
+            results.append(validate(model, data, lengths, data.val_windows(131_072 if tokens else 0), 16, device, dtype))
             curves[name].append(evaluations(out))
         models[name], losses[name] = model.config, [result['loss'] for result in results]
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
@@ -151,12 +156,13 @@ def quality(config):
     for row, speed, rank in zip(rows, compare(times, name), ranks(losses).values()):
         row |= {'rank': rank, 'tokens/s': 16 * model.config.block_size / speed['seconds'], 'speed': speed['ratio']}
     if config.preset == 'tiny':
-        loss = bigram(data, train.load([str(ROOT / 'config' / TINY)]))
-        _, y = data.val_batch(data.val_windows())
+        windows = data.val_windows(131_072 if tokens else 0)
+        loss = bigram(data, train.load(runs['trix_tiny']), windows)
+        _, y = data.val_batch(windows)
         rows.append({**dict.fromkeys(rows[0], 0), 'model': 'bigram table', 'rank': '',
                      **figures(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
     options = ''.join(f' --{key}={value}' for key, value, usual in (
-        ('preset', config.preset, 'ffn'), ('match', config.match, ''), ('tokens', config.tokens, 1_250_000), ('seeds', config.seeds, 3))
+        ('preset', config.preset, 'ffn'), ('match', config.match, ''), ('tokens', config.tokens, 0), ('seeds', config.seeds, 3))
         if value != usual)
     speeds = {row['model']: row['tokens/s'] for row in rows}
     report('quality', rows, config, options, lambda rows, figure: plot_curves(curves, speeds, figure),
@@ -285,8 +291,8 @@ def plot_recall(rows, figure):
 # ----------------------------------------------------------------------------------------------------------------------
 # References
 
-def bigram(data, config):
-    """Loss in nats a token, on all of the validation split, of a bigram table counted on the tokens that a run of `config`
+def bigram(data, config, windows):
+    """Loss in nats a token, on windows of the validation split, of a bigram table counted on the tokens that a run of `config`
     trains on, interpolated with unigrams: p(y|x) = (c(xy) + d n(x) p(y)) / (c(x) + d n(x)), n(x) the number of different
     successors of x (Witten and Bell 1991 at d = 1). d is the best of seven for the validation split: in the table's favour."""
     V, rows = data.n_vocab, config.batch_tokens // config.block_size
@@ -302,7 +308,7 @@ def bigram(data, config):
     counts = np.bincount(where, weights=np.concatenate([c for _, c in pairs.values()]))
     total, successors = np.bincount(keys // V, weights=counts, minlength=V), np.bincount(keys // V, minlength=V)
     single /= single.sum()
-    x, y = (a.ravel() for a in data.val_batch(data.val_windows()))
+    x, y = (a.ravel() for a in data.val_batch(windows))
     at = np.minimum(np.searchsorted(keys, x * V + y), len(keys) - 1)
     seen = np.where(keys[at] == x * V + y, counts[at], 0)
 

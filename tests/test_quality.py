@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +78,32 @@ def test_runs_on_different_data_or_tokenizers_are_not_ranked_by_loss(word, monke
     monkeypatch.setitem(quality.PRESETS, 'ffn', {'a': (quality.TWIN,), 'b': (quality.TWIN, word)})
     with pytest.raises(UserError, match='no measure between runs on different data or tokenizers: a pylib bpe 8192, b '):
         quality.runs_of(bench.load(['quality'], bench.BenchConfig, positional=('command',)))
+
+
+def test_the_bigram_table_is_that_of_witten_and_bell():
+    draw = np.random.default_rng(0)
+    steps, held_out = draw.integers(6, size=(3, 2, 9)), draw.integers(6, size=(2, 9))
+    data = SimpleNamespace(n_vocab=6, batch=lambda step, *_, seed: (steps[step][:, :-1], steps[step][:, 1:]),
+                           val_batch=lambda windows: (held_out[windows, :-1], held_out[windows, 1:]))
+    pairs = [(x, y) for row in steps.reshape(-1, 9) for x, y in zip(row, row[1:])]
+    single = {y: (1 + sum(b == y for _, b in pairs)) / (6 + len(pairs)) for y in range(6)}
+
+    def loss(d):
+        p = []
+        for x, y in zip(held_out[1, :-1], held_out[1, 1:]):
+            after = [b for a, b in pairs if a == x]
+            extra = d * max(1, len(set(after)))
+            p.append((after.count(y) + extra * single[y]) / (len(after) + extra))
+        return -np.log(p).mean()
+    config = SimpleNamespace(batch_tokens=16, block_size=8, max_steps=3, seed=0)
+    assert quality.bigram(data, config, [1]) == pytest.approx(min(map(loss, (0.3, 0.5, 0.7, 1, 1.5, 2, 3))))
+
+
+@pytest.mark.parametrize('preset, words, steps', [
+    ('tiny', [], 1220), ('tiny', ['--tokens=40960'], 10), ('speedrun', [], 610), ('routing', [], 305), ('routing', ['--tokens=8192'], 2)])
+def test_runs_are_as_long_as_is_said(preset, words, steps):
+    config = bench.load(['quality', f'--preset={preset}', *words], bench.BenchConfig, positional=('command',))
+    assert {train.load(run).max_steps for run in quality.runs_of(config).values()} == {steps}
 
 
 def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):

@@ -43,7 +43,8 @@ def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_p
 
 TABLES = {  # command: the names of its results, in the order in which the README shows them
     'quality --preset=tiny': ['quality_tiny'],
-    'peers --nanogpt=PATH': ['peers', 'peers_race'], 'peers --llama_cpp': ['peers_llama_cpp'], 'convert': ['convert'],
+    'peers --nanogpt=PATH': ['peers', 'peers_race'], 'quality --preset=speedrun': ['quality_speedrun'],
+    'peers --llama_cpp': ['peers_llama_cpp'], 'convert': ['convert'],
     'blocks': ['blocks'], 'context': ['context'], 'scaling': ['scaling'], 'loop': ['loop'],
     'plan': ['plan'], 'data': ['data', 'data_memory', 'data_shards'], 'quality --preset=tiles --seeds=1': ['quality_tiles'],
     'quality --preset=routing --seeds=1': ['quality_routing'], 'quality --preset=bitnet': ['quality_bitnet']}

@@ -40,7 +40,7 @@ PRESETS = {  # name: {name of a run: its config file and command line}; differen
     'routing': {router: (TINY, SOURCE, f'--trix_router={router}') for router in ('signature', 'hash', 'first')},
     'speedrun': {'adamw': (SPEEDRUN, '--optimizer=adamw', '--matrix_lr=0', '--learning_rate=4e-3'),  # the best of 2, 4 and 8e-3 (seed 1337)
                  'no_qk_norm': (SPEEDRUN, '--qk_norm=false'), 'no_zero_init': (SPEEDRUN, '--zero_init=false'),
-                 'embed_norm': (SPEEDRUN, '--embed_norm=true'), 'no_taps': (SPEEDRUN, '--embed_taps=0'), 'gelu': (SPEEDRUN, '--ffn=gelu'),
+                 'embed_norm': (SPEEDRUN, '--embed_norm=true'), 'no_taps': (SPEEDRUN, '--embed_taps=0'), 'relu2': (SPEEDRUN, '--ffn=relu2'),
                  'softcap_15': (SPEEDRUN, '--logit_softcap=15'), 'cosine': (SPEEDRUN, '--schedule=cosine'), 'speedrun_tiny': (SPEEDRUN,)},
     'bitnet': {'bitnet': (TINY, SOURCE, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
                'dense_twin': (TINY, SOURCE, '--ffn=swiglu')},

@@ -2,7 +2,7 @@
 # `python bench.py quality --preset=speedrun`; against nanoGPT: `python bench.py peers --nanogpt=PATH`.
 n_layer, n_head, n_embd = 3, 4, 128
 block_size, vocab_size = 256, 8192
-ffn, qk_norm = 'relu2', True
+ffn, qk_norm = 'gelu', True
 zero_init, embed_taps = True, 4
 
 dataset = 'pylib'

@@ -120,6 +120,10 @@ def trained(words):
     if changed:
         raise UserError(f'{config.out_dir}: a run is there that was made with other knobs ({", ".join(changed)}): move it away, '
                         'so that it is not taken for this one')
+    status = file.with_name('status.json')
+    ended = status.is_file() and read_json(status).get('state') == 'finished'
+    if ended and before.get('data_fingerprint') == train.find_data(config).fingerprint:
+        return  # train.py would only evaluate it again
     if code := subprocess.run([sys.executable, ROOT / 'train.py', *words]).returncode:
         sys.exit(code)  # it has said why
 

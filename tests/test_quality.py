@@ -141,6 +141,19 @@ def test_a_run_that_was_made_with_other_knobs_is_not_taken_for_this_one(tmp_path
     assert len(started) == 1
 
 
+def test_a_finished_run_is_not_started_again_unless_the_data_has_changed(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(quality.subprocess, 'run', lambda words: started.append(words) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(quality.train, 'find_data', lambda config: SimpleNamespace(fingerprint='now'))
+    words = ['--n_embd=64', f'--out_dir={tmp_path}']
+    for fingerprint, state, times in (('now', 'finished', 0), ('now', 'stopped', 1), ('before', 'finished', 1)):
+        (tmp_path / 'config.json').write_text(json.dumps({**train.load(words).as_dict(), 'data_fingerprint': fingerprint}))
+        (tmp_path / 'status.json').write_text(json.dumps({'state': state}))
+        started.clear()
+        quality.trained(words)
+        assert len(started) == times
+
+
 FAKE_TRAIN = """
 # gradient_accumulation_steps = 1; exec(open('configurator.py').read())
 import sys, torch

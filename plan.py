@@ -150,8 +150,8 @@ def steps(knobs, shape, rows, pattern, threads):
 
 def probe(config, rows, micro_steps, seconds_a_row, fits):
     """
-    A Measured: four steps with as many sequences, up to `rows`, as fit and take no longer than PROBE by `seconds_a_row` of a
-    micro-step, and two with half as many. None if not even one fits, or if memory runs out all the same.
+    A Measured: four steps (more where they are short: some seconds of a machine tell more than one) with as many sequences, up to
+    `rows`, as fit and take no longer than PROBE by `seconds_a_row` of a micro-step, and two with half as many. None if not even one fits, or if memory runs out all the same.
     """
     n = next((n for n in (rows >> i for i in range(rows.bit_length())) if 9 * n * seconds_a_row <= PROBE and fits(n)), 0)
     if not n:
@@ -159,12 +159,13 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['torch._dynamo'])  # seconds to import, and every optimizer needs it: once for all
     knobs, shape, several = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig), min(2, micro_steps)
+    repeats = min(12, max(3, int(PROBE / 5 / (several * n * seconds_a_row))))
 
     def run(n, *pattern):
         with ProcessPoolExecutor(1, server) as pool:
             return pool.submit(steps, knobs, shape, n, pattern, torch.get_num_threads()).result()
     try:
-        most, micro, rest = run(n, 1, *3 * [several])  # the memory of TriX grows a little for some steps: its tiles' loads change
+        most, micro, rest = run(n, 1, *repeats * [several])  # the memory of TriX grows a little for some steps: its tiles' loads change
         less = run(n // 2, 1, several)[0] if n > 1 else most
     except process.BrokenProcessPool:
         return None

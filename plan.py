@@ -30,7 +30,7 @@ from optim import make_optimizers
 from profiling import counted, has_bfloat16, is_out_of_memory, logit_bytes, measured, readable
 
 EFFICIENCY = 0.35  # of the speed of a matrix product that training reaches: an assumption
-PROBE = 30  # seconds that the steps of a probe may take, about
+PROBE = 60  # seconds that the steps of a probe may take, about
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,15 +151,18 @@ def steps(knobs, shape, rows, pattern, threads):
 def probe(config, rows, micro_steps, seconds_a_row, fits):
     """
     A Measured: four steps (more where they are short: some seconds of a machine tell more than one) with as many sequences, up to
-    `rows`, as fit and take no longer than PROBE by `seconds_a_row` of a micro-step, and two with half as many. None if not even one fits, or if memory runs out all the same.
+    `rows`, as fit and take no longer than PROBE by `seconds_a_row` of a micro-step, and two with half as many. None if not even one
+    fits, or if memory runs out all the same.
     """
-    n = next((n for n in (rows >> i for i in range(rows.bit_length())) if 9 * n * seconds_a_row <= PROBE and fits(n)), 0)
+    several = min(2, micro_steps)
+    micro = 1 + 3 * several + (1 + several) / 2  # micro-steps of n rows that all of it takes at least
+    n = next((n for n in (rows >> i for i in range(rows.bit_length())) if micro * n * seconds_a_row <= PROBE and fits(n)), 0)
     if not n:
         return None
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['torch._dynamo'])  # seconds to import, and every optimizer needs it: once for all
-    knobs, shape, several = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig), min(2, micro_steps)
-    repeats = min(12, max(3, int(PROBE / 5 / (several * n * seconds_a_row))))
+    knobs, shape = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig)
+    repeats = min(12, max(3, int(PROBE / 10 / (several * n * seconds_a_row))))
 
     def run(n, *pattern):
         with ProcessPoolExecutor(1, server) as pool:

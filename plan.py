@@ -162,7 +162,7 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['torch._dynamo'])  # seconds to import, and every optimizer needs it: once for all
     knobs, shape = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig)
-    repeats = min(12, max(3, int(PROBE / 10 / (several * n * seconds_a_row))))
+    repeats = next((k for k in range(12, 3, -1) if k * several * n * seconds_a_row <= PROBE / 10), 3)
 
     def run(n, *pattern):
         with ProcessPoolExecutor(1, server) as pool:

@@ -155,8 +155,8 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
     fits, or if memory runs out all the same.
     """
     several = min(2, micro_steps)
-    micro = 1 + 3 * several + (1 + several) / 2  # micro-steps of n rows that all of it takes at least
-    n = next((n for n in (rows >> i for i in range(rows.bit_length())) if micro * n * seconds_a_row <= PROBE and fits(n)), 0)
+    cost = 1 + 3 * several + (1 + several) / 2  # micro-steps of n rows that all of it takes at least
+    n = next((n for n in (rows >> i for i in range(rows.bit_length())) if cost * n * seconds_a_row <= PROBE and fits(n)), 0)
     if not n:
         return None
     server = multiprocessing.get_context('forkserver')

@@ -446,9 +446,12 @@ def encoded(stream, work, num_proc):
                 # A worker is born with its parent's signal mask: Ctrl-C is the parent's to handle.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
-                    ahead.append((batch._replace(texts=None), pool.submit(encode, batch.texts)))
+                    ids = pool.submit(encode, batch.texts)
+                except (OSError, ValueError):  # it broke while it started a process, and closed what that needs: now it says so
+                    ids = pool.submit(encode, batch.texts)
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                ahead.append((batch._replace(texts=None), ids))
                 if len(ahead) == 2 * num_proc:
                     batch, ids = ahead.popleft()
                     yield batch, ids.result()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -535,9 +536,21 @@ if __name__ == '__main__':
 def test_death_of_a_worker_ends_the_preparation(corpus, tmp_path):
     process = start(WITH_WORKERS.format(action='workers[0].kill()'), *arguments(corpus, tmp_path / 'out', num_proc=2))
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 2, stderr
     assert stderr == 'one of the 2 processes that encode died (out of memory?): try a smaller --num_proc\n'
     assert list(tmp_path.iterdir()) == [corpus]
+
+
+def test_a_pool_that_breaks_while_it_starts_a_process_is_a_process_that_died(monkeypatch):
+    class Breaking(prepare.ProcessPoolExecutor):
+        raised = [prepare.BrokenProcessPool('broken'), ValueError('bad value(s) in fds_to_keep')]
+
+        def submit(self, *words):
+            raise self.raised.pop()
+    monkeypatch.setattr(prepare, 'ProcessPoolExecutor', Breaking)
+    with pytest.raises(UserError, match='one of the 2 processes that encode died'):
+        list(prepare.encoded([SimpleNamespace(texts=['a'])], None, 2))
+    assert not Breaking.raised
 
 
 def test_workers_do_not_outlive_a_killed_preparation(corpus, tmp_path):

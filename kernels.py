@@ -1,9 +1,24 @@
-"""What model.py computes in fewer passes over memory than autograd would: functions with gradients written by hand.
+"""The formulas of model.py that have a fast path: gradients written by hand, convolutions by FFT, the loss in chunks.
 
 Each is a formula of one or two lines, stated in its docstring, and tested against that formula. Imported by model.py.
+
+One rule for torch.compile, decided by `traced()`: gradients written by hand are for eager execution. A function that
+torch.compile traces is either the plain formula, which the compiler fuses, or an operator that it does not look into
+(`torch.library.custom_op`), or an autograd.Function without any in-place operation: torch 2.11 silently computes wrong
+gradients for in-place operations in `autograd.Function.forward` (github.com/pytorch/pytorch/issues/180642).
 """
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling as traced
+from torch.library import custom_op
+
+
+def autocast_dtype(x):
+    """The dtype of a matrix product with x: the one of autocast where it is on, else x.dtype."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -34,7 +49,7 @@ class FastRMS(torch.autograd.Function):
 
 
 def rms(x, weight=None):  # RMSNorm over the last dimension
-    if x.device.type == 'cpu' and x.dtype == torch.float32:
+    if x.device.type == 'cpu' and x.dtype == torch.float32 and not traced():
         return FastRMS.apply(x, weight)
     return F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
 
@@ -80,7 +95,7 @@ class Gather(torch.autograd.Function):
 
 
 class GatedHidden(torch.autograd.Function):
-    """gate * RMSNorm(relu(z)^2), (..., h) and (..., 1) -> (..., h), in fewer passes over memory than the plain formula."""
+    """gated_hidden in fewer passes over memory than the formula takes."""
 
     @staticmethod
     def forward(ctx, z, gate):
@@ -99,63 +114,140 @@ class GatedHidden(torch.autograd.Function):
         return dz.type_as(grad), d_gate
 
 
-class GroupedLinear(torch.autograd.Function):
-    """x (N, in), sorted by group, weights (E, out, in) -> (N, out), each group by its own weight.
+def gated_hidden(z, gate):
+    """gate * RMSNorm(relu(z)^2): z (..., h), gate (..., 1) fp32 -> (..., h), computed in fp32, in the dtype of z."""
+    if not traced():
+        return GatedHidden.apply(z, gate)
+    u = F.relu(z.float()).square()
+    return (gate * u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).type_as(z)
 
-    sizes: a list, the rows of each group, for a loop; or an int32 tensor, where each group ends, for F.grouped_mm."""
+
+def product_per_tile(x, weights, sizes):  # sizes: a list, the rows of each tile
+    out = x.new_empty(len(x), weights.size(1))
+    for rows, weight, to in zip(x.split(sizes), weights, out.split(sizes)):
+        torch.mm(rows, weight.T, out=to)
+    return out
+
+
+def product_per_tile_gradients(grad, x, weights, sizes):
+    dx, dw = torch.empty_like(x), torch.empty_like(weights)
+    for e, (rows, g, to) in enumerate(zip(x.split(sizes), grad.split(sizes), dx.split(sizes))):
+        torch.mm(g, weights[e], out=to)
+        torch.mm(g.T, rows, out=dw[e])
+    return dx, dw
+
+
+class TileLoop(torch.autograd.Function):
+    """grouped_linear as a loop over the tiles."""
 
     @staticmethod
     def forward(ctx, x, weights, sizes):
-        if torch.is_autocast_enabled(x.device.type):
-            low = torch.get_autocast_dtype(x.device.type)
-            x, weights = x.to(low), weights.to(low)
         ctx.save_for_backward(x, weights)
         ctx.sizes = sizes
-        if torch.is_tensor(sizes):
-            return F.grouped_mm(x, weights.transpose(1, 2), offs=sizes)
-        out = x.new_empty(len(x), weights.size(1))
-        for rows, weight, to in zip(x.split(sizes), weights, out.split(sizes)):
-            torch.mm(rows, weight.T, out=to)
-        return out
+        return product_per_tile(x, weights, sizes)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, weights), sizes = ctx.saved_tensors, ctx.sizes
-        if torch.is_tensor(sizes):
-            grad = grad.to(x.dtype).contiguous()
-            empty = sizes == F.pad(sizes[:-1], (1, 0))  # some GPUs leave rubbish there (github.com/pytorch/pytorch/issues/172439)
-            dw = F.grouped_mm(grad.T, x, offs=sizes).masked_fill_(empty[:, None, None], 0)
-            return F.grouped_mm(grad, weights, offs=sizes), dw, None
-        dx, dw = torch.empty_like(x), torch.empty_like(weights)
-        for e, (rows, g, to) in enumerate(zip(x.split(sizes), grad.split(sizes), dx.split(sizes))):
-            torch.mm(g, weights[e], out=to)
-            torch.mm(g.T, rows, out=dw[e])
-        return dx, dw, None
+        return *product_per_tile_gradients(grad, *ctx.saved_tensors, ctx.sizes), None
+
+
+@custom_op('nanotrix::tile_loop', mutates_args=())
+def tile_loop(x: Tensor, weights: Tensor, sizes: Tensor) -> Tensor:
+    """TileLoop for torch.compile: the sizes of the loop depend on the data."""
+    return product_per_tile(x, weights, sizes.tolist())
+
+
+@custom_op('nanotrix::tile_loop_gradients', mutates_args=())
+def tile_loop_gradients(grad: Tensor, x: Tensor, weights: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    return product_per_tile_gradients(grad, x, weights, sizes.tolist())
+
+
+tile_loop.register_fake(lambda x, weights, sizes: x.new_empty(x.size(0), weights.size(1)))
+tile_loop_gradients.register_fake(lambda grad, x, weights, sizes: (torch.empty_like(x), torch.empty_like(weights)))
+tile_loop.register_autograd(lambda ctx, grad: (*tile_loop_gradients(grad.contiguous(), *ctx.saved_tensors), None),
+                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+class GroupedMM(torch.autograd.Function):
+    """grouped_linear by F.grouped_mm: no wait for the host. ends (E,) int32: where the rows of each tile end."""
+
+    @staticmethod
+    def forward(ctx, x, weights, ends):
+        ctx.save_for_backward(x, weights, ends)
+        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weights, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        empty = ends == F.pad(ends[:-1], (1, 0))  # some GPUs leave rubbish there (github.com/pytorch/pytorch/issues/172439)
+        dw = F.grouped_mm(grad.T, x, offs=ends).masked_fill(empty[:, None, None], 0)
+        return F.grouped_mm(grad, weights, offs=ends), dw, None
+
+
+def grouped_linear(x, weights, sizes):
+    """x (N, in), sorted by tile, weights (E, out, in) -> (N, out), each tile's rows by its own weight, in the dtype of autocast.
+
+    sizes: a list, the rows of each tile, or an int64 tensor of them: a product a tile; or an int32 tensor, where the rows of each
+    tile end: one F.grouped_mm."""
+    x, weights = x.to(autocast_dtype(x)), weights.to(autocast_dtype(x))
+    if not torch.is_tensor(sizes):
+        return TileLoop.apply(x, weights, sizes)
+    return GroupedMM.apply(x, weights, sizes) if sizes.dtype == torch.int32 else tile_loop(x, weights, sizes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Resonance: convolutions along T, causal
 
+def convolve(u, h):
+    n = fft_size(2 * len(h) - 1)
+    return torch.fft.irfft(torch.fft.rfft(u, n, dim=1).mul_(torch.fft.rfft(h, n, dim=0)), n, dim=1)[:, :len(h)].contiguous()
+
+
+def convolve_gradients(grad, u, h, need_u=True, need_h=True):
+    n, du, dh = fft_size(2 * len(h) - 1), None, None
+    g = torch.fft.rfft(grad, n, dim=1)
+    if need_h:
+        dh = torch.fft.irfft((torch.fft.rfft(u, n, dim=1).conj() * g).sum(0), n, dim=0)[:len(h)].contiguous()
+    if need_u:
+        du = torch.fft.irfft(g.mul_(torch.fft.rfft(h, n, dim=0).conj()), n, dim=1)[:, :len(h)].contiguous()
+    return du, dh
+
+
 class CausalConvolution(torch.autograd.Function):
-    """u (B, T, C), h (T, C) -> y[:, t] = sum over s <= t of h[t - s] u[:, s]: FFTs of at least 2T - 1, so that nothing wraps
-    around. u and h are kept for backward, their spectra are not."""
+    """causal_convolution, which keeps u and h for backward, not their spectra."""
 
     @staticmethod
     def forward(ctx, u, h):
         ctx.save_for_backward(u, h)
-        n = fft_size(2 * len(h) - 1)
-        return torch.fft.irfft(torch.fft.rfft(u, n, dim=1).mul_(torch.fft.rfft(h, n, dim=0)), n, dim=1)[:, :len(h)].contiguous()
+        return convolve(u, h)
 
     @staticmethod
     def backward(ctx, grad):
-        u, h = ctx.saved_tensors
-        n = fft_size(2 * len(h) - 1)
-        g, du, dh = torch.fft.rfft(grad, n, dim=1), None, None
-        if ctx.needs_input_grad[1]:
-            dh = torch.fft.irfft((torch.fft.rfft(u, n, dim=1).conj() * g).sum(0), n, dim=0)[:len(h)]
-        if ctx.needs_input_grad[0]:
-            du = torch.fft.irfft(g.mul_(torch.fft.rfft(h, n, dim=0).conj()), n, dim=1)[:, :len(h)].contiguous()
-        return du, dh
+        return convolve_gradients(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+@custom_op('nanotrix::causal_convolution', mutates_args=())
+def convolution(u: Tensor, h: Tensor) -> Tensor:
+    """CausalConvolution for torch.compile, which would keep the spectra."""
+    return convolve(u, h)
+
+
+@custom_op('nanotrix::causal_convolution_gradients', mutates_args=())
+def convolution_gradients(grad: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return convolve_gradients(grad, u, h)
+
+
+convolution.register_fake(lambda u, h: torch.empty_like(u))
+convolution_gradients.register_fake(lambda grad, u, h: (torch.empty_like(u), torch.empty_like(h)))
+convolution.register_autograd(lambda ctx, grad: convolution_gradients(grad, *ctx.saved_tensors),
+                              setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def causal_convolution(u, h):
+    """u (B, T, C), h (T, C), fp32 -> y (B, T, C): y[:, t] = sum over s <= t of h[t - s] u[:, s], by FFTs of at least 2T - 1, so that
+    nothing wraps around."""
+    return convolution(u, h) if traced() else CausalConvolution.apply(u, h)
 
 
 def fft_size(n):
@@ -164,7 +256,7 @@ def fft_size(n):
 
 
 class ShortFilter(torch.autograd.Function):
-    """z (B, T, C), w (n, C) -> sum over j of w[j] z[:, t - j], zeros before the start."""
+    """short_filter without padded copies."""
 
     @staticmethod
     def forward(ctx, z, w):
@@ -185,63 +277,96 @@ class ShortFilter(torch.autograd.Function):
         return dz, dw
 
 
+def short_filter(z, w):
+    """z (B, T, C), w (n, C) -> sum over j of w[j] z[:, t - j], zeros before the start."""
+    if not traced():
+        return ShortFilter.apply(z, w)
+    n, T = w.size(0), z.size(1)
+    z = F.pad(z, (0, 0, n - 1, 0))  # every tap sees T rows: inductor can't fuse sums over different numbers of them (torch 2.11)
+    return sum(w[j] * z[:, n - 1 - j:n - 1 - j + T] for j in range(n))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of x W^T, a few rows of logits at a time.
+def loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, low, need):
+    """-> the sum of the losses (), its gradients by x and by weight (empty without `need`). low: the dtype of the matrix products.
 
-    Loss and gradients are made in one pass, so that no logits are kept and none are computed twice: beside its inputs
+    All in one pass, a few rows of logits at a time, so that no logits are kept and none are computed twice: beside its inputs
     this holds one chunk of logits and the two gradients. (Idea: Liger Kernel, arXiv:2410.10989.) On two CPU cores it
     is level, within the noise, with F.linear_cross_entropy of torch 2.13 in chunks of 128 and faster than its default:
-    `bench.py head`.
-    """
+    `bench.py head`."""
+    w, teacher_w = weight.to(low), teacher_w if teacher_w is None else teacher_w.to(low)
+    rows = max(64, 2 ** 20 // len(weight) // 64 * 64)  # 4 MB of fp32 logits stay in a core's cache
+    if x.device.type != 'cpu':
+        rows *= 32  # enough work to fill a GPU
+    loss = torch.zeros((), device=x.device)
+    dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if need else (x.new_empty(0), x.new_empty(0))
+    with torch.autocast(x.device.type, enabled=False):
+        for i in range(0, len(x), rows):
+            xs, ts = x[i:i + rows].to(low), targets[i:i + rows, None]
+            keep, ts = ts >= 0, ts.clamp(min=0)
+            logits = (xs @ w.T).float()  # (rows, V)
+            if softcap:
+                logits.div_(softcap).tanh_()
+                slope = 1 - logits.square() if need else None
+                logits.mul_(softcap)
+            at = (1 - share) * logits.gather(1, ts)
+            if teacher_x is not None:
+                log_q = (teacher_x[i:i + rows].to(low) @ teacher_w.T).float()
+                log_q = (log_q.div_(teacher_cap).tanh_().mul_(teacher_cap) if teacher_cap else log_q).log_softmax(1)
+                q = log_q.exp()
+                at += share * (q * logits.sub(log_q)).sum(1, keepdim=True)
+            peak = logits.amax(1, keepdim=True)
+            total = logits.sub_(peak).exp_().sum(1, keepdim=True)
+            loss += ((peak + total.log() - at) * keep).sum()
+            if need:
+                p = logits.mul_(keep / total).scatter_add_(1, ts, (share - 1) * keep.float())  # d loss / d logits
+                if teacher_x is not None:
+                    p.addcmul_(q, keep.float(), value=-share)
+                p = (p.mul_(slope) if softcap else p).to(low)
+                dx[i:i + rows] = p @ w
+                dw.addmm_(p.T, xs) if low == torch.float32 else dw.add_(p.T @ xs)
+                del p
+            del logits  # before the next chunk is made, not after
+    return loss, dx, dw.to(weight.dtype)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum of the losses with its gradients, by loss_and_gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, soft):
-        rows = max(64, 2 ** 20 // len(weight) // 64 * 64)  # 4 MB of fp32 logits stay in a core's cache
-        if x.device.type != 'cpu':
-            rows *= 32  # enough work to fill a GPU
-        need = any(ctx.needs_input_grad)
-        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        w, loss = weight.to(low), torch.zeros((), device=x.device)
-        teacher, teacher_w, teacher_cap, share = (*soft[:1], soft[1].to(low), *soft[2:]) if soft else (None, None, 0.0, 0.0)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if need else (None, None)
-        with torch.autocast(x.device.type, enabled=False):
-            for i in range(0, len(x), rows):
-                xs, ts = x[i:i + rows].to(low), targets[i:i + rows, None]
-                keep, ts = ts >= 0, ts.clamp(min=0)
-                logits = (xs @ w.T).float()  # (rows, V)
-                if softcap:
-                    logits.div_(softcap).tanh_()
-                    slope = 1 - logits.square() if need else None
-                    logits.mul_(softcap)
-                at = (1 - share) * logits.gather(1, ts)
-                if soft:
-                    log_q = (teacher[i:i + rows].to(low) @ teacher_w.T).float()
-                    log_q = (log_q.div_(teacher_cap).tanh_().mul_(teacher_cap) if teacher_cap else log_q).log_softmax(1)
-                    q = log_q.exp()
-                    at += share * (q * logits.sub(log_q)).sum(1, keepdim=True)
-                peak = logits.amax(1, keepdim=True)
-                total = logits.sub_(peak).exp_().sum(1, keepdim=True)
-                loss += ((peak + total.log() - at) * keep).sum()
-                if need:
-                    p = logits.mul_(keep / total).scatter_add_(1, ts, (share - 1) * keep.float())  # d loss / d logits
-                    if soft:
-                        p.addcmul_(q, keep.float(), value=-share)
-                    p = (p.mul_(slope) if softcap else p).to(low)
-                    dx[i:i + rows] = p @ w
-                    dw.addmm_(p.T, xs) if low == torch.float32 else dw.add_(p.T @ xs)
-                    del p
-                del logits  # before the next chunk is made, not after
-        if need:
-            ctx.save_for_backward(dx, dw.to(weight.dtype))
+    def forward(ctx, x, weight, *rest):
+        loss, dx, dw = loss_and_gradients(x, weight, *rest, any(ctx.needs_input_grad))
+        ctx.save_for_backward(dx, dw)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None, None
+        return dx * grad, dw * grad, *7 * [None]
+
+
+@custom_op('nanotrix::cross_entropy', mutates_args=())
+def cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, teacher_x: Optional[Tensor], teacher_w: Optional[Tensor],
+                     teacher_cap: float, share: float, low: torch.dtype, need: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """ChunkedCrossEntropy for torch.compile, which would unroll the loop over the chunks."""
+    return loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, low, need)
+
+
+@cross_entropy_op.register_fake
+def _(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, low, need):
+    empty = x.new_empty(0)
+    return x.new_empty((), dtype=torch.float32), *((torch.empty_like(x), torch.empty_like(weight)) if need else (empty, empty.clone()))
+
+
+def keep_gradients(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+cross_entropy_op.register_autograd(lambda ctx, grad, *_: (ctx.saved_tensors[0] * grad, ctx.saved_tensors[1] * grad, *8 * [None]),
+                                   setup_context=keep_gradients)
 
 
 def chunked_cross_entropy(x, weight, targets, softcap=0.0, soft=None):
@@ -249,4 +374,11 @@ def chunked_cross_entropy(x, weight, targets, softcap=0.0, soft=None):
 
     x (N, C), weight (V, C), targets (N,) int64 -> scalar fp32; nan if every target is -1, as F.cross_entropy. soft: (x (N, C'),
     weight (V, C'), softcap, share) of a teacher with distribution q; the loss is then (1 - share) cross-entropy + share KL(q || p)."""
-    return ChunkedCrossEntropy.apply(x, weight, targets, softcap, soft) / (targets >= 0).sum()
+    teacher_x, teacher_w, teacher_cap, share = soft or (None, None, 0.0, 0.0)
+    arguments = x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, autocast_dtype(x)
+    if traced():
+        need = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        loss = cross_entropy_op(*arguments, need)[0]
+    else:
+        loss = ChunkedCrossEntropy.apply(*arguments)
+    return loss / (targets >= 0).sum()

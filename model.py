@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (CausalConvolution, GatedHidden, Gather, GroupedLinear, ShortFilter, Spread, chunked_cross_entropy, fft_size,
-                     rms)
+from kernels import (Gather, Spread, autocast_dtype, causal_convolution, chunked_cross_entropy, fft_size, gated_hidden, grouped_linear,
+                     rms, short_filter, traced)
 
 
 @dataclass
@@ -129,7 +129,7 @@ class OncePerStep:
         self.make, self.seen, self.key, self.value = make, None, None, None
 
     def __call__(self, weight):
-        if torch.compiler.is_compiling() or weight.is_inference() or not self.keep:
+        if traced() or weight.is_inference() or not self.keep:
             return self.make(weight)
         key = (self.steps, weight._version, weight.data_ptr(), weight.dtype, torch.is_inference_mode_enabled())
         probe = weight.detach().flatten()[::weight.numel() // 64 + 1] if weight.device.type == 'cpu' else None
@@ -147,15 +147,22 @@ register_optimizer_step_post_hook(count_step)
 
 
 class StraightThrough(torch.autograd.Function):
-    """The value that stands for the latent weights; their gradient is that of the value."""
+    """straight_through without an addition."""
 
     @staticmethod
-    def forward(ctx, weight, value):
+    def forward(ctx, x, value):
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+def straight_through(x, value):
+    """The value, with the gradient of x."""
+    if not traced():
+        return StraightThrough.apply(x, value)
+    return value.detach() + (x - x.detach())  # exactly the value, for the bracket is exactly 0
 
 
 def ternary_statistics(weight, codes, scale, before):
@@ -167,17 +174,10 @@ def ternary_statistics(weight, codes, scale, before):
             'ternary_fence': (((weight.detach() / scale).abs() - 0.5).abs() < 0.05).float().mean().item()}, now
 
 
-class Int8(torch.autograd.Function):
+def int8(x):
     """Round to 255 levels of the largest magnitude in the last dimension, that is per token; straight-through."""
-
-    @staticmethod
-    def forward(ctx, x):
-        codes, scale = int8_codes(x)
-        return (codes / scale).type_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
+    codes, scale = int8_codes(x.detach())
+    return straight_through(x, (codes / scale).type_as(x))
 
 
 def int8_codes(x):
@@ -188,16 +188,13 @@ def int8_codes(x):
 
 
 class BitProduct(torch.autograd.Function):
-    """x (..., in) rounded to int8 codes, times ternary codes (out, in), times both scales; straight-through gradients.
-
-    The product of the codes is a whole number below 127 in < 2^24, exact in any order of summing. The int8 codes, not x,
-    are kept for backward."""
+    """bit_product, which keeps the int8 codes for backward, not x."""
 
     @staticmethod
     def forward(ctx, x, weight, codes, scale):
-        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        low = autocast_dtype(x)
         q, s = int8_codes(x)
-        codes, unit = codes.to(low), 128 if low == torch.float16 else 1  # whole sums could overflow fp16; 1/128 is exact, too
+        codes, unit = codes.to(low), fp16_unit(low)
         ctx.save_for_backward(q.to(torch.int8), s, codes, scale)
         return F.linear((q / unit if unit > 1 else q).to(low), codes).mul_(scale * unit / s)
 
@@ -207,6 +204,21 @@ class BitProduct(torch.autograd.Function):
         dx = (grad @ codes).mul_(scale)
         dw = grad.flatten(0, -2).T @ (q / s).to(grad.dtype).flatten(0, -2)
         return dx, dw.float(), None, None
+
+
+def fp16_unit(dtype):  # whole sums could overflow fp16; 1/128 is exact there, too
+    return 128 if dtype == torch.float16 else 1
+
+
+def bit_product(x, weight, codes, scale):
+    """x (..., in) rounded to int8 codes, times ternary codes (out, in), times both scales; straight-through gradients.
+
+    The product of the codes is a whole number below 127 in < 2^24, exact in any order of summing."""
+    if not traced():
+        return BitProduct.apply(x, weight, codes, scale)
+    (q, s), unit = int8_codes(x.detach()), fp16_unit(autocast_dtype(x))
+    sums = F.linear(straight_through(x * (s / unit), q / unit), straight_through(weight / scale, codes))
+    return (sums * (scale * unit / s)).type_as(sums)
 
 
 class BitLinear(nn.Linear):
@@ -222,7 +234,7 @@ class BitLinear(nn.Linear):
         if self.training:
             self.use = x.detach().flatten(0, -2)[:16].clone()  # a few tokens, for the statistics
         codes, scale = self.codes(self.weight)
-        y = BitProduct.apply(x, self.weight, codes, scale) if self.rounds else F.linear(x, codes * scale)
+        y = bit_product(x, self.weight, codes, scale) if self.rounds else F.linear(x, codes * scale)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
@@ -241,11 +253,6 @@ def linear(config, n_in, n_out, last=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # Mixers: (B, T, C) -> (B, T, C) across positions, causally
 
-def short_filter(x, weight, cache=None):
-    """x (B, T, C), weight (n, C) -> sum over j of weight[j] x[:, t - j]; with a ShortCache, of what came before x, too."""
-    return ShortFilter.apply(x, weight.type_as(x)) if cache is None else cache.filter(x, weight)
-
-
 class ShortCache:
     """The positions that a short filter still looks at. Without gradients."""
 
@@ -258,7 +265,7 @@ class ShortCache:
             self.recent = x.new_zeros(len(x), len(weight) - 1, x.size(2))
         T, x = x.size(1), torch.cat((self.recent.type_as(x), x), 1)
         self.recent = x[:, T:].clone()
-        return ShortFilter.apply(x, weight.type_as(x))[:, -T:]
+        return short_filter(x, weight.type_as(x))[:, -T:]
 
 
 class KVCache:
@@ -373,51 +380,59 @@ class Resonance(nn.Module):
             nn.init.ones_(self.D)
             nn.init.normal_(self.in_proj.weight, std=self.in_proj.in_features ** -0.5)  # q, k and v multiply: of size 1
 
-    def powers(self, start, n):
-        """lambda^t for t = start ... start + n - 1: (n, K) complex64, to 1e-7 at any t."""
+    def powers(self, start, n, stride=1):
+        """lambda^t for t = start, start + stride, ...: (n, K) complex64, to 1e-7 at any t."""
         # exponents in fp64 (which MPS lacks), for two tables of about sqrt(n) entries; their outer product in fp32
         where = 'cpu' if self.nu.device.type == 'mps' else self.nu.device
         log = torch.complex(-self.nu.to(where, torch.float64).exp(), self.theta.to(where, torch.float64))
         m = math.isqrt(n - 1) + 1
-        step = torch.arange(m, device=where, dtype=torch.float64)[:, None]
+        step = stride * torch.arange(m, device=where, dtype=torch.float64)[:, None]
         fine, coarse = (flush(t.exp()).to(torch.complex64).to(self.nu.device) for t in (step * log, (step * m + start) * log))
         return flush(coarse[:, None] * fine).flatten(0, 1)[:n]
 
-    def amplitudes(self):  # (K, C) complex64
-        return torch.complex(self.magnitude * self.phase.cos(), self.magnitude * self.phase.sin())
+    def amplitudes(self):  # real and imaginary parts, (K, C) each
+        return self.magnitude * self.phase.cos(), self.magnitude * self.phase.sin()
+
+    def carry(self, S, n):
+        """(K, 2n, 2n): for each mode, from what n chunks of S positions leave behind to the state that enters each of them, real
+        parts before imaginary ones: state_j = sum over i < j of lambda^(S (j - 1 - i)) left_i."""
+        powers = F.pad(torch.view_as_real(self.powers(0, n - 1, S)), (0, 0, 0, 0, n, 0))  # (2n - 1, K, 2), n zeros first
+        re, im = powers.unfold(0, n, 1).flip(-1).permute(2, 1, 0, 3)  # (K, n, n) each: one diagonal for each distance
+        return torch.cat((torch.cat((re, -im), 2), torch.cat((im, re), 2)), 1)
 
     def convolve(self, u):  # (B, T, C) fp32 -> (B, T, C): h (*) u
         B, T, C = u.shape
-        S, a = min(self.chunk_size, T), self.amplitudes()
-        powers = self.powers(0, S + 1)
-        h = real_product(powers[:S], a)  # (S, C)
+        S, (re, im) = self.chunk(T), self.amplitudes()
+        K, powers = len(self.nu), self.powers(0, S + 1)
+        h = real_product(powers[:S], torch.complex(re, im))  # (S, C)
         if S == T:
-            return CausalConvolution.apply(u, h)
+            return causal_convolution(u, h)
         n = -(-T // S)  # chunks, the last one padded
-        u = (F.pad(u, (0, 0, 0, n * S - T)) if n * S > T else u).view(B * n, S, C)
-        y = CausalConvolution.apply(u, h)  # what a chunk does to itself
-        back = powers[:S].flip(0)  # the state after a chunk: sum over its positions of lambda^(S - 1 - t) u_t
-        gain = torch.bmm(torch.cat((back.real, back.imag), 1).T.expand(B * n, -1, -1), u).view(B, n, -1, C)  # (B, n, 2K, C)
-        state, states = torch.zeros_like(gain[:, 0]), []
-        turn = powers[S, :, None]
-        for j in range(n):  # into each chunk comes the state of all before it
-            states.append(state)
-            re, im = state.chunk(2, 1)
-            state = gain[:, j] + torch.cat((re * turn.real - im * turn.imag, re * turn.imag + im * turn.real), 1)
-        state = torch.complex(*torch.stack(states, 1).flatten(0, 1).chunk(2, 1))  # (B n, K, C)
-        return (y + real_product(powers[1:], a * state)).reshape(B, n * S, C)[:, :T]
+        u = F.pad(u, (0, 0, 0, n * S - T)).view(B * n, S, C)
+        y = causal_convolution(u, h)  # what a chunk does to itself
+        back = powers[:S].flip(0)  # a chunk leaves behind the sum over its positions of lambda^(S - 1 - t) u_t
+        left = torch.bmm(torch.cat((back.real, back.imag), 1).T.expand(B * n, -1, -1), u)  # (B n, 2K, C)
+        left = left.view(B, n, 2, K, C).permute(3, 2, 1, 0, 4).reshape(K, 2 * n, B * C)
+        state = torch.bmm(self.carry(S, n), left).view(K, 2, n, B, C).permute(1, 3, 2, 0, 4)  # (2, B, n, K, C): enters each chunk
+        state = torch.cat((re * state[0] - im * state[1], -re * state[1] - im * state[0]), 2).flatten(0, 1)  # (B n, 2K, C)
+        past = torch.bmm(torch.cat((powers[1:].real, powers[1:].imag), 1).expand(B * n, -1, -1), state)
+        return (y + past).reshape(B, n * S, C)[:, :T]
+
+    def chunk(self, T):
+        """Positions of a chunk at length T. At most 128 chunks: what they hand on is a product with a matrix of all their pairs."""
+        return min(max(self.chunk_size, -(-T // 128)), T)
 
     def new_cache(self, B):
         return ResonanceCache(B, self)
 
     def flops_per_token(self, T):  # forward, beside the matrices: two FFTs, and the state into and out of each chunk
-        S, (K, C) = min(self.chunk_size, T), self.magnitude.shape
+        S, (K, C) = self.chunk(T), self.magnitude.shape
         n, chunks = fft_size(2 * S - 1), -(-T // S)
-        return C * chunks / T * (5 * n * math.log2(n) + (8 * K * S if S < T else 0))
+        return C * chunks / T * (5 * n * math.log2(n) + (8 * K * (S + chunks) if S < T else 0))
 
     def forward(self, x, cache=None):
         z = self.in_proj(x)  # (B, T, 3C)
-        z = short_filter(z, self.short, cache and cache.short)
+        z = cache.short.filter(z, self.short) if cache else short_filter(z, self.short.type_as(z))
         q, k, v = z.chunk(3, -1)
         with torch.autocast(x.device.type, enabled=False):  # half-precision FFTs fail or overflow
             u = k.float() * v.float()
@@ -561,14 +576,14 @@ class TriX(nn.Module):
         if not self.ternary:
             return self.up, self.down, self.up.detach().sum(1).sign()
         (up, signature), (down, _) = self.codes['up'](self.up), self.codes['down'](self.down)
-        return StraightThrough.apply(self.up, up), StraightThrough.apply(self.down, down), signature
+        return straight_through(self.up, up), straight_through(self.down, down), signature
 
     def route(self, x, up, signature):  # (N, C), (E + shared, h, C), (E + shared, C) -> tiles (N, k + shared), gates alike in fp32
         up, signature = up[:self.n_routed], signature[:self.n_routed]
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # the gradient of the sign is that of the mean over its size
                 mean = up.mean(1)  # (E, C)
-                signature = StraightThrough.apply(mean / mean.detach().abs().mean(-1, keepdim=True).clamp(min=1e-8), signature)
+                signature = straight_through(mean / mean.detach().abs().mean(-1, keepdim=True).clamp(min=1e-8), signature)
             scores = F.linear(x.float(), signature) / math.sqrt(self.n_embd)  # (N, E)
             if self.router == 'signature':
                 tiles = (scores.detach() + self.balance).topk(self.k, -1).indices
@@ -589,7 +604,7 @@ class TriX(nn.Module):
         shape, x = x.shape, x.flatten(0, 1)  # (N, C)
         up, down, signature = self.weights()
         tiles, gates = self.route(x, up, signature)
-        x = Int8.apply(x) if self.int8 else x
+        x = int8(x) if self.int8 else x
         how = self.execution if self.execution != 'auto' else self.fastest(x)
         y = self.dense(x, up, down, tiles, gates) if how == 'dense' else self.sparse(x, up, down, tiles, gates, how == 'grouped')
         return y.view(shape)
@@ -597,7 +612,7 @@ class TriX(nn.Module):
     def fastest(self, x):
         if x.device.type == 'cpu':
             return 'loop'
-        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        low = autocast_dtype(x)
         aligned = self.up.size(1) % 8 == self.n_embd % 8 == 0  # rows of 16 bytes
         if x.device.type == 'cuda' and hasattr(F, 'grouped_mm') and low == torch.bfloat16 and aligned:
             return 'grouped' if torch.cuda.get_device_capability(x.device) >= (8, 0) else 'dense'
@@ -607,8 +622,8 @@ class TriX(nn.Module):
         return 2 * self.n_routed * self.n_embd
 
     def hidden(self, z, gates):  # pre-activations (..., h), gates (..., 1) -> (..., h)
-        h = self.act(z) * gates.type_as(z) if self.act else GatedHidden.apply(z, gates)
-        return Int8.apply(h) if self.int8 else h
+        h = self.act(z) * gates.type_as(z) if self.act else gated_hidden(z, gates)
+        return int8(h) if self.int8 else h
 
     def dense(self, x, up, down, tiles, gates):
         weight = torch.zeros(len(x), len(up), device=x.device).scatter(1, tiles, gates)  # (N, E), 0 where not chosen
@@ -620,11 +635,14 @@ class TriX(nn.Module):
         k, tiles = tiles.size(1), tiles.flatten()
         order = tiles.argsort(stable=True)  # (N k,): sorted by tile -> by token
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        sizes = torch.zeros(len(up), dtype=torch.int32, device=x.device).scatter_add_(0, tiles, torch.ones_like(tiles, dtype=torch.int32))
-        sizes = sizes.cumsum(0, dtype=torch.int32) if grouped else sizes.tolist()  # one transfer to the host for all tiles, or none
-        z = GroupedLinear.apply(Spread.apply(x, order, back, k), up, sizes)  # (N k, h), sorted by tile
+        sizes = torch.zeros(len(up), dtype=tiles.dtype, device=x.device).scatter_add_(0, tiles, torch.ones_like(tiles))
+        if grouped:
+            sizes = sizes.cumsum(0, dtype=torch.int32)
+        elif not traced():
+            sizes = sizes.tolist()  # one transfer to the host for all tiles
+        z = grouped_linear(Spread.apply(x, order, back, k), up, sizes)  # (N k, h), sorted by tile
         h = self.hidden(z, Spread.apply(gates.view(-1, 1), order, back, 1))
-        return Gather.apply(GroupedLinear.apply(h, down, sizes), order, back, k)
+        return Gather.apply(grouped_linear(h, down, sizes), order, back, k)
 
     @torch.no_grad()
     def statistics(self):
@@ -815,7 +833,9 @@ class GPT(nn.Module):
         if self.wpe:
             x = x + self.wpe.weight[start:start + T]
         x = rms(x) if self.config.embed_norm else x
-        x = self.drop(x if self.taps is None else short_filter(x, self.taps, cache and cache.short))
+        if self.taps is not None:
+            x = cache.short.filter(x, self.taps) if cache else short_filter(x, self.taps.type_as(x))
+        x = self.drop(x)
         if self.config.trix_router == 'hash':
             for trix in self.trix_layers():
                 trix.idx = idx

@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
-from model import (GPT, Attention, BitLinear, BitProduct, Int8, TriX, int8_codes, rms, rotary_tables,
+from model import (GPT, Attention, BitLinear, TriX, bit_product, int8, int8_codes, rms, rotary_tables,
                    ternary_codes)
 from runlog import replacing
 
@@ -171,7 +171,7 @@ class PackedLinear(nn.Module):
             y = y.view(*x.shape[:-1], -1)
         else:
             codes = unpack_codes(self.codes, self.in_features)
-            y = BitProduct.apply(x, codes, codes, self.scale)
+            y = bit_product(x, codes, codes, self.scale)
         return y if self.bias is None else y + self.bias
 
     def matrix(self):
@@ -226,7 +226,7 @@ class PackedTriX(TriX):
     def product(self, x, codes, scale, K):  # (n, K) times a tile (M, K) -> (n, M)
         if self.int8 and usable(x):
             return ternary(x, codes, scale.item(), 1)
-        return F.linear(Int8.apply(x) if self.int8 else x, (unpack_codes(codes, K) * scale).type_as(x))
+        return F.linear(int8(x) if self.int8 else x, (unpack_codes(codes, K) * scale).type_as(x))
 
     def tiles(self):
         return Tiles(*map(at, (self.up_codes, self.down_codes, self.up_scale, self.down_scale, self.signatures, self.balance, self.slope)),

@@ -68,19 +68,6 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-def choose_compile(setting, device):
-    """The `compile` knob (auto, true, false) -> (bool, one line that says why)."""
-    if setting in ('true', '1', 'false', '0'):
-        return setting in ('true', '1'), f'compile {setting}, as asked'
-    if setting != 'auto':
-        raise UserError(f'--compile={setting}: expected auto, true or false')
-    if device.type != 'cuda':
-        return False, f'compile off: not measured on {device.type} yet (--compile=true to try)'
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return False, 'compile off: the GPU is older than Triton supports'
-    return True, 'compile on: the first steps take a minute'
-
-
 def synchronize(device):
     if device.type == 'cuda':
         torch.cuda.synchronize(device)

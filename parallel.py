@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/resonance_xlarge.py --parallel=fsdp   # FSDP2: each has a part
 
     group = start(timeout=600)                  # alone, without torchrun: the same calls, nothing to wait for
-    trained = group.wrap(model, 'ddp')
+    trained = group.wrap(model, device)         # or group.shard(model, device)
     with group.micro_step(trained, last): loss.backward()
     total, = group.sum(loss)                    # every process must make these calls, in the same order
 
@@ -119,22 +119,19 @@ class Group:
 
     # ---- the model
 
-    def wrap(self, model, parallel, device, compile=False):
-        """The module to call in training: model itself, DDP around it, or model with its parameters sharded in place (FSDP2),
-        where a GPU never holds more than a block of it whole."""
-        if self.world > 1 and parallel == 'fsdp':
-            from torch.distributed.fsdp import fully_shard
-            mesh = dist.init_device_mesh(device.type, (self.world,))
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            OncePerStep.keep = False  # ternary codes kept over a step would take the memory that sharding saves
-            return torch.compile(model) if compile else model
-        trained = torch.compile(model) if compile else model
-        if self.world == 1:
-            return trained
+    def shard(self, model, device):
+        """FSDP2: split the parameters of a model over the processes, in place. A GPU never holds more than a block of it whole."""
+        from torch.distributed.fsdp import fully_shard
+        mesh = dist.init_device_mesh(device.type, (self.world,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        OncePerStep.keep = False  # ternary codes kept over a step would take the memory that sharding saves
+
+    def wrap(self, model, device):
+        """DDP: what to call in training so that gradients are averaged over the processes."""
         # Buffers: TriX sums what its balance needs over the processes by itself.
-        return DistributedDataParallel(trained, device_ids=[device.index] if device.type == 'cuda' else None,
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
                                        broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @contextlib.contextmanager

@@ -46,7 +46,7 @@ def activations(config, kind, dtype):
     """
     config = config if kind == 'cpu' else replace(config, dropout=0.0)
     fake, T = config.ffn != 'trix', config.block_size  # the sizes in TriX depend on the tokens
-    if config.mixers() == ['resonance'] * config.n_layer:
+    if not fake and config.mixers() == ['resonance'] * config.n_layer:
         T = min(T, 2 * config.chunk_size)
     elif not fake and not config.dropout:
         T = min(T, 64)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import compiler
 import configurator
 import device as hardware
 import parallel
@@ -34,6 +35,7 @@ from corpus import DATASETS
 from data import Prefetcher, data_dir
 from evaluate import validate
 from hints import hints
+from interrupt import Interrupt, Overdue
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, make_optimizers, set_rates
 from sample import sample_grid
@@ -80,6 +82,7 @@ class TrainConfig:
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
     compile: str = 'auto'  # torch.compile: auto, true or false
+    compile_timeout: int = 600  # seconds that compilation may take before the run goes on without it
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time
     parallel: str = 'ddp'  # several processes: ddp, or fsdp, which shares out weights, gradients and optimizer
     dist_timeout: int = 600  # seconds that a process waits for the others
@@ -97,7 +100,7 @@ class TrainConfig:
 
     def problems(self):
         found = [f'{key}={getattr(self, key)} must be at least 1' for key in
-                 ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'dist_timeout') if getattr(self, key) < 1]
+                 ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'compile_timeout', 'dist_timeout') if getattr(self, key) < 1]
         found += [f'{key}={getattr(self, key)} must not be negative' for key in
                   ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_interval', 'eval_tokens', 'log_interval',
                    'sample_interval', 'save_interval', 'keep', 'spike_z', 'seed') if getattr(self, key) < 0]
@@ -230,6 +233,17 @@ def dropout_seed(config, step, number):
     return random.Random(f'{config.seed} {step} {number}').getrandbits(63)
 
 
+WATCHED = 10  # first steps of a process in which every parameter should have a gradient that is not exactly zero
+
+
+def without_gradient(model, total):
+    """Names of the parameters whose gradient is missing or exactly zero. total: sums numbers over processes, where parameters are split."""
+    names, flags = zip(*((name, p.grad is not None and parallel.local(p.grad).any()) for name, p in model.named_parameters() if p.requires_grad))
+    device = next(model.parameters()).device
+    flags = torch.stack([torch.as_tensor(flag, device=device) for flag in flags]).tolist()  # one wait for the device
+    return [name for name, flag in zip(names, total(*flags) if total else flags) if not flag]
+
+
 @contextlib.contextmanager
 def memory_guard(advice):
     """Around what may run out of memory: a UserError with what advice() says then, when what was in the making is freed."""
@@ -246,8 +260,27 @@ def memory_guard(advice):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-class Stuck(BaseException):
-    """A signal came, and the first step, which may be compiling for minutes, has not ended since: leave it in the middle."""
+def checked(config, group, model, compute, device, dtype, interrupt, sharded):
+    """The compiled model and a note, or (model, why it is not compiled) if compilation fails, takes too long, or computes anything
+    else than eager execution. None if a signal came meanwhile."""
+    fast, overdue = compiler.compiled(model), False
+    try:
+        problem, note = compiler.check(model, fast, compute, device, dtype, interrupt.limit(config.compile_timeout),
+                                       group.sum if sharded else lambda *numbers: numbers, group.lost)
+    except Overdue:
+        overdue, problem, note = True, f'it took over {config.compile_timeout} s (--compile_timeout)', ''
+        model.zero_grad(set_to_none=True)
+    if overdue and sharded:  # the others may be anywhere in the step, which all take together
+        if interrupt.signals:
+            return None
+        raise UserError(f'rank {group.rank}: {problem}: use --compile=false, or give it longer')
+    if group.any(interrupt.signals):
+        return None
+    if group.any(problem):
+        if problem and not group.main:
+            print(f'rank {group.rank}: compile off: {problem}', file=sys.stderr, flush=True)
+        return model, f'compile off: {problem or "another process says why"}'
+    return fast, note
 
 
 def main(argv):
@@ -278,7 +311,7 @@ def main(argv):
 
 def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     """The run -> exit code. `around` is an ExitStack that the caller leaves."""
-    use_compile, why_compile = hardware.choose_compile(config.compile, device)
+    use_compile, why_compile = compiler.choose(config.compile, device)
     data = group.first(lambda: find_data(config))
     origin, state = checkpoint.resume(config, data, group.world, say)
     group.same('data', data.fingerprint)
@@ -305,10 +338,40 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         if not sharded:
             model.to(device)
         model.activation_checkpointing = config.activation_checkpointing
-        trained = group.wrap(model, config.parallel, device, use_compile)  # what is called in training; model: everywhere else
+        if sharded:
+            group.shard(model, device)
         optimizers = make_optimizers(model, config, device)
         matrix_ratio = (config.matrix_lr or config.learning_rate) / config.learning_rate
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    batch_rows = config.batch_tokens // config.block_size
+
+    def batch(step, micro):
+        x, y = data.batch(step, micro, rows, batch_rows, group.rank, group.world, config.seed)
+        x, y = torch.from_numpy(x), torch.from_numpy(y)
+        return (x.pin_memory(), y.pin_memory()) if device.type == 'cuda' else (x, y)
+
+    def micro_loss(module, step, micro, x, y):
+        """The part of a step's loss that a micro-batch has; its graph is there for backward."""
+        if config.dropout:
+            torch.manual_seed(dropout_seed(config, step, micro * group.world + group.rank))
+        with hardware.autocast(device, dtype):
+            soft = teacher.soft_targets(x, config.distill_weight) if teacher else None
+            return module(x, y, soft=soft) / micro_steps
+
+    trained, interrupt = model, Interrupt()  # trained: what is called in training; model: everywhere else
+    if use_compile:
+        say(why_compile)
+        first, scale = state['step'] if state else 0, 1024.0 if scaler.is_enabled() else 1.0
+        model.set_top_k(schedules.top_k(first, config))
+        x, y = (part.to(device) for part in batch(first, 0))
+        with memory_guard(out_of_memory):
+            result = checked(config, group, model, lambda module: scale * micro_loss(module, first, 0, x, y), device, dtype, interrupt, sharded)
+        if not result:
+            say('interrupted before the first step: nothing to save')
+            return 75
+        trained, why_compile = result
+        del x, y
+    trained = group.wrap(trained, device) if group.world > 1 and not sharded else trained
     step, best, best_step, skipped, seconds, recent = 0, math.inf, 0, 0, 0.0, []
     if state:
         for name, optimizer in optimizers.items():
@@ -319,23 +382,10 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         recent, processes = state.get('recent', []), state.get('processes', 1)
         del state
 
-    batch_rows = config.batch_tokens // config.block_size
     per_token, peak = model.flops_per_token(), hardware.peak_flops(device, dtype)
     boundary = schedules.boundary(config)
     forever = {*config.mandatory_steps, *((boundary, boundary + 1) if boundary is not None else ())}  # before and after a new stage
-    asked, stop, compiling, savable = [], False, False, True  # signals; whether all have agreed to stop; in the first step; by then
-
-    def on_signal(number, frame):
-        asked.append(number)
-        if compiling:
-            signal.setitimer(signal.ITIMER_REAL, 3)  # steps end by themselves sooner than that, compilations don't
-
-    def on_alarm(number, frame):
-        if compiling:
-            raise Stuck
-    for number, handler in ((signal.SIGTERM, on_signal), (signal.SIGINT, on_signal), (signal.SIGALRM, on_alarm)):
-        signal.signal(number, handler)
-
+    stop = False  # whether all have agreed to stop
     group.barrier('the first step')  # from here on a signal reaches the loop of every process
     log = runlog.RunLog(out, group.main)
     around.enter_context(log.failing())
@@ -364,13 +414,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     def stopping():
         """Whether any process was asked to stop; all of them must call this at the same points."""
         nonlocal stop
-        stop = stop or group.any(asked)
+        stop = stop or group.any(interrupt.signals)
         return stop
-
-    def batch(step, micro):
-        x, y = data.batch(step, micro, rows, batch_rows, group.rank, group.world, config.seed)
-        x, y = torch.from_numpy(x), torch.from_numpy(y)
-        return (x.pin_memory(), y.pin_memory()) if device.type == 'cuda' else (x, y)
 
     def save():
         path = out / 'checkpoints' / f'step_{step:07d}.pt'
@@ -395,12 +440,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         parts = []
         for micro in range(micro_steps):
             x, y = (part.to(device, non_blocking=True) for part in next(batches))
-            if config.dropout:
-                torch.manual_seed(dropout_seed(config, step, micro * group.world + group.rank))
             with group.micro_step(trained, last=micro + 1 == micro_steps):
-                with hardware.autocast(device, dtype):
-                    soft = teacher.soft_targets(x, config.distill_weight) if teacher else None
-                    part = trained(x, y, soft=soft) / micro_steps
+                part = micro_loss(trained, step, micro, x, y)
                 scaler.scale(part).backward()
             parts.append(part.detach())
             if micro + 1 < micro_steps and stopping():
@@ -408,6 +449,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         return parts
 
     def why_skipped(loss, norm):
+        if norm == 0:
+            return 'zero_gradient'
         if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled() and scaler.get_scale() > 1)):
             return 'skipped'  # with fp16 the scaler skips, and halves the scale, by itself
         if config.spike_z and len(recent) >= max(2, config.spike_window // 2):
@@ -423,11 +466,12 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         log.line('metrics.jsonl', kind='event', event=event, step=step + 1, loss=loss, grad_norm=norm, lr=lr,
                  windows=[sum(ranks, []) for ranks in rows_of], micro_losses=every, nonfinite_gradients=len(names), first_of_them=names[:5],
                  recent_mean=statistics.fmean(recent) if recent else None)
-        why = f', {len(names)} parameters with non-finite gradients from {names[0]} on' if names else ', a spike' if event == 'spike' else ''
+        why = f', {len(names)} parameters with non-finite gradients from {names[0]} on' if names else {
+            'spike': ', a spike', 'zero_gradient': ', exactly zero'}.get(event, '')
         log.say(f'step {step + 1:,} skipped: loss {loss:.4f}, gradient norm {norm:.4g}{why} '
                 f'({skipped + 1} in a row, {config.max_skipped} end the run)')
 
-    last_loss, saved = None, origin
+    last_loss, saved, zeros, silent = None, origin, 0, None
     batches = Prefetcher(batch, ((s, m) for s in range(step, config.max_steps) for m in range(micro_steps)))
     profile = profiling.Profile(out, device, say=log.say) if config.profile and group.main else None
     evals = [line for line in runlog.read_lines(out / 'metrics.jsonl') if line.get('kind') == 'eval']
@@ -466,7 +510,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
                 log.say(f'  hint: {hint}')
         now = out / 'checkpoints' / f'step_{step:07d}.pt'
         wanted = step and config.save_interval and (due(config.save_interval) and not skipped or better or step in forever)
-        if (stopping() or wanted) and saved != now and savable:
+        if (stopping() or wanted) and saved != now:
             saved = save()
         if last or stop:
             break
@@ -476,13 +520,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         lr, wd = schedules.schedule(step, config)
         for kind, optimizer in optimizers.items():
             set_rates(optimizer, lr * matrix_ratio if kind == 'muon' else lr, wd)
-        compiling = step == first_step
-        try:
-            with memory_guard(out_of_memory):
-                parts = micro_losses()
-            compiling = False
-        except Stuck:
-            stop, compiling, savable = True, False, not sharded  # a sharded model is saved by all processes at once, which are anywhere
+        with memory_guard(out_of_memory):
+            parts = micro_losses()
         if stop:  # the step is not whole: it is done again after the resume
             continue
         for optimizer in optimizers.values():
@@ -491,6 +530,13 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         last_loss, norm = sum(parts).item(), norm.item()  # the one wait for the device in a step
         last_loss = group.sum(last_loss)[0] / group.world
         event = why_skipped(last_loss, norm)
+        zeros = zeros + 1 if event == 'zero_gradient' else 0
+        if step < first_step + WATCHED:
+            silent = [name for name in without_gradient(model, group.sum if sharded else None) if silent is None or name in silent]
+        if silent and step + 1 == min(first_step + WATCHED, config.max_steps) >= first_step + 3:  # zero_init: not in the first one
+            log.line('metrics.jsonl', kind='event', event='no_gradient', step=step + 1, parameters=len(silent), first_of_them=silent[:5])
+            log.say(f'no gradient in any of the first {step + 1 - first_step} steps, so nothing is learnt there: {", ".join(silent[:5])}'
+                    + (f' and {len(silent) - 5} more parameters' if len(silent) > 5 else ''))
         if event:
             record(event, last_loss, norm, lr, parts)
         else:
@@ -506,8 +552,11 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
             optimizer.zero_grad(set_to_none=True)
         skipped = skipped + 1 if event else 0
         step, since = step + 1, since + 1
-        if skipped == config.max_skipped:
+        if skipped == config.max_skipped or zeros == WATCHED:
             status('diverged', loss=last_loss)
+            if zeros:
+                log.say(f'the gradient was exactly zero in {zeros} steps: nothing is learnt (if the model is compiled, try --compile=false)')
+                return 3
             log.say(f'diverged; the last good checkpoint is {saved}: lower the learning rate, and --resume={saved}'
                     if saved else 'diverged before the first checkpoint: lower the learning rate')
             return 3

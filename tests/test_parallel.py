@@ -273,14 +273,13 @@ def test_sharded_models_sample_and_count_as_whole_ones_do(corpus, tmp_path, word
 
 def test_what_is_split_has_a_share_of_the_weights_in_each_process(corpus, tmp_path):
     def spy():
-        wrap = parallel.Group.wrap
+        shard = parallel.Group.shard
 
         def spied(group, model, *arguments):
-            trained = wrap(group, model, *arguments)
+            shard(group, model, *arguments)
             held = sum(parallel.local(p).numel() for p in model.parameters())
             print(f'held {held} of {sum(p.numel() for p in model.parameters())}')
-            return trained
-        parallel.Group.wrap = spied
+        parallel.Group.shard = spied
     codes, said = finish_ranks(arguments(corpus, tmp_path / 'run', '--parallel=fsdp', '--max_steps=5'), 2, spy)
     assert codes == [0, 0], said
     for text in said:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(x, size, codes, scale, chosen, y, K, M, n_bytes, FAN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+def kernel(x, size, codes, scale, chosen, y, K, M, n_bytes: tl.constexpr, FAN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
     """Program (r, p): ROWS rows of matrix chosen[p], times row p / FAN of x."""
     p = tl.program_id(1)
     matrix = tl.load(chosen + p)

@@ -61,6 +61,7 @@ def compiled(model):
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     torch._dynamo.config.recompile_limit = 64  # --anneal_steps: one compilation for each number of tiles
     torch._inductor.config.fallback_random = True  # dropout draws the masks that eager execution draws
+    torch._inductor.config.deterministic = True  # no choice between reductions by timing, so that a run goes on exactly after a kill
     torch._functorch.config.force_non_lazy_backward_lowering = True  # all in the first forward, in the main thread: it can be broken off
     return torch.compile(model, backend=BACKEND)
 

@@ -55,6 +55,35 @@ def rms(x, weight=None):  # RMSNorm over the last dimension
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Embedding
+
+@custom_op('nanotrix::embedding_gradient', mutates_args=())
+def embedding_gradient(grad: Tensor, idx: Tensor, n: int) -> Tensor:
+    """The gradient of an (n, C) embedding. inductor would add its rows up by atomic operations, in another order every time."""
+    return torch.ops.aten.embedding_dense_backward(grad, idx, n, -1, False)
+
+
+embedding_gradient.register_fake(lambda grad, idx, n: grad.new_empty(n, grad.size(-1)))
+
+
+class TracedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, idx, weight):
+        ctx.save_for_backward(idx)
+        ctx.n = weight.size(0)
+        return F.embedding(idx, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, embedding_gradient(grad.contiguous(), *ctx.saved_tensors, ctx.n)
+
+
+def embedding(idx, weight):
+    """idx (...) int64, weight (n, C) -> (..., C), with a gradient that is the same every time."""
+    return TracedEmbedding.apply(idx, weight) if traced() else F.embedding(idx, weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # TriX: rows to their tiles, the hidden layer, a matrix for each tile
 
 def spread(x, order, back, k):  # (N, C) -> (N k, C): every row k times, in the order of the tiles

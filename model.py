@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (Gather, Spread, autocast_dtype, causal_convolution, chunked_cross_entropy, fft_size, gated_hidden, grouped_linear,
-                     rms, short_filter, traced)
+from kernels import (Gather, Spread, autocast_dtype, causal_convolution, chunked_cross_entropy, embedding, fft_size, gated_hidden,
+                     grouped_linear, rms, short_filter, traced)
 
 
 @dataclass
@@ -396,8 +396,10 @@ class Resonance(nn.Module):
     def carry(self, S, n):
         """(K, 2n, 2n): for each mode, from what n chunks of S positions leave behind to the state that enters each of them, real
         parts before imaginary ones: state_j = sum over i < j of lambda^(S (j - 1 - i)) left_i."""
-        powers = F.pad(torch.view_as_real(self.powers(0, n - 1, S)), (0, 0, 0, 0, n, 0))  # (2n - 1, K, 2), n zeros first
-        re, im = powers.unfold(0, n, 1).flip(-1).permute(2, 1, 0, 3)  # (K, n, n) each: one diagonal for each distance
+        powers = F.pad(torch.view_as_real(self.powers(0, n - 1, S)).permute(2, 1, 0), (n, 0)).flip(-1)  # (2, K, 2n - 1), n zeros last
+        # Row j is powers[n - 1 - j:][:n]: one diagonal for each distance. Rows of 2n - 2 from copies of 2n - 1 entries do that.
+        rows = powers.repeat(1, 1, n)[..., n - 1:n - 1 + n * (2 * n - 2)].unflatten(-1, (n, 2 * n - 2))
+        re, im = rows[..., :n]  # (K, n, n) each
         return torch.cat((torch.cat((re, -im), 2), torch.cat((im, re), 2)), 1)
 
     def convolve(self, u):  # (B, T, C) fp32 -> (B, T, C): h (*) u
@@ -829,7 +831,7 @@ class GPT(nn.Module):
         start, T = cache.pos if cache else 0, idx.size(1)
         assert start + T <= self.config.block_size, f'{start + T} positions, but block_size is {self.config.block_size}'
         assert not cache or len(idx) == cache.B, f'{len(idx)} sequences, but the cache was made for {cache.B}'
-        x = self.wte(idx)  # (B, T, C)
+        x = embedding(idx, self.wte.weight) if traced() else self.wte(idx)  # (B, T, C)
         if self.wpe:
             x = x + self.wpe.weight[start:start + T]
         x = rms(x) if self.config.embed_norm else x

@@ -1,8 +1,16 @@
-"""The models of the tests are so small that a second thread costs more than it brings."""
+"""The models of the tests are so small that a second thread costs more than it brings, and a GPU, too.
+
+Tests fork runs of train.py, and a process that has used CUDA can't be forked. So no test process sees a GPU; test_gpu.py shows it
+to the processes that it starts.
+"""
+import os
 import random
 
-import pytest
-import torch
+VISIBLE = os.environ.get('CUDA_VISIBLE_DEVICES')
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -2,18 +2,24 @@
 
 Each is a formula of one or two lines, stated in its docstring, and tested against that formula. Imported by model.py.
 
-One rule for torch.compile, decided by `traced()`: gradients written by hand are for eager execution. A function that
-torch.compile traces is either the plain formula, which the compiler fuses, or an operator that it does not look into
-(`torch.library.custom_op`), or an autograd.Function without any in-place operation: torch 2.11 silently computes wrong
-gradients for in-place operations in `autograd.Function.forward` (github.com/pytorch/pytorch/issues/180642).
+One rule for torch.compile, decided by `traced()`: gradients written by hand are for eager execution. What torch.compile traces is
+the plain formula, which the compiler fuses; or an operator that it does not look into (`torch.library.custom_op`); or an
+autograd.Function without in-place operations whose results are no aliases of each other: for those torch 2.11 computes wrong
+gradients, silently (github.com/pytorch/pytorch/issues/180642).
 """
+import sys
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling as traced
-from torch.library import custom_op
+
+OLDEST = (2, 11)  # the oldest torch with which the tests pass; .ci/run has it, too
+if tuple(map(int, torch.__version__.split('.')[:2])) < OLDEST:
+    print(f'torch {torch.__version__} is too old: nanoTriX needs {".".join(map(str, OLDEST))} or newer (pip install torch==2.13.0)', file=sys.stderr)
+    sys.exit(2)
+
+custom_op, traced = torch.library.custom_op, torch.compiler.is_compiling
 
 
 def autocast_dtype(x):

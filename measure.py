@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import compiler
 import device as hardware
 import train
 from configurator import UserError
@@ -111,16 +112,17 @@ def whole_process(words, **options):
     return float(seconds), int(kilobytes) / 1e6, said
 
 
-def training_step(model_config, rows, device, dtype):
-    """-> (model, function): a new model, and one optimizer step of it on `rows` sequences of random tokens."""
+def training_step(model_config, rows, device, dtype, compile='false'):
+    """-> (model, function): a new model, and one optimizer step of it on `rows` sequences of random tokens. compile: as in train.py."""
     torch.manual_seed(0)
     model, config = GPT(model_config).to(device), train.load([])
+    trained = compiler.compiled(model) if compiler.choose(compile, device)[0] else model
     optimizer = make_optimizers(model, config, device)['optimizer']
     idx = torch.randint(model_config.vocab_size, (rows, model_config.block_size + 1)).to(device)
 
     def step():
         with hardware.autocast(device, dtype):
-            loss = model(idx[:, :-1], idx[:, 1:])
+            loss = trained(idx[:, :-1], idx[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
@@ -145,7 +147,7 @@ def build(model_config, rows, device, dtype, threads):
     """In the process of a model: make it, and the jobs that `do` does there."""
     torch.set_num_threads(threads)
     device, dtype, _ = hardware.resolve(device, dtype)
-    model, step = training_step(model_config, rows, device, dtype)
+    model, step = training_step(model_config, rows, device, dtype, 'auto')
     tokens = decoding(model, device, dtype)
     do.jobs = {'train': lambda: timed(step, device), 'peak': lambda: hardware.peak_memory_gb(device),
                'prefill': lambda: timed(lambda: next(decoding(model, device, dtype)), device),

@@ -238,3 +238,13 @@ def test_a_parameter_without_a_gradient_is_named_once(corpus, tmp_path):
 def test_gradients_that_are_zero_for_a_reason_are_no_news(corpus, tmp_path, words):
     code, said = runs.finish(runs.arguments(corpus, tmp_path / 'run', *words, '--max_steps=12'))
     assert code == 0 and 'no gradient' not in said and not runs.lines(tmp_path / 'run', 'event'), said
+
+
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_several_processes_train_alike_compiled_and_eager(corpus, tmp_path, parallel):
+    for out in ('true', 'false'):
+        codes, said = runs.finish_ranks(runs.arguments(corpus, tmp_path / out, *SMALL, f'--compile={out}', f'--parallel={parallel}'), 2, by('aot_eager'))
+        assert codes == [0, 0], said
+        assert ('compiled in' in said[0]) == (out == 'true'), said[0]
+    for a, b in zip(runs.losses(tmp_path / 'true'), runs.losses(tmp_path / 'false'), strict=True):
+        assert [x for x in a[2:] if x] == pytest.approx([x for x in b[2:] if x], rel=1e-4)

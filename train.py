@@ -533,7 +533,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         zeros = zeros + 1 if event == 'zero_gradient' else 0
         if step < first_step + WATCHED:
             silent = [name for name in without_gradient(model, group.sum if sharded else None) if silent is None or name in silent]
-        if silent and step + 1 == min(first_step + WATCHED, config.max_steps) >= first_step + 3:  # zero_init: not in the first one
+        if silent and not zeros and step + 1 == min(first_step + WATCHED, config.max_steps) >= first_step + 3:  # zero_init: not in the first one
             log.line('metrics.jsonl', kind='event', event='no_gradient', step=step + 1, parameters=len(silent), first_of_them=silent[:5])
             log.say(f'no gradient in any of the first {step + 1 - first_step} steps, so nothing is learnt there: {", ".join(silent[:5])}'
                     + (f' and {len(silent) - 5} more parameters' if len(silent) > 5 else ''))

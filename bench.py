@@ -3,6 +3,7 @@
     python bench.py                          # what this machine makes of each block, on one page, in five minutes
     python bench.py blocks                   # training steps of every block at 9M, 21M and 70M parameters (six minutes)
     python bench.py amp                      # fp32, TF32, bf16 and fp16, as far as the device has them
+    python bench.py compile                  # what torch.compile brings on this machine, and what it takes (fifteen minutes)
     python bench.py context                  # attention against resonance, 512 to 32,768 tokens of context (eight minutes)
     python bench.py decode                   # one sequence, a token at a time
     python bench.py batch --model=FILE       # the largest batch that fits
@@ -193,6 +194,26 @@ def amp(config):
                   'ratio to float32': row['ratio'], 'low': row['low'], 'high': row['high'], 'peak GB': peaks[row['name']]}
                  for row in compare(times, 'float32')]
     report('amp', rows, config, ' --quick' * config.quick)
+
+
+def compilation(config):
+    """Training steps eager and compiled, of every kind of block at the size of trix_tiny and at 6 x 256. `repaid after`: tokens of a
+    run after which the time of compilation is won back, or never."""
+    rows, batch = [], 16
+    os.environ['TORCHINDUCTOR_CACHE_DIR'] = tempfile.mkdtemp()  # nothing compiled before counts
+    for width, layers in ((128, 3), (256, 6))[:1 if config.quick else 2]:
+        shape = GPTConfig(n_embd=width, n_layer=layers, n_head=4, vocab_size=8192)
+        for block in ('dense', 'trix', 'bitnet', 'resonance'):
+            models = dict.fromkeys(('eager', 'compiled'), variants(shape)[block])
+            first, times, _ = side_by_side(f'{layers} x {width}, {block}', models, batch, 2 if config.quick else config.repeats, config,
+                                           ('first', 'train'), compiles={'eager': 'false', 'compiled': 'true'})
+            eager, compiled = compare(times, 'eager')
+            took, won = first['compiled'][0] - compiled['seconds'], (eager['seconds'] - compiled['seconds']) / (batch * shape.block_size)
+            rows.append({'shape': f'{layers} x {width}', 'block': block, 'eager tokens/s': batch * shape.block_size / eager['seconds'],
+                         'compiled tokens/s': batch * shape.block_size / compiled['seconds'], 'ratio': compiled['ratio'],
+                         'low': compiled['low'], 'high': compiled['high'], 'seconds to compile': took,
+                         'repaid after': f'{took / won / 1e6:.1f}M tokens' if won > 0 else 'never'})
+    report('compile', rows, config, ' --quick' * config.quick)
 
 
 def has(device, dtype):
@@ -539,7 +560,7 @@ def peers(config):
         deployed.llama_cpp(config)
 
 
-COMMANDS = {'blocks': blocks, 'amp': amp, 'context': context, 'decode': decode, 'batch': batch, 'head': head, 'quality': quality.quality,
+COMMANDS = {'blocks': blocks, 'amp': amp, 'compile': compilation, 'context': context, 'decode': decode, 'batch': batch, 'head': head, 'quality': quality.quality,
             'peers': peers, 'convert': deployed.convert, 'scaling': scaling, 'plan': plan, 'loop': loop, 'data': data}
 
 

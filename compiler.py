@@ -20,22 +20,26 @@ BACKEND = 'inductor'
 NEGLIGIBLE = 1e-3  # a parameter whose gradient is smaller than this part of the whole is not compared: it may be nothing but rounding
 
 
-def choose(setting, device):
-    """The option `compile` (auto, true, false) -> (bool, one line that says why). UserError for true where it can't work."""
+PAYS_ON_CPU = 10_000_000  # tokens of a run: it is repaid after 0.4 to 3.3 million on two cores (bench.py compile)
+
+
+def choose(setting, device, tokens=0):
+    """The option `compile` (auto, true, false) -> (bool, one line that says why), for a run of so many tokens. UserError for true
+    where it can't work."""
     if setting in ('false', '0'):
         return False, 'compile off, as asked'
     if setting not in ('auto', 'true', '1'):
         raise UserError(f'--compile={setting}: expected auto, true or false')
+    if setting == 'auto' and device.type == 'cpu' and tokens < PAYS_ON_CPU:
+        return False, f'compile off: it pays from {PAYS_ON_CPU / 1e6:.0f}M tokens on (--compile=true to try)'
+    if setting == 'auto' and device.type not in ('cpu', 'cuda'):
+        return False, f'compile off: not measured on {device.type} yet (--compile=true to try)'
     missing = obstacle(device)
-    if setting == 'auto':
-        if missing:
-            return False, f'compile off: {missing}'
-        if device.type != 'cuda':
-            return False, f'compile off: not measured on {device.type} yet (--compile=true to try)'
-        return True, 'compile on: the first step takes a minute'
+    if missing and setting == 'auto':
+        return False, f'compile off: {missing}'
     if missing:
         raise UserError(f'--compile=true: {missing}; use --compile=false')
-    return True, 'compile on, as asked'
+    return True, 'compile on: the first step takes a minute' if setting == 'auto' else 'compile on, as asked'
 
 
 def obstacle(device):

@@ -4,6 +4,7 @@ How things are measured: in turn, as ratios within a repeat, each model in a pro
     times = interleaved({'ours': function, 'theirs': function}, repeats=15)     # functions return seconds
     report('mine', compare(times, 'theirs'), config)                            # -> results/<machine>/mine.json, and a table
 """
+import functools
 import json
 import multiprocessing
 import platform
@@ -143,13 +144,13 @@ def decoding(model, device, dtype):
         idx = idx[:, :1]
 
 
-def build(model_config, rows, device, dtype, threads):
+def build(model_config, rows, device, dtype, threads, compile):
     """In the process of a model: make it, and the jobs that `do` does there."""
     torch.set_num_threads(threads)
     device, dtype, _ = hardware.resolve(device, dtype)
-    model, step = training_step(model_config, rows, device, dtype, 'auto')
+    model, step = training_step(model_config, rows, device, dtype, compile)
     tokens = decoding(model, device, dtype)
-    do.jobs = {'train': lambda: timed(step, device), 'peak': lambda: hardware.peak_memory_gb(device),
+    do.jobs = {'train': lambda: timed(step, device), 'first': functools.cache(lambda: timed(step, device)), 'peak': lambda: hardware.peak_memory_gb(device),
                'prefill': lambda: timed(lambda: next(decoding(model, device, dtype)), device),
                'decode': lambda: timed(lambda: [next(tokens) for _ in range(8)], device) / 8}
 
@@ -159,17 +160,19 @@ def do(job):
     return do.jobs[job]()
 
 
-def side_by_side(title, models, rows, repeats, config, jobs=('train',), dtypes=None):
+def side_by_side(title, models, rows, repeats, config, jobs=('train',), dtypes=None, compiles=None):
     """
     models {name: GPTConfig} -> ({name: seconds of each repeat} for each of the jobs, in turn; {name: peak GB}). Each model has a
-    process of its own, so that its peak of memory is its own, too. Jobs: train (a step on `rows` sequences), prefill and decode
-    (one sequence: all but its last 64 tokens at once, a further token). dtypes {name: dtype}, else config.dtype.
+    process of its own, so that its peak of memory is its own, too. Jobs: train (a step on `rows` sequences), first (the first of
+    them, which compiles), prefill and decode (one sequence: all but its last 64 tokens at once, a further token). dtypes {name: dtype},
+    else config.dtype; compiles {name: 'true' or 'false'}, else 'auto', as in train.py.
     """
     print(f'{title}: {repeats} repeats on {hardware.resolve(config.device, config.dtype)[2]}', flush=True)
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['torch._dynamo'])  # seconds to import, and every optimizer needs it: once for all
     pools = {name: ProcessPoolExecutor(1, server, build, (
-        model, rows, config.device, (dtypes or {}).get(name, config.dtype), torch.get_num_threads())) for name, model in models.items()}
+        model, rows, config.device, (dtypes or {}).get(name, config.dtype), torch.get_num_threads(),
+        (compiles or {}).get(name, 'auto'))) for name, model in models.items()}
 
     def each(job):
         return {name: lambda pool=pool: pool.submit(do, job).result() for name, pool in pools.items()}

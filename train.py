@@ -81,7 +81,7 @@ class TrainConfig:
     seed: int = 1337  # of the initialisation, the order of the data and dropout
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
-    compile: str = 'auto'  # torch.compile: auto, true or false
+    compile: str = 'auto'  # torch.compile: auto (on a GPU, and on a CPU in runs of 10M tokens and more), true or false
     compile_timeout: int = 600  # seconds that compilation may take before the run goes on without it
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time
     parallel: str = 'ddp'  # several processes: ddp, or fsdp, which shares out weights, gradients and optimizer
@@ -311,7 +311,7 @@ def main(argv):
 
 def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     """The run -> exit code. `around` is an ExitStack that the caller leaves."""
-    use_compile, why_compile = compiler.choose(config.compile, device)
+    use_compile, why_compile = compiler.choose(config.compile, device, config.max_steps * config.batch_tokens)
     data = group.first(lambda: find_data(config))
     origin, state = checkpoint.resume(config, data, group.world, say)
     group.same('data', data.fingerprint)

@@ -196,7 +196,8 @@ def test_compile_is_refused_where_it_cannot_work(monkeypatch):
     monkeypatch.setattr(cpp_builder, 'get_cpp_compiler', missing)
     with pytest.raises(UserError, match='--compile=true: no C\\+\\+ compiler is installed; use --compile=false'):
         compiler.choose('true', cpu)
-    assert compiler.choose('auto', cpu) == (False, 'compile off: no C++ compiler is installed')
+    assert compiler.choose('auto', cpu, 10_000_000) == (False, 'compile off: no C++ compiler is installed')
+    assert compiler.choose('auto', cpu, 9_999_999) == (False, 'compile off: it pays from 10M tokens on (--compile=true to try)')
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (6, 1))
     with pytest.raises(UserError, match='--compile=true: the GPU is older than Triton supports'):
         compiler.choose('true', torch.device('cuda'))

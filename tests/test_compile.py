@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
-from test_blocks import VARIANTS, T, build, tokens
+from test_blocks import VARIANTS, T, V, build, tokens
 
 import compiler
 import runs
 from configurator import UserError
-from model import GPT, TriX
+from model import GPT, GPTConfig, Resonance, TriX
 
 SLOW = pytest.mark.slow
 SHORT = ('relu2', 'trix-loop', 'bitnet_ffn', 'resonance')  # of each kind, what inductor compiles in seconds
@@ -99,7 +99,62 @@ def test_under_bf16_autocast(monkeypatch, name, execution, backend):
     compare(monkeypatch, name, execution, backend, bf16=True, tolerance=(2e-3, 0.06))
 
 
+# ---- resonance
+
+def test_chunks_of_256_change_nothing_at_32k_eager_and_traced():
+    torch.manual_seed(0)
+    T, found = 32_768, []
+    u, grad = torch.randn(1, T, 4), torch.randn(1, T, 4)
+    for chunk_size, traced in ((T, False), (256, False), (256, True)):
+        torch.manual_seed(1)
+        layer = Resonance(GPTConfig(block_size=T, n_embd=4, num_frequencies=6, mixer='resonance', chunk_size=chunk_size))
+        layer.init_weights()
+        convolve = torch.compile(layer.convolve, backend='aot_eager') if traced else layer.convolve
+        x = u.clone().requires_grad_()
+        y = convolve(x)
+        y.backward(grad)
+        found.append([y.detach(), x.grad, *(p.grad for p in (layer.nu, layer.theta, layer.magnitude, layer.phase))])
+    for other in found[1:]:
+        for i, (a, b) in enumerate(zip(other, found[0])):
+            assert (a - b).abs().max() <= (1e-4 if i else 1e-5) * b.abs().max(), i
+
+
+def test_the_graph_does_not_grow_with_the_number_of_chunks():
+    sizes = []
+
+    def counting(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+    for T in (32, 512):
+        torch._dynamo.reset()
+        model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=8, mixer='resonance', ffn='none', num_frequencies=4,
+                              chunk_size=8))
+        torch.compile(model, backend=counting)(tokens(1, T), tokens(1, T))
+    assert len(sizes) == 2 and sizes[0] == sizes[1] < 200
+
+
 # ---- a run checks the compiled model before it trusts it
+
+@pytest.mark.parametrize('name', ['trix', 'bitnet_all', 'hybrid_trix'])
+def test_the_check_leaves_the_model_as_it_was(monkeypatch, name):
+    monkeypatch.setattr(compiler, 'BACKEND', 'aot_eager')
+    model, idx, cpu = build(name, dropout=0.1 if name == 'trix' else 0.0), tokens(2, T + 1), torch.device('cpu')
+    model(idx[:, :-1], idx[:, 1:])  # so that there are loads and statistics
+    before = {key: value.clone() for key, value in model.state_dict(keep_vars=False).items()}
+    loads = [(trix.load.clone(), trix.counts.clone()) for trix in model.trix_layers()]
+    used, state = [m.use for m in model.modules() if hasattr(m, 'use')], torch.get_rng_state()
+
+    def compute(module):
+        torch.manual_seed(3)
+        return module(idx[:, :-1], idx[:, 1:])
+    problem, note = compiler.check(model, compiler.compiled(model), compute, cpu, torch.float32, contextlib.nullcontext(),
+                                   lambda *numbers: numbers, lambda error: False)
+    assert not problem and 'compared with eager execution' in note
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(trix.load, load) and torch.equal(trix.counts, counts) for trix, (load, counts) in zip(model.trix_layers(), loads))
+    assert all(m is n for m, n in zip(used, [m.use for m in model.modules() if hasattr(m, 'use')]))
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+
 
 def by(backend):
     """What to call in the process of a run, so that it compiles by another backend."""

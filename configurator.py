@@ -68,7 +68,7 @@ def load(argv, *classes, positional=(), usage='', check=None):
     kinds, values = schema(classes)
     assert set(positional) <= set(kinds), f'positional={positional}: name fields of the classes'
     if '--help' in argv or '-h' in argv:
-        print('\n\n'.join([usage.strip(), *map(describe, classes)]).strip(), flush=True)
+        print('\n\n'.join([(usage or '').strip(), *map(describe, classes)]).strip(), flush=True)
         raise SystemExit(0)
 
     origin = dict.fromkeys(values, 'default')
@@ -232,8 +232,19 @@ def columns(rows):
     return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def as_utf8(text):
+    """A value of the command line as it was typed, also where the locale is not UTF-8 and Python has kept its bytes as surrogates."""
+    return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
+
+
 def run(main):
-    """Call main(sys.argv[1:]) as a program: a UserError is a line a problem and exit code 2, never a traceback."""
+    """Call main(sys.argv[1:]) as a program: a UserError is a line a problem and exit code 2, never a traceback. A character that the
+    console's encoding lacks is printed as '?'."""
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: no file that is opened later may get its number
+            setattr(sys, name, open(os.devnull, 'w'))
+        elif hasattr(getattr(sys, name), 'reconfigure'):
+            getattr(sys, name).reconfigure(errors='replace')
     try:
         main(sys.argv[1:])
         sys.stdout.flush()  # here, where a closed pipe is caught, and not while the interpreter shuts down

@@ -1,10 +1,17 @@
 """Signals: a run that is asked to stop does so at the next good moment; what does not come back by itself is broken off.
 
-    interrupt = Interrupt()                                # from here on SIGTERM and SIGINT are remembered in interrupt.signals
+    interrupt = Interrupt()                                # from here on signals are remembered in interrupt.signals
     with interrupt.limit(600): compile_something()         # raises Overdue after 600 s, and 3 s after a signal
 """
 import contextlib
 import signal
+
+
+def wanted_signals():
+    """Signals that ask a run to end: kill, Ctrl-C, a lost terminal and SLURM's early warning (--signal=USR1@60); not those that whoever
+    started it ignores, as nohup does SIGHUP."""
+    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    return [number for number in wanted if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Overdue(BaseException):
@@ -16,8 +23,9 @@ class Interrupt:
 
     def __init__(self):
         self.signals, self.limited = [], False
-        for number, handler in ((signal.SIGTERM, self.ask), (signal.SIGINT, self.ask), (signal.SIGALRM, self.ring)):
-            signal.signal(number, handler)
+        for number in wanted_signals():
+            signal.signal(number, self.ask)
+        signal.signal(signal.SIGALRM, self.ring)
 
     def ask(self, number, frame):
         self.signals.append(number)

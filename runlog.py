@@ -52,6 +52,19 @@ def replacing(path, sync=True):
         raise
 
 
+def speak(text='', end='\n'):
+    """print() for what a run says: a console that is gone (`| head`, a lost terminal, a full disk) ends nothing -> whether it is there.
+    What is printed after that goes nowhere."""
+    try:
+        print(text, end=end, flush=True)
+        return True
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return False
+
+
 def read_lines(path):
     """The JSON objects of a .jsonl file, in order. A missing file has none; a torn or damaged line is left out."""
     found = []
@@ -96,8 +109,10 @@ class RunLog:
             start = '\r\x1b[K' if self.open_line else ''
             self.open_line = progress and self.terminal
             shown = text[:shutil.get_terminal_size().columns - 1] if self.open_line else text  # a wrapped line can't be written over
-            print(start + shown, end='' if self.open_line else '\n', flush=True)
+            there = speak(start + shown, end='' if self.open_line else '\n')
             self.append('log.txt', text)
+            if not there:
+                self.append('log.txt', 'the console is gone: from here on what the run says is in this file alone')
 
     def line(self, name, **values):
         if self.active:
@@ -107,7 +122,7 @@ class RunLog:
                     tracker(name, values)
 
     def append(self, name, text):
-        with self.writing(name), open(self.out / name, 'a') as file:
+        with self.writing(name), open(self.out / name, 'a', encoding='utf-8', errors='backslashreplace') as file:
             file.write(text + '\n')
 
     def status(self, **values):
@@ -123,7 +138,7 @@ class RunLog:
             yield
         except Exception as error:
             if self.open_line:
-                print(flush=True)
+                speak()
             with contextlib.suppress(UserError):
                 self.status(**{**self.last, 'state': 'failed', 'reason': str(error)})
                 if self.active:

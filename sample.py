@@ -14,7 +14,7 @@ import torch
 
 import device as hardware
 from checkpoint import load_model
-from configurator import UserError, load, run
+from configurator import UserError, as_utf8, load, run
 from tokenizer import load_tokenizer
 
 
@@ -44,7 +44,7 @@ class SampleConfig:
 
 
 def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
-    if temperature == 0:
+    if temperature < 1e-5:  # what is left of the others is nothing, and dividing by it could overflow
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
     p, order = p.topk(min(top_k or p.size(-1), p.size(-1)))  # the likeliest first
@@ -196,17 +196,19 @@ def prompts(config):
             yield prompt
     elif config.prompts:
         try:
-            lines = Path(config.prompts).read_text(encoding='utf-8').splitlines()
+            lines = Path(config.prompts).read_text(encoding='utf-8-sig').split('\n')  # not splitlines: a form feed is part of a prompt
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'--prompts={config.prompts}: {getattr(error, "strerror", None) or error}')
         if not any(lines):
             raise UserError(f'--prompts={config.prompts}: no prompt in it')
         yield from (line.replace('\\n', '\n') for line in lines if line)
     else:
-        yield config.prompt
+        yield as_utf8(config.prompt)
 
 
 def ask():
+    if sys.stdin is None:
+        raise UserError('--interactive needs an input to read prompts from: it is closed')
     try:
         return input('> ')
     except EOFError:

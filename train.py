@@ -35,7 +35,7 @@ from corpus import DATASETS
 from data import Prefetcher, data_dir
 from evaluate import validate
 from hints import hints
-from interrupt import Interrupt, Overdue
+from interrupt import Interrupt, Overdue, wanted_signals
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, make_optimizers, set_rates
 from sample import sample_grid
@@ -101,6 +101,10 @@ class TrainConfig:
     def problems(self):
         found = [f'{key}={getattr(self, key)} must be at least 1' for key in
                  ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'compile_timeout', 'dist_timeout') if getattr(self, key) < 1]
+        if not 0 < self.learning_rate < math.inf:
+            found.append(f'learning_rate={self.learning_rate} must be over 0')
+        if self.seed >= 2**63:
+            found.append(f'seed={self.seed} must be below 2^63')
         found += [f'{key}={getattr(self, key)} must not be negative' for key in
                   ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_interval', 'eval_tokens', 'log_interval',
                    'sample_interval', 'save_interval', 'keep', 'spike_z', 'seed') if getattr(self, key) < 0]
@@ -129,7 +133,7 @@ def load(argv):
     config = configurator.load(argv, GPTConfig, TrainConfig, usage=__doc__,
                                check=lambda c: batch_problems(c) + schedule_problems(c) + annealing_problems(c))
     files = [Path(word).stem for word in argv if word.endswith('.py') and not word.startswith('--')]
-    config.out_dir = config.out_dir or f'runs/{"-".join(files) or "default"}'
+    config.out_dir = os.path.expanduser(config.out_dir) or f'runs/{"-".join(files) or "default"}'
     config.batch_tokens = config.batch_tokens or config.batch_size * config.block_size
     return config
 
@@ -193,7 +197,7 @@ def find_data(config, prepare=True):
     if not prepare and not (path / 'meta.json').is_file():
         return None
     if can_prepare and not (path / 'meta.json').is_file():
-        print(f'{path} is not there yet: preparing {name} (once; under a minute for pylib)', flush=True)
+        runlog.speak(f'{path} is not there yet: preparing {name} (once; under a minute for pylib)')
         command = [sys.executable, str(Path(__file__).with_name('prepare.py')), f'--dataset={name}', f'--out={path}']
         command += [f'--vocab_size={config.vocab_size}'] if bpe or shards else [f'--tokenizer={config.tokenizer}']
         if name == 'fineweb_edu':  # as much of it as the run reads
@@ -291,8 +295,10 @@ def main(argv):
             sys.exit(2)  # rank 0 says it for all
         raise
     group = parallel.start(config.dist_timeout)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # nothing to save before the loop
-    say = (lambda text: print(text, flush=True)) if group.main else (lambda text: None)
+    for number in wanted_signals():
+        if number != signal.SIGINT:
+            signal.signal(number, lambda *_: sys.exit(75))  # nothing to save before the loop
+    say = runlog.speak if group.main else (lambda text: None)
     say(config.table())
     if config.plan:
         if group.main:
@@ -498,7 +504,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
                 best, best_step = result['loss'], step
         if encoding and due(config.sample_interval) and not stop:
             with hardware.autocast(device, dtype):
-                samples = sample_grid(model, encoding, config.sample_prompts.split('|'), config.sample_tokens, config.seed, stopping)
+                samples = sample_grid(model, encoding, configurator.as_utf8(config.sample_prompts).split('|'), config.sample_tokens, config.seed, stopping)
             for sample in samples if not stop else ():
                 rounds.append({'step': step, **sample})
                 log.line('samples.jsonl', **rounds[-1])

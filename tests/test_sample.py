@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
@@ -339,3 +340,26 @@ def test_every_command_has_help_that_explains_every_knob(script):
     assert done.returncode == 0 and f'python {script}' in done.stdout
     knobs = [line for line in done.stdout.splitlines() if line.startswith('  --')]
     assert len(knobs) >= 6 and all(len(line.split()) > 3 for line in knobs)  # key, type, default, words
+
+
+def test_a_file_of_prompts_has_one_a_line_whatever_its_mark_and_other_breaks(tmp_path):
+    path = tmp_path / 'prompts.txt'
+    path.write_bytes('\ufefffirst\r\nsec\u2028ond\x0c\n\nthird'.encode())
+    config = SimpleNamespace(interactive=False, prompts=str(path))
+    assert list(sample.prompts(config)) == ['first', 'sec\u2028ond\x0c', 'third']
+
+
+def test_a_prompt_of_another_locale_is_what_was_typed():
+    config = SimpleNamespace(interactive=False, prompts='', prompt='Ω→'.encode().decode('ascii', 'surrogateescape'))
+    assert list(sample.prompts(config)) == ['Ω→']
+
+
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [900.0, -900.0, 0.0]])
+    assert sample.choose(logits, 1e-40, 0, 1.0, torch.Generator()).tolist() == [1, 0]
+
+
+def test_interactive_without_an_input_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', None)
+    with pytest.raises(UserError, match='--interactive needs an input'):
+        sample.ask()

@@ -559,3 +559,65 @@ def test_a_real_plan_measures_shows_the_schedule_and_makes_nothing(tmp_path, mon
                 '--n_embd=16', '--n_layer=1', '--vocab_size=300', '--block_size=16'])
     shown = capsys.readouterr().out
     assert '(measured now' in shown and re.search(r'500 +1\.000e-03 +0 ', shown) and '▇' in shown and not list(tmp_path.iterdir())
+
+
+# ---- signals and consoles
+
+def when_running(out, process):
+    while len(lines_so_far(out)) < 5 and process.is_alive():
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+def test_every_signal_that_asks_a_run_to_end_saves_it(corpus, tmp_path, number):
+    out = tmp_path / 'run'
+    process = start(arguments(corpus, out, '--max_steps=100000', '--warmup_steps=4'))
+    when_running(out, process)
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == 75, Path(f'{out}.console').read_text()
+    assert checkpoint.find(out)[1]['step'] >= 4
+
+
+def test_a_lost_terminal_does_not_end_a_run_under_nohup(corpus, tmp_path):
+    out = tmp_path / 'run'
+    process = start(arguments(corpus, out), lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    when_running(out, process)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def train_in_a_shell(words, command, **environment):
+    return subprocess.run(['bash', '-c', command], cwd=Path(train.__file__).parent, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, 'RUN': ' '.join([sys.executable, 'train.py', *words]), **environment})
+
+
+@pytest.mark.parametrize('command', ['$RUN | head -n 3; exit ${PIPESTATUS[0]}', '$RUN >&-', '$RUN > /dev/full'], ids=['head', 'closed', 'full'])
+def test_a_console_that_is_gone_does_not_end_a_run(corpus, tmp_path, command):
+    done = train_in_a_shell(arguments(corpus, tmp_path / 'run', '--max_steps=12'), command)
+    assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    log = (tmp_path / 'run/log.txt').read_text()
+    assert 'finished: 12 steps' in log
+    assert list((tmp_path / 'run/checkpoints').glob('*12.pt'))
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+def test_a_console_that_lacks_a_character_does_not_end_a_run(corpus, tmp_path, encoding):
+    words = arguments(corpus, tmp_path / 'run', '--max_steps=4', '--sample_interval=2', "--sample_prompts=Ω→")
+    done = train_in_a_shell(words, '$RUN', PYTHONIOENCODING=encoding, LC_ALL='C', PYTHONUTF8='0')
+    assert done.returncode == 0, done.stderr
+    assert 'Ω→' in (tmp_path / 'run/log.txt').read_text(encoding='utf-8') and "sample: '??" in done.stdout
+
+
+@pytest.mark.parametrize('word, says', [
+    ('--learning_rate=0', 'learning_rate=0.0 must be over 0'), ('--learning_rate=-1', 'learning_rate=-1.0 must be over 0'),
+    (f'--seed={2**63}', f'seed={2**63} must be below 2^63')])
+def test_numbers_that_no_run_can_have_are_refused(word, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        train.load([word])
+
+
+def test_a_tilde_in_out_dir_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert train.load(['--out_dir=~/runs/x']).out_dir == f'{tmp_path}/runs/x'

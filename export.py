@@ -361,6 +361,10 @@ def hf(config):
     else:
         only_llama(shape, 'transformers')
         other = as_llama(model, transformers)
+    end = load_tokenizer(state['tokenizer']).eot_token if state['tokenizer'] else None
+    ids = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)  # the library's own defaults are those of other vocabularies
+    other.config.update(ids)
+    other.generation_config = transformers.GenerationConfig(**ids)
     with replacing_directory(out) as partial:
         other.save_pretrained(partial)
         if state['tokenizer'] is not None:
@@ -372,6 +376,8 @@ def hf(config):
     other = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with torch.no_grad():
         theirs = torch.cat([other(row[None]).logits[0] for row in ids])
+    if (written := (other.config.eos_token_id, other.generation_config.eos_token_id)) != (end, end):
+        raise UserError(f'{out}: transformers reads {written} as the end of a text, which is {end} here')
     for rounds in (True, False) if ternary else (True,):
         with activations(rounds):
             parity(f'{out} in transformers', logits_of(model, ids), theirs, source + ', activations in fp32' * (not rounds))

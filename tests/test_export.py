@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import export
+import sample
 from configurator import UserError
 from model import GPT, BitLinear, GPTConfig
 from test_packed import ids, trained
@@ -146,6 +147,29 @@ def test_transformers_computes_the_same(name, tokenizer, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match='there already'):
         export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
     assert [path.name for path in tmp_path.iterdir()] == ['hf']
+
+
+@pytest.mark.parametrize('name', ['llama, untied', 'bitnet', 'gpt2'])
+@torch.no_grad()
+def test_transformers_stops_where_a_text_ends(name, tokenizer, tmp_path, monkeypatch):
+    transformers = pytest.importorskip('transformers', reason='a development requirement')
+    model, end = trained(**THEIRS[name]), load_tokenizer(tokenizer).eot_token
+
+    def greedy(prompt):
+        with export.activations(rounds=False):
+            return [token.item() for token in sample.generate(model, torch.tensor([prompt]), model.config.vocab_size, 20, temperature=0)]
+    prompt, often = next((prompt, token) for prompt in ids()[:, :8].tolist() for token in greedy(prompt)[:-1] if token not in [*prompt, end])
+    rows = model.lm_head.weight.data  # the token and the end of a text change names
+    rows[[often, end]] = rows[[end, often]].clone()
+    state = {'config': {}, 'data': {}, 'tokenizer': tokenizer}
+    monkeypatch.setattr(export, 'load_model', lambda run, device: (model, state))
+    export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
+    ours = greedy(prompt)
+    assert end in ours[:-1]
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    theirs = other.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
+    assert theirs == prompt + ours[:ours.index(end) + 1]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf').eos_token_id == end
 
 
 def test_transformers_reads_a_text_as_we_do(tokenizer, tmp_path):

@@ -156,7 +156,8 @@ def run_file(path, values):
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
     def is_helper(name, value):
-        return name[0] == '_' or name in read or isinstance(value, types.ModuleType) or callable(value)
+        misspelt = difflib.get_close_matches(name, values, 1, 0.8)  # n_layers, which the file itself reads, is no helper
+        return name[0] == '_' or name in read and not misspelt or isinstance(value, types.ModuleType) or callable(value)
     return {name: value for name, value in namespace.items() if name in values or not is_helper(name, value)}
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from configurator import UserError, load
 
 
@@ -436,3 +437,13 @@ def test_a_reader_that_goes_away_ends_the_program_quietly(tmp_path, body):
 def test_another_broken_pipe_is_not_hidden(tmp_path):
     process = start(program(tmp_path, 'raise BrokenPipeError("the worker died")'))
     assert 'the worker died' in process.communicate(timeout=30)[1] and process.returncode == 1
+
+
+def test_a_misspelt_key_that_the_file_itself_reads_is_no_helper(tmp_path):
+    path = tmp_path / 'x.py'
+    path.write_text('n_layers = 2\nn_heads = 4\nwidth = 16 * n_heads * n_layers\nlearning_rate = 1 / width\n')
+    with pytest.raises(UserError) as refused:
+        train.load([str(path)])
+    assert refused.value.args == (f"{path}: unknown key 'n_layers', did you mean 'n_layer'?", f"{path}: unknown key 'n_heads', did you mean 'n_head'?")
+    path.write_text('_n_layers = 2\nwidth = 128 * _n_layers\nn_embd = width\n')
+    assert train.load([str(path)]).n_embd == 256

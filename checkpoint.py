@@ -103,6 +103,8 @@ def resume(config, data, world, say=print):
         say(f'--resume=auto: no checkpoint in {out}, starting at step 0')
         return None, None
     path, state = find(source, say=say)
+    if not state['optimizer'] or not {'scaler', 'rng', 'best', 'skipped', 'seconds'} <= state.keys():  # as export.py convert writes it
+        raise UserError(f'{path}: has no optimizer state to go on with, only weights: start a run from them by --init_from={path}')
     if path == source and own and path.name < there[-1].name:
         raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
                         f'or from here in another directory by --out_dir={out}-2')
@@ -159,6 +161,9 @@ def load_weights(model, state, path):
     if wrong:
         raise UserError(f'{path}: of another architecture: {", ".join(wrong[:3])}'
                         + (f' and {len(wrong) - 3} more' if wrong[3:] else '') + ' do not fit the model')
+    if broken := [name for name, value in saved.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise UserError(f'{path}: {len(broken)} of its {len(saved)} tensors hold numbers that are not finite, {broken[0]} first: '
+                        'use an earlier checkpoint')
     model.load_state_dict(saved)
 
 

@@ -222,6 +222,9 @@ def gguf(config):
     compare_with_llama_cpp(out, model, state)
 
 
+LARGEST_FP16 = 65_504
+
+
 def write_gguf(path, model, tokenizer, matrices='', embeddings=''):
     """Write a model and the content of its tokenizer as a GGUF file, whole or not at all -> what it holds, in words. UserError if llama.cpp
     has no such model, or no such tokenizer."""
@@ -256,6 +259,9 @@ def write_gguf(path, model, tokenizer, matrices='', embeddings=''):
     if wrong := [f'{name}: rows of {weight.size(-1)}, and {kind} is made of blocks of {MATRICES[kind]}: choose another type, F16 for instance'
                  for name, (weight, kind) in tensors.items() if weight.size(-1) % MATRICES[kind]]:
         raise UserError(*wrong[:2])
+    if large := [name for name, (weight, kind) in tensors.items() if kind in ('F16', 'Q8_0') and weight.detach().abs().max() > LARGEST_FP16]:
+        raise UserError(f'{large[0]} and {len(large) - 1} more tensors have weights over {LARGEST_FP16:,}, the largest number of F16: '
+                        'use --matrices=F32 --embeddings=F32')
     partial = Path(f'{path}.tmp')
     try:
         writer = gguf.GGUFWriter(partial, arch)

@@ -1,11 +1,13 @@
 """Exports for other programs: those compute the same from them, and what they can't express is refused."""
 import base64
+import math
 import random
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+import checkpoint
 import export
 import sample
 from configurator import UserError
@@ -228,3 +230,25 @@ def test_rounding_is_on_again_after_a_comparison():
         assert not BitLinear.rounds
         raise ZeroDivisionError
     assert BitLinear.rounds
+
+
+# ---- weights that are no numbers
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_wherever_a_model_is_loaded(value, tmp_path):
+    model = trained(**MODELS['llama'])
+    model.blocks[1].ffn.up_proj.weight.data[3, 4] = value
+    other = GPT(model.config)
+    with pytest.raises(UserError, match='x.pt: 1 of its .* tensors hold numbers that are not finite, blocks.1.ffn.up_proj.weight first'):
+        checkpoint.load_weights(other, {'model': model.state_dict()}, 'x.pt')
+    assert all(p.isfinite().all() for p in other.parameters())
+
+
+def test_weights_beyond_f16_are_refused_before_a_gguf_file_is_begun(tokenizer, tmp_path):
+    pytest.importorskip('gguf', reason='a development requirement')
+    model = trained(**MODELS['llama'])
+    model.blocks[0].ffn.up_proj.weight.data[0, 0] = 70_000
+    with pytest.raises(UserError, match='blk.0.ffn_up and 0 more tensors have weights over 65,504, the largest number of F16: use --matrices=F32'):
+        export.write_gguf(tmp_path / 'x.gguf', model, tokenizer)
+    assert not list(tmp_path.iterdir())
+    export.write_gguf(tmp_path / 'x.gguf', model, tokenizer, 'F32', 'F32')

@@ -621,3 +621,12 @@ def test_numbers_that_no_run_can_have_are_refused(word, says):
 def test_a_tilde_in_out_dir_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
     assert train.load(['--out_dir=~/runs/x']).out_dir == f'{tmp_path}/runs/x'
+
+
+def test_a_checkpoint_without_an_optimizer_is_for_init_from(corpus, tmp_path, whole):
+    path, state = checkpoint.find(whole)
+    bare = tmp_path / 'bare.pt'
+    torch.save({**{key: value for key, value in state.items() if key not in ('scaler', 'rng')}, 'optimizer': {}}, bare)  # as a conversion
+    code, said = finish(arguments(corpus, tmp_path / 'run', f'--resume={bare}'))
+    assert code == 2 and said.splitlines()[-1] == f'{bare}: has no optimizer state to go on with, only weights: start a run from them by --init_from={bare}'
+    assert finish(arguments(corpus, tmp_path / 'run', f'--init_from={bare}', '--max_steps=4'))[0] == 0

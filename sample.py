@@ -50,7 +50,10 @@ def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
     p, order = p.topk(min(top_k or p.size(-1), p.size(-1)))  # the likeliest first
     p[p.cumsum(-1) - p >= top_p] = 0  # keep a token while those before it hold less than top_p
     # On the CPU, whatever the device: a generator there gives the same text on any of them.
-    pick = torch.multinomial(p.cpu(), 1, generator=generator).to(order.device)
+    weights = p.cpu()
+    if not (weights.sum(-1) > 0).all():  # nan, too
+        raise UserError('no token can be drawn: the logits of the model are not finite')
+    pick = torch.multinomial(weights, 1, generator=generator).to(order.device)
     return order.gather(-1, pick).squeeze(-1)
 
 

@@ -503,8 +503,13 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
             if better:
                 best, best_step = result['loss'], step
         if encoding and due(config.sample_interval) and not stop:
-            with hardware.autocast(device, dtype):
-                samples = sample_grid(model, encoding, configurator.as_utf8(config.sample_prompts).split('|'), config.sample_tokens, config.seed, stopping)
+            prompts = configurator.as_utf8(config.sample_prompts).split('|')
+            try:
+                with hardware.autocast(device, dtype):
+                    samples = sample_grid(model, encoding, prompts, config.sample_tokens, config.seed, stopping)
+            except UserError as error:
+                samples = []
+                log.say(f'no samples: {error}')
             for sample in samples if not stop else ():
                 rounds.append({'step': step, **sample})
                 log.line('samples.jsonl', **rounds[-1])

@@ -363,3 +363,9 @@ def test_interactive_without_an_input_is_refused(monkeypatch):
     monkeypatch.setattr(sys, 'stdin', None)
     with pytest.raises(UserError, match='--interactive needs an input'):
         sample.ask()
+
+
+def test_logits_that_are_not_finite_give_one_line():
+    for logits in (torch.full((1, 4), math.nan), torch.tensor([[math.inf, 1.0]])):
+        with pytest.raises(UserError, match='no token can be drawn: the logits of the model are not finite'):
+            sample.choose(logits, 0.8, 0, 1.0, torch.Generator())

@@ -66,7 +66,8 @@ def compare(monkeypatch, name, execution, backend, tolerance=(1e-5, 1e-4), bf16=
         size = max(p.grad.abs().max(), 1e-4 * scale)  # the gradient of a key's bias is 0 but for rounding
         assert (p.grad - q.grad).abs().max() <= tolerance[1] * size, key
     for a, b in zip(plain.trix_layers(), other.trix_layers()):
-        assert torch.equal(a.load, b.load) and a.load.sum() == 2 * T * a.k, 'tokens count once, for the tiles that they went to'
+        assert a.load.sum() == b.load.sum() == 2 * T * a.k, 'tokens count once'
+        assert (a.load - b.load).abs().sum() <= (4 if bf16 else 0), 'in bf16 a token or two may go to another tile'
 
 
 @pytest.mark.parametrize('name, execution', ALL)

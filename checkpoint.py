@@ -7,6 +7,7 @@
 A checkpoint is one dict of tensors and plain containers in torch's zip format. It is always read with
 weights_only=True, which unpickles nothing else, so a file from a stranger can't run code.
 """
+import math
 import re
 import zipfile
 from dataclasses import fields
@@ -19,7 +20,7 @@ import packed
 from configurator import UserError, typed
 from model import GPT, GPTConfig
 from runlog import replacing
-from schedule import top_k
+from schedule import schedule, top_k
 
 VERSION = 1
 # What every one has; the tokenizer is None after training on shards without one.
@@ -103,7 +104,7 @@ def resume(config, data, world, say=print):
         say(f'--resume=auto: no checkpoint in {out}, starting at step 0')
         return None, None
     path, state = find(source, say=say)
-    if not state['optimizer'] or not {'scaler', 'rng', 'best', 'skipped', 'seconds'} <= state.keys():  # as export.py convert writes it
+    if not state['optimizer'] or not {'scaler', 'rng', 'tokens', 'best', 'skipped', 'seconds'} <= state.keys():  # as export.py convert writes it
         raise UserError(f'{path}: has no optimizer state to go on with, only weights: start a run from them by --init_from={path}')
     if path == source and own and path.name < there[-1].name:
         raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
@@ -115,6 +116,7 @@ def resume(config, data, world, say=print):
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)
     theirs, ours = state['data'].get('fingerprint'), data.fingerprint
+    state.setdefault('windows', state['tokens'] // config.block_size)  # a checkpoint from before they were counted
     same_tokenizer(state, data, path)
     if theirs != ours and not config.other_data:
         raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {theirs}, here {ours}): bring that back, '
@@ -125,7 +127,35 @@ def resume(config, data, world, say=print):
     say(f'resuming from {path}, step {state["step"]:,}')
     for key, (old, new) in changed.items():
         say(f'  changed: {key} {old} -> {new}')
+    if theirs != ours:
+        state['windows'] = 0
+        say('  other data: reading starts at the first window of their first epoch')
+    if theirs != ours or 'eval_tokens' in changed:
+        state['best'], state['best_step'] = math.inf, 0
+        say('  validation losses can\'t be compared with those before: the best one is sought anew')
+    for line in consequences(changed, saved, config, state):
+        say(f'  {line}')
     return path, state
+
+
+def consequences(changed, saved, config, state):
+    """What changed options mean for the rest of a resumed run, in lines. saved: the config of the checkpoint, a dict."""
+    step = state['step']
+    if 'batch_tokens' in changed and step < config.max_steps:
+        left, (old, new) = config.max_steps - step, changed['batch_tokens']
+        yield (f'the schedule counts steps: {left:,} more steps end the run at {state["tokens"] + left * new:,} tokens '
+               f'(at {old:,} tokens a step: {state["tokens"] + left * old:,})')
+    if 'seed' in changed and state['windows']:
+        yield 'another seed is another order of the data: windows of this epoch may come twice or not at all'
+    try:
+        old_rate, old_decay = schedule(step, SimpleNamespace(**saved))
+    except AttributeError:  # of an older version, without some of the options
+        return
+    rate, decay = schedule(step, config)
+    if not math.isclose(rate, old_rate):
+        yield f'the learning rate goes on at {rate:.3g}; before these changes it would have been {old_rate:.3g}'
+    if decay != old_decay:
+        yield f'the weight decay goes on at {decay:g}; before these changes it would have been {old_decay:g}'
 
 
 def same_tokenizer(state, data, path, knob='--resume'):

@@ -165,16 +165,28 @@ class TokenData:
                             f'is outside the vocabulary of {self.n_vocab}: {self.again}')
         return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
-    def rows(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0):
-        """(batch_size,) int64: the windows of one micro-step: a step's batch_rows rows are dealt to micro-steps and ranks."""
-        number = step * batch_rows + (micro * world + rank) * batch_size + np.arange(batch_size)
+    def repeats(self, tokens):
+        """A line that says how often a run of so many tokens reads the training data; None if it reads nothing twice."""
+        times = tokens / (self.n_windows * self.block_size)
+        if times > 1:
+            return (f'this run reads its training data {times:.1f} times: to see no text twice, prepare more of it, '
+                    'or take fewer steps (--max_steps)')
+
+    def rows(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0, offset=0):
+        """
+        (batch_size,) int64: the windows of one micro-step. The batch_rows rows of a step are dealt to its micro-steps and ranks.
+
+        Step s begins at row s * batch_rows + offset of the run. The offset is not 0 after a resume with another batch size: then it
+        is the number of rows read before, less resumed_step * batch_rows, so that reading goes on where it stopped.
+        """
+        number = offset + step * batch_rows + (micro * world + rank) * batch_size + np.arange(batch_size)
         epoch, i = np.divmod(number, self.n_windows)  # every window once an epoch
         key = mix(mix(np.array([seed]).astype(np.uint64) + GAMMA) + epoch.astype(np.uint64))
         return permute(i, self.n_windows, key)
 
-    def batch(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0):
+    def batch(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0, offset=0):
         """x, y: (batch_size, T) int64. The union over micro-steps and ranks is the same for any number of processes."""
-        return self.gather('train', self.rows(step, micro, batch_size, batch_rows, rank, world, seed))
+        return self.gather('train', self.rows(step, micro, batch_size, batch_rows, rank, world, seed, offset))
 
     def val_windows(self, eval_tokens=0):
         """(n,) int64: the windows of every evaluation on about eval_tokens (0: all), spread evenly over the split."""

@@ -329,8 +329,11 @@ def changes(config, device, dtype, rows, world, size, total, memory):
 def run_lines(config, data):
     tokens = config.max_steps * config.batch_tokens
     text = f'{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {tokens:,} tokens'
-    return [f'{text}: {tokens / data.train_tokens:.2f} epochs of the {data.train_tokens:,} in {data.path}' if data else
-            f'{text}; {config.dataset} is not prepared yet, so the epochs are unknown']
+    if not data:
+        return [f'{text}; {config.dataset} is not prepared yet, so the epochs are unknown']
+    epochs = f'{text}: {tokens / data.train_tokens:.2f} epochs of the {data.train_tokens:,} in {data.path}'
+    repeats = data.repeats(tokens)
+    return [epochs, repeats] if repeats else [epochs]
 
 
 def time_lines(config, model, seen, speed, how, rows, micro_steps, world):

@@ -350,9 +350,16 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         matrix_ratio = (config.matrix_lr or config.learning_rate) / config.learning_rate
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     batch_rows = config.batch_tokens // config.block_size
+    first_step = state['step'] if state else 0
+    first_tokens, first_window = (state['tokens'], state['windows']) if state else (0, 0)
+    offset = first_window - first_step * batch_rows  # 0 unless steps before the resume had another size
+
+    def tokens_at(step):
+        """Tokens trained on in the first `step` steps of the run."""
+        return first_tokens + (step - first_step) * config.batch_tokens
 
     def batch(step, micro):
-        x, y = data.batch(step, micro, rows, batch_rows, group.rank, group.world, config.seed)
+        x, y = data.batch(step, micro, rows, batch_rows, group.rank, group.world, config.seed, offset)
         x, y = torch.from_numpy(x), torch.from_numpy(y)
         return (x.pin_memory(), y.pin_memory()) if device.type == 'cuda' else (x, y)
 
@@ -367,24 +374,24 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     trained, interrupt = model, Interrupt()  # trained: what is called in training; model: everywhere else
     if use_compile:
         say(why_compile)
-        first, scale = state['step'] if state else 0, 1024.0 if scaler.is_enabled() else 1.0
-        model.set_top_k(schedules.top_k(first, config))
-        x, y = (part.to(device) for part in batch(first, 0))
+        scale = 1024.0 if scaler.is_enabled() else 1.0
+        model.set_top_k(schedules.top_k(first_step, config))
+        x, y = (part.to(device) for part in batch(first_step, 0))
         with memory_guard(out_of_memory):
-            result = checked(config, group, model, lambda module: scale * micro_loss(module, first, 0, x, y), device, dtype, interrupt, sharded)
+            result = checked(config, group, model, lambda module: scale * micro_loss(module, first_step, 0, x, y), device, dtype, interrupt, sharded)
         if not result:
             say('interrupted before the first step: nothing to save')
             return 75
         trained, why_compile = result
         del x, y
     trained = group.wrap(trained, device) if group.world > 1 and not sharded else trained
-    step, best, best_step, skipped, seconds, recent = 0, math.inf, 0, 0, 0.0, []
+    step, best, best_step, skipped, seconds, recent = first_step, math.inf, 0, 0, 0.0, []
     if state:
         for name, optimizer in optimizers.items():
             parallel.load_optimizer(optimizer, state[name])
         scaler.load_state_dict(state['scaler'])
         set_random_state(state['rng'], device)
-        step, best, best_step, skipped, seconds = (state[key] for key in ('step', 'best', 'best_step', 'skipped', 'seconds'))
+        best, best_step, skipped, seconds = (state[key] for key in ('best', 'best_step', 'skipped', 'seconds'))
         recent, processes = state.get('recent', []), state.get('processes', 1)
         del state
 
@@ -411,7 +418,9 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     log.say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {per_token / 1e6:.1f} MFLOP a token; '
             f'{data.train_tokens:,} training tokens in {data.path}; {config.max_steps:,} steps of {config.batch_tokens:,} tokens '
             f'= {f"{group.world} processes x " * (group.world > 1)}{micro_steps} micro-step{"s" * (micro_steps > 1)} of '
-            f'{rows} x {config.block_size}: {config.max_steps * config.batch_tokens / data.train_tokens:.2f} epochs')
+            f'{rows} x {config.block_size}: {tokens_at(config.max_steps) / data.train_tokens:.2f} epochs')
+    if line := data.repeats(tokens_at(config.max_steps)):
+        log.say(line)
     if not encoding:
         log.say('no tokenizer.json beside the shards: no samples and no bits per byte')
     if origin:
@@ -428,7 +437,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         content = {
             'model': parallel.whole(model.state_dict(), group.main),
             **{name: parallel.whole(optimizer.state_dict(), group.main) for name, optimizer in optimizers.items()},
-            'scaler': scaler.state_dict(), 'step': step, 'tokens': step * config.batch_tokens, 'best': best, 'best_step': best_step,
+            'scaler': scaler.state_dict(), 'step': step, 'tokens': tokens_at(step), 'windows': offset + step * batch_rows, 'best': best, 'best_step': best_step,
             'skipped': skipped, 'recent': recent, 'seconds': seconds, 'config': config.as_dict(), 'tokenizer': data.tokenizer,
             'data': {'path': str(data.path), 'fingerprint': data.fingerprint}, 'rng': random_state(device), 'processes': group.world}
         if group.main:
@@ -437,7 +446,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         return path
 
     def status(state, **more):
-        log.status(state=state, step=step, max_steps=config.max_steps, tokens=step * config.batch_tokens,
+        log.status(state=state, step=step, max_steps=config.max_steps, tokens=tokens_at(step),
                    best=best if math.isfinite(best) else None, best_step=best_step,
                    checkpoint=str(saved) if saved else None, processes=group.world, **more)
 
@@ -467,7 +476,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         """What is worth knowing about a step that was skipped."""
         every = group.gather([part.item() * micro_steps for part in parts])
         names = [name for name, p in model.named_parameters() if p.grad is not None and not parallel.local(p.grad).isfinite().all()]
-        rows_of = [[data.rows(step, micro, rows, batch_rows, rank, group.world, config.seed).tolist() for rank in range(group.world)]
+        rows_of = [[data.rows(step, micro, rows, batch_rows, rank, group.world, config.seed, offset).tolist() for rank in range(group.world)]
                    for micro in range(micro_steps)]
         log.line('metrics.jsonl', kind='event', event=event, step=step + 1, loss=loss, grad_norm=norm, lr=lr,
                  windows=[sum(ranks, []) for ranks in rows_of], micro_losses=every, nonfinite_gradients=len(names), first_of_them=names[:5],
@@ -481,7 +490,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     batches = Prefetcher(batch, ((s, m) for s in range(step, config.max_steps) for m in range(micro_steps)))
     profile = profiling.Profile(out, device, say=log.say) if config.profile and group.main else None
     evals = [line for line in runlog.read_lines(out / 'metrics.jsonl') if line.get('kind') == 'eval']
-    rounds, hinted, first_step = runlog.read_lines(out / 'samples.jsonl'), set(), step
+    rounds, hinted = runlog.read_lines(out / 'samples.jsonl'), set()
     since, waited, mark = 0, 0.0, time.perf_counter()  # steps and loader seconds since the last log line, its time
     status('running')
     model.statistics()  # flip rates count from here
@@ -495,7 +504,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
             return interval and (step % interval == 0 or last)
         better = False
         if due(config.eval_interval) and (result := validate(model, data, lengths, windows, rows, device, dtype, stopping, group)):
-            evals.append({'kind': 'eval', 'step': step, **result, 'tokens': step * config.batch_tokens})
+            evals.append({'kind': 'eval', 'step': step, **result, 'tokens': tokens_at(step)})
             log.line('metrics.jsonl', **evals[-1])
             log.say(f'step {step:,}: validation loss {result["loss"]:.4f}, perplexity {result["perplexity"]:.1f}'
                     + (f', {result["bits_per_byte"]:.4f} bits per byte' if encoding else ''))
@@ -582,7 +591,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
             seconds, mark = seconds + span, mark + span
             speed, memory = since * config.batch_tokens / span, hardware.peak_memory_gb(device)
             eta = (config.max_steps - step) * config.batch_tokens / speed
-            log.line('metrics.jsonl', kind='train', step=step, tokens=step * config.batch_tokens, loss=last_loss, lr=lr, wd=wd,
+            log.line('metrics.jsonl', kind='train', step=step, tokens=tokens_at(step), loss=last_loss, lr=lr, wd=wd,
                      grad_norm=norm, tokens_per_s=speed, mfu=per_token * speed / (peak * group.world) if peak else None,
                      mem_gb=memory, loader_wait=(batches.wait - waited) / span, **measured)
             log.say(f'step {step:,}/{config.max_steps:,} ({100 * step / config.max_steps:.0f} %)  loss {last_loss:.4f}  lr {lr:.2e}  '
@@ -597,7 +606,7 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
         log.say(f'interrupted at step {step:,}, saved {saved}: go on with the same command and --resume=auto')
         return 75
     status('finished', loss=last_loss)
-    log.say(f'finished: {step:,} steps, {step * config.batch_tokens / 1e6:.1f}M tokens in {seconds / 60:.1f} minutes of training; '
+    log.say(f'finished: {step:,} steps, {tokens_at(step) / 1e6:.1f}M tokens in {seconds / 60:.1f} minutes of training; '
             + (f'best validation loss {best:.4f} at step {best_step:,}' if math.isfinite(best) else f'last loss {last_loss}'))
     if saved and encoding:
         log.say(f'sample from it: {Path(sys.executable).name} sample.py {out} --num=3')

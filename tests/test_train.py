@@ -21,6 +21,7 @@ import torch
 import checkpoint
 import prepare
 import sample
+import schedule as schedules
 import train
 from configurator import UserError
 from data import TokenData
@@ -492,6 +493,58 @@ def test_changed_knobs_are_shown_and_take_effect_after_a_resume(corpus, tmp_path
     assert {(line['lr'], line['wd']) for line in lines(tmp_path / 'run', 'train')} == {(1e-2, 0.3)}
     groups = checkpoint.find(tmp_path / 'run')[1]['optimizer']['param_groups']
     assert [(group['betas'], group['weight_decay']) for group in groups] == [((0.9, 0.99), 0.3), ((0.9, 0.99), 0.0)]
+
+
+@pytest.mark.parametrize('batch_tokens', [64, 256])
+def test_a_resume_with_another_batch_reads_every_window_once_and_counts_its_tokens(corpus, tmp_path, whole, batch_tokens):
+    seen = tmp_path / 'seen'
+
+    def record_windows():
+        gather = TokenData.gather
+
+        def recorded(self, split, windows):
+            if split == 'train':
+                with open(seen, 'a') as file:
+                    file.write(json.dumps(windows.tolist()) + '\n')
+            return gather(self, split, windows)
+        TokenData.gather = recorded
+
+    words = [corpus, tmp_path / 'run', '--eval_interval=0', '--sample_interval=0']
+    assert finish(arguments(*words, '--max_steps=8', '--schedule=constant'), record_windows)[0] == 0
+    more = [f'--batch_tokens={batch_tokens}', '--max_steps=16', '--schedule=constant']
+    code, said = finish(arguments(*words, *more, '--resume=auto'), record_windows)
+    assert code == 0 and f'8 more steps end the run at {8 * 128 + 8 * batch_tokens:,} tokens (at 128 tokens a step: 2,048)' in said
+    windows = [window for line in seen.read_text().splitlines() for window in json.loads(line)]
+    assert len(windows) == (8 * 128 + 8 * batch_tokens) // 16
+    n = TokenData(corpus, 16, 300).n_windows
+    epochs = [windows[start:start + n] for start in range(0, len(windows), n)]
+    assert len(windows) > 64 and all(len(set(epoch)) == len(epoch) for epoch in epochs)
+    assert [line['tokens'] for line in lines(tmp_path / 'run', 'train')][7:10] == [1024, 1024 + batch_tokens, 1024 + 2 * batch_tokens]
+    state = checkpoint.find(tmp_path / 'run')[1]
+    assert state['tokens'] == 1024 + 8 * batch_tokens and state['windows'] == state['tokens'] // 16
+    code, said = finish(arguments(*words, *more, '--max_steps=17', '--resume=auto'), record_windows)  # not by today's batch either
+    assert code == 0 and lines(tmp_path / 'run', 'train')[-1]['tokens'] == 1024 + 9 * batch_tokens
+
+
+def test_what_a_changed_option_means_for_the_rest_of_a_run_is_said(corpus, tmp_path, whole):
+    first = checkpoint.steps(whole / 'checkpoints')[0]
+    words = ['--seed=2', '--max_steps=80', '--eval_tokens=128', f'--resume={first}']
+    code, said = finish(arguments(corpus, tmp_path / 'run', *words))
+    assert code == 0, said
+    step = checkpoint.load(first)['step']
+    old, new = (schedules.schedule(step, train.load(arguments(corpus, 'x', f'--max_steps={n}')))[0] for n in (40, 80))
+    assert f'the learning rate goes on at {new:.3g}; before these changes it would have been {old:.3g}' in said
+    assert 'another seed is another order of the data' in said and 'validation losses can\'t be compared' in said
+    code, said = finish(arguments(corpus, tmp_path / 'same', f'--resume={first}'))
+    assert code == 0 and 'goes on at' not in said and 'another order' not in said and 'compared' not in said
+
+
+def test_a_run_that_repeats_its_data_says_so(corpus, tmp_path):
+    data = TokenData(corpus, 16, 300)
+    assert data.repeats(data.n_windows * 16) is None
+    assert data.repeats(data.n_windows * 40).startswith('this run reads its training data 2.5 times: to see no text twice')
+    code, said = finish(arguments(corpus, tmp_path / 'run', '--max_steps=400', '--plan'))
+    assert code == 0 and f'reads its training data {400 * 128 / 16 / data.n_windows:.1f} times' in said
 
 
 def test_two_stages_keep_checkpoints_on_both_sides_of_the_boundary(corpus, tmp_path):

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
+from workspace import stamp
 
 DATASETS = ('pylib', 'wikitext2', 'wikitext103', 'fineweb_edu')  # and text:PATH
 FINEWEB = 'HuggingFaceFW/fineweb-edu'
@@ -50,6 +51,10 @@ CHECKED = 1000  # up to so many files are all opened before the first is read
 GO_ON = ' (--bad_text=skip or replace goes on)'
 RETRIES = 5  # times that a fault of the network is waited out, for 1, 2, 4, 8 and 16 s; documents that arrive start the count anew
 HOPELESS = 15  # seconds: where not one row has come so long after the start there is no network, and nothing more to wait for
+
+
+class SourceMissing(UserError):
+    """There is no file of the corpus at the path that was named."""
 
 
 class Document(NamedTuple):
@@ -67,38 +72,44 @@ class Corpus:
     progress: Callable = lambda position: None  # 0 to 1: how far through the corpus a position is, None where unknown
     own_splits: bool = False
     test: Callable = lambda: None  # the whole raw test split where there is one, as one str
+    inputs: str | None = None  # stamp() of the source files, where there are any on this machine
+    check: Callable = lambda: None  # opens the source files, as far as that is quick. Raises UserError
 
 
-def open_corpus(config):
+def open_corpus(config, check=True):
     """
-    The Corpus that config.dataset names, its files checked as far as that is quick. Raises UserError. Nothing is asked of the
-    network before documents(): who has the prepared data already needs none.
+    The Corpus that config.dataset names. Raises UserError, SourceMissing where its files are not there. check=False: files are only
+    listed, for meta.json to be compared with, and not opened. Nothing is asked of the network before documents().
     """
     kind, colon, path = config.dataset.partition(':')
     if kind == 'text' and colon:
-        return text_corpus(config, path)
-    if config.dataset == 'pylib':
-        return pylib_corpus()
-    if config.dataset == 'fineweb_edu':
-        return fineweb_corpus(config)
-    if config.dataset in SUBSETS:
-        return wikitext_corpus(config)
-    raise UserError(f"--dataset={config.dataset}: unknown, expected {', '.join(DATASETS)} or text:PATH")
+        corpus = text_corpus(config, path)
+    elif config.dataset == 'pylib':
+        corpus = pylib_corpus()
+    elif config.dataset == 'fineweb_edu':
+        corpus = fineweb_corpus(config)
+    elif config.dataset in SUBSETS:
+        corpus = wikitext_corpus(config)
+    else:
+        raise UserError(f"--dataset={config.dataset}: unknown, expected {', '.join(DATASETS)} or text:PATH")
+    if check:
+        corpus.check()
+    return corpus
 
 
 # The library of this Python
 
 def pylib_corpus():
-    sources = pylib_sources()
+    count = cache(lambda: len(pylib_sources()))
 
     def documents(position=None):
-        first = 0 if position is None else position + 1
+        sources, first = pylib_sources(), 0 if position is None else position + 1
         for index in range(first, len(sources)):
             text = sources[index]()
             yield Document(text, '' if text is not None else 'unreadable', None, index)
 
     return Corpus({'dataset': 'pylib', 'python': f'{platform.python_implementation()} {platform.python_version()}'}, '', documents,
-                  lambda position: 0 if position is None else (position + 1) / len(sources))
+                  lambda position: 0 if position is None else (position + 1) / count())
 
 
 def pylib_sources():
@@ -166,7 +177,6 @@ def c_docstrings(name):
 
 def text_corpus(config, path):
     files, field = find_files(path, ('txt', 'jsonl', 'parquet')), config.text_field
-    check_files(files, field, config.bad_text)
     source = {'dataset': config.dataset} | sizes(files)
     if any(kind(file) in ('jsonl', 'parquet') for file in files):
         source['text_field'] = field
@@ -175,7 +185,8 @@ def text_corpus(config, path):
         for row, dropped, end in file_rows(files, field, config.bad_text, position):
             yield Document(row and row[field], dropped, None, end)
 
-    return Corpus(source, '', documents, partial(file_progress, files))
+    return Corpus(source, '', documents, partial(file_progress, files), inputs=stamp(files),
+                  check=partial(check_files, files, field, config.bad_text))
 
 
 def find_files(path, kinds):
@@ -192,7 +203,7 @@ def find_files(path, kinds):
     files = sorted(file for file in files if file.is_file())
     if not files:
         endings = ', '.join(f'.{kind}' for kind in kinds)
-        raise UserError(f'{path}: no such file, and no directory or glob with {endings} files (.gz or .zst too, except .parquet)')
+        raise SourceMissing(f'{path}: no such file, and no directory or glob with {endings} files (.gz or .zst too, except .parquet)')
     return files
 
 
@@ -428,11 +439,12 @@ def installed(name):
 
 def fineweb_corpus(config):
     """The documents with an educational score of at least min_score: streamed, or from downloaded files at config.source."""
-    field, scores = config.text_field, ('int_score', 'score')
+    field, scores, inputs = config.text_field, ('int_score', 'score'), None
     source = {'dataset': config.dataset, 'min_score': config.min_score}
     if config.source:
         files = find_files(config.source, ('jsonl', 'parquet'))
         source |= {'source': config.source, **sizes(files)}
+        inputs = stamp(files)
         stream = local(config.dataset, files, field, scores)
     else:
         source |= {'subset': config.subset}
@@ -449,13 +461,14 @@ def fineweb_corpus(config):
                     dropped = 'low_score'
             yield Document(None if dropped else row[field], dropped, None, end)
 
-    return Corpus(source, f'educational score >= {config.min_score:g}', documents, stream.progress)
+    return Corpus(source, f'educational score >= {config.min_score:g}', documents, stream.progress, inputs=inputs,
+                  check=partial(installed, 'datasets'))
 
 
 def wikitext_corpus(config):
     """WikiText's articles in its own splits: streamed, or from files at config.source (.parquet, .jsonl, .txt, wiki.train.raw)."""
     subset, field = SUBSETS[config.dataset], config.text_field
-    source = {'dataset': config.dataset, 'subset': subset}
+    source, inputs = {'dataset': config.dataset, 'subset': subset}, None
     if config.source:
         files, tables = wikitext_files(config.source, subset), {}
         for split, found in files.items():
@@ -463,7 +476,9 @@ def wikitext_corpus(config):
                 tables[split] = local(config.dataset, found, field)
             else:
                 check_files(found, field, config.bad_text)
-        source |= {'source': config.source, **sizes([file for found in files.values() for file in found])}
+        everything = [file for found in files.values() for file in found]
+        source |= {'source': config.source, **sizes(everything)}
+        inputs = stamp(everything)
     else:
         names = {'train': 'train', 'val': 'validation', 'test': 'test'}
         tables = {split: hub(config.dataset, WIKITEXT, subset, name, field) for split, name in names.items()}
@@ -482,7 +497,8 @@ def wikitext_corpus(config):
                 yield Document(text, dropped, name, [name, end])
             start = None
 
-    return Corpus(source, '', documents, own_splits=True, test=lambda: ''.join(line for line, *_ in split_lines('test')))
+    return Corpus(source, '', documents, own_splits=True, test=lambda: ''.join(line for line, *_ in split_lines('test')),
+                  inputs=inputs, check=partial(installed, 'datasets') if tables else lambda: None)
 
 
 def wikitext_files(folder, subset):
@@ -560,7 +576,6 @@ class Stream:
     """The rows of datasets.load_dataset(**arguments, streaming=True). `total`: how many there are, 0: what the library says."""
 
     def __init__(self, name, where, field, one_of, arguments, remedy, total=0):
-        installed('datasets')
         self.name, self.where, self.field, self.one_of = name, where, field, one_of
         self.arguments, self.remedy, self.total = arguments, remedy, total
 

@@ -26,16 +26,34 @@ HASHED_BYTES = 2 * 10**9  # hashing 20 GB at every start would take a minute: ab
 GAMMA = 0x9e3779b97f4a7c15  # 2^64 / golden ratio: keeps `mix` away from its fixed point 0
 
 
-def data_dir(dataset, tokenizer='bpe', root='data'):
+def data_dir(dataset, tokenizer='bpe', root='data', max_tokens=0, vocab_size=8192, **options):
     """
-    Where prepare.py puts a corpus: pylib -> data/pylib, with GPT-2's tokenizer data/pylib-gpt2, text:my/notes ->
-    data/text-my-notes-<hash>; a path ('data/x', with its slash) is itself.
+    Where prepare.py puts a corpus. Every option that isn't the default is part of the name, so that no two preparations share a
+    directory: pylib -> data/pylib, with GPT-2's tokenizer data/pylib-gpt2, 500M tokens of fineweb_edu in a vocabulary of 32,000
+    -> data/fineweb_edu-500M-32000, text:my/notes -> data/text-my-notes-<hash>. A path ('data/x', with its slash) is itself.
     """
     kind, colon, path = dataset.partition(':')
     if not colon and '/' in dataset:
         return Path(dataset)
-    name = f'{kind}-{slug(path)}' if colon else dataset
-    return Path(root) / (name if tokenizer == 'bpe' else f"{name}-{tokenizer if tokenizer == 'gpt2' else slug(tokenizer)}")
+    words = [f'{kind}-{slug(path)}' if colon else dataset]
+    if max_tokens:
+        words.append(short_number(max_tokens))
+    if tokenizer != 'bpe':
+        words.append('gpt2' if tokenizer == 'gpt2' else slug(tokenizer))
+    elif vocab_size != 8192:
+        words.append(str(vocab_size))
+    for key, value in options.items():
+        plain = re.fullmatch(r'[\w.]+', str(value), re.ASCII)
+        words.append(f'{key}-{value if plain else slug(str(value))}')
+    return Path(root, '-'.join(words))
+
+
+def short_number(n):
+    """500_000_000 -> '500M', 2_500_000 -> '2500k', 1_234_567 -> '1234567': as short as it is exact."""
+    for unit, size in (('B', 10**9), ('M', 10**6), ('k', 10**3)):
+        if n % size == 0:
+            return f'{n // size}{unit}'
+    return str(n)
 
 
 def slug(path):

@@ -33,7 +33,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ import numpy as np
 
 import tokenizer
 from configurator import UserError, load, read_json, run
-from corpus import DATASETS, count_words, open_corpus
+from corpus import DATASETS, SourceMissing, count_words, open_corpus
 from data import VERSION, data_dir
 from tokenizer import load_tokenizer, token_bytes
 from workspace import Bins, Seen, compare, fsync, is_prepared, now, publish, workspace, write_json
@@ -130,6 +130,14 @@ class PathConfig:
                 yield f'--{key}={getattr(self, key)}: must not be negative'
 
 
+def directory(config):
+    """Where the preparation that `config` asks for goes, unless --out names another place."""
+    ignored = {'dataset', 'tokenizer', 'vocab_size', 'max_tokens', 'shard', 'out', 'num_proc'}  # named otherwise, or without effect
+    options = {field.name: getattr(config, field.name) for field in fields(PrepareConfig)
+               if field.name not in ignored and getattr(config, field.name) != field.default}
+    return data_dir(config.dataset, config.tokenizer, max_tokens=config.max_tokens, vocab_size=config.vocab_size, **options)
+
+
 def is_path(dataset):
     """Whether this is a directory that was prepared already, as in pack --dataset=data/x."""
     return '/' in dataset and (Path(dataset) / 'meta.json').is_file()
@@ -147,7 +155,7 @@ def main(argv):
 
 def prepare_command(argv):
     config = load(argv, PrepareConfig, usage=__doc__)
-    out = Path(config.out) if config.out else data_dir(config.dataset, config.tokenizer)
+    out = Path(config.out) if config.out else directory(config)
     if config.dataset.startswith('shards:'):
         import shards
         vocab_size = config.vocab_size if config.origin['vocab_size'] != 'default' else 0
@@ -161,7 +169,7 @@ def pack_command(argv):
     if not config.out:
         raise UserError('--out: name the directory to make: python prepare.py pack --dataset=NAME --row=32768 --out=DIR')
     import shards
-    bins = data_dir(config.dataset, config.tokenizer)
+    bins = directory(config)
     if not is_path(config.dataset):
         prepare(config, bins)
     shards.pack(bins, config.row, Path(config.out), config.rows_per_shard)
@@ -206,11 +214,11 @@ def prepare(config, out):
     start = time.time()
     corpus = open_corpus(config)
     content = make_tokenizer(config)
-    filters = ', '.join(filter(None, ('' if corpus.own_splits else 'no exact duplicates, no empty documents', corpus.filter)))
-    request = {'version': VERSION, 'source': corpus.source, 'filter': filters, 'seed': config.seed,
-               'val_ratio': None if corpus.own_splits else config.val_ratio, 'max_tokens': config.max_tokens,
-               'max_documents': config.max_documents, 'bad_text': config.bad_text, 'tokenizer': tokenizer.label(content),
-               'vocab_size': load_tokenizer(content).n_vocab if content else config.vocab_size}
+    vocab_size = load_tokenizer(content).n_vocab if content else config.vocab_size
+    if vocab_size != config.vocab_size and config.origin['vocab_size'] != 'default':
+        raise UserError(f'--vocab_size={config.vocab_size}: --tokenizer={config.tokenizer} has {vocab_size} tokens: '
+                        'leave --vocab_size out')
+    request = make_request(config, corpus, tokenizer.label(content), vocab_size)
     if is_prepared(out, request, bool(config.shard)):
         print(f'{out} is already prepared: nothing to do')
         return
@@ -227,16 +235,44 @@ def prepare(config, out):
     summary(out)
     if config.shard:
         join(whole)
+    elif not config.out:
+        print(f'train on it: python train.py config/trix_tiny.py --dataset={out}'
+              + (f' --vocab_size={vocab_size}' if vocab_size != 8192 else ''))
+
+
+def make_request(config, corpus, label, vocab_size):
+    """What meta.json says of a preparation before it is made: all that decides what will be in it."""
+    filters = ', '.join(filter(None, ('' if corpus.own_splits else 'no exact duplicates, no empty documents', corpus.filter)))
+    request = {'version': VERSION, 'source': corpus.source, 'filter': filters, 'seed': config.seed,
+               'val_ratio': None if corpus.own_splits else config.val_ratio, 'max_tokens': config.max_tokens,
+               'max_documents': config.max_documents, 'bad_text': config.bad_text, 'tokenizer': label, 'vocab_size': vocab_size}
+    return request | {'inputs': corpus.inputs} if corpus.inputs else request
+
+
+def check_prepared(config, path):
+    """
+    Raises UserError where the prepared directory at `path` holds anything but what `config` asks for: another corpus, files that
+    were changed since, another tokenizer, other options. Says so where the files aren't there any more to compare with.
+    """
+    try:
+        corpus = open_corpus(config, check=False)
+    except SourceMissing as error:
+        print(f'{error}. Using what was prepared from it in {path}', flush=True)
+        return
+    if config.tokenizer == 'gpt2':  # known without the file, which may have to be downloaded
+        label, vocab_size = 'gpt2', 50_257
+    else:
+        content = make_tokenizer(config)
+        label, vocab_size = tokenizer.label(content), load_tokenizer(content).n_vocab if content else config.vocab_size
+    compare(read_json(path / 'meta.json'), make_request(config, corpus, label, vocab_size), f'{path}: was prepared',
+            f'remove it to prepare it anew, or use it as it is by --dataset={path}')
 
 
 def make_tokenizer(config):
     """The content of tokenizer.json, or None where it is to be trained on the corpus."""
     if config.tokenizer == 'bpe':
         return None
-    content = tokenizer.gpt2() if config.tokenizer == 'gpt2' else tokenizer.from_file(config.tokenizer)
-    if (n := load_tokenizer(content).n_vocab) != config.vocab_size and config.origin['vocab_size'] != 'default':
-        raise UserError(f'--vocab_size={config.vocab_size}: --tokenizer={config.tokenizer} has {n} tokens: leave --vocab_size out')
-    return content
+    return tokenizer.gpt2() if config.tokenizer == 'gpt2' else tokenizer.from_file(config.tokenizer)
 
 
 def build(config, corpus, content, request, work, start):
@@ -491,7 +527,8 @@ def shard_of(config):
 def check_shards(out, request, n):
     """Raises UserError where shards that are prepared beside this one don't go with it."""
     for meta in out.glob('shard-*/meta.json'):
-        compare(read_json(meta), request | {'shard': f"{int(meta.parent.name[6:11])}/{n}"}, f'{meta.parent}: was prepared',
+        theirs = {**read_json(meta), 'inputs': request.get('inputs')}  # of other machines: other times of the same files
+        compare(theirs, request | {'shard': f"{int(meta.parent.name[6:11])}/{n}"}, f'{meta.parent}: was prepared',
                 'remove it, or choose another --out')
 
 
@@ -508,7 +545,7 @@ def join(out, ask=False):
         print(f'{need}: with all of them here, python prepare.py join {out}')
         return
     first = next(iter(metas.values()))
-    request = {key: value for key, value in first.items() if key not in ('shard', 'documents', 'files', 'test', 'created', 'seconds')}
+    request = {key: value for key, value in first.items() if key not in ('shard', 'inputs', 'documents', 'files', 'test', 'created', 'seconds')}
     tokenizers = {name: read_json(out / name / 'tokenizer.json') for name in metas}
     for name, meta in metas.items():
         compare(meta, request | {'shard': f'{int(name[6:11])}/{n}'}, f'{out / name}: was prepared', 'it is no part of this corpus')

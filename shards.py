@@ -33,7 +33,7 @@ import numpy as np
 import tokenizer
 from configurator import UserError, columns, read_json
 from data import VERSION, TokenData
-from workspace import clear, fsync, is_prepared, now, publish, workspace, write_json
+from workspace import clear, compare, fsync, is_prepared, now, publish, stamp, workspace, write_json
 
 LARGEST_VOCAB = 2**24  # where no vocabulary is given, larger ids are taken for something else
 BLOCK = 2**23  # bytes that are read at a time
@@ -320,9 +320,7 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
     if beside.exists():
         content = tokenizer.from_file(beside)
         encoding = tokenizer.load_tokenizer(content)
-    size = sum(file.stat().st_size for file in files if file.exists())
-    request = {'version': VERSION, 'kind': 'shards', 'source': {'dataset': f'shards:{path}', 'files': len(files), 'bytes': size},
-               'seed': seed, 'val_ratio': val_ratio, 'given_vocab_size': vocab_size,
+    request = {'version': VERSION, 'kind': 'shards', **source_of(path, files), 'seed': seed, 'val_ratio': val_ratio, 'given_vocab_size': vocab_size,
                'tokenizer': tokenizer.label(content) if content else None}
     if is_prepared(out, request):
         say(f'{out}: split already, nothing to do')
@@ -346,6 +344,20 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
     counts = [f'{sum(rows for *_, rows in dealt):,} {part} rows of {len(dealt):,} files' for part, dealt in parts.items()]
     say(f"{out}: {', '.join(counts)}")
     return meta
+
+
+def source_of(path, files):
+    """What meta.json says about the files that were split."""
+    there = [file for file in files if file.exists()]
+    size = sum(file.stat().st_size for file in there)
+    return {'source': {'dataset': f'shards:{path}', 'files': len(files), 'bytes': size}, 'inputs': stamp(there)}
+
+
+def check_split(path, out):
+    """Raises UserError where the files at `path` have changed since they were split into the directory `out`."""
+    path = Path(path).expanduser()
+    compare(read_json(out / 'meta.json'), source_of(path, find_shards(path)), f'{out}: was prepared',
+            f'remove it to split them anew, or use it as it is by --dataset={out}')
 
 
 def deal(checked, val_ratio, seed, say):

@@ -27,6 +27,7 @@ import configurator
 import device as hardware
 import parallel
 import plan
+import prepare as preparation
 import profiling
 import runlog
 import schedule as schedules
@@ -38,8 +39,9 @@ from hints import hints
 from interrupt import Interrupt, Overdue, wanted_signals
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, make_optimizers, set_rates
+from prepare import PrepareConfig
 from sample import sample_grid
-from shards import open_data
+from shards import check_split, open_data
 from tokenizer import load_tokenizer, token_bytes
 
 
@@ -187,27 +189,54 @@ def micro_batches(config, world):
 # Before the loop
 
 def find_data(config, prepare=True):
-    """What loads the tokens that config.dataset names; prepared now if they are missing and can be, or (prepare=False) None then."""
-    path, name, shards = data_dir(config.dataset, config.tokenizer), config.dataset, config.dataset.startswith('shards:')
-    if shards and (Path(name[7:]) / 'meta.json').is_file():
-        path = Path(name[7:])  # made by prepare.py pack or split
-    can_prepare, bpe = name in DATASETS or name.startswith(('text:', 'shards:')), not shards and config.tokenizer == 'bpe'
-    if can_prepare and bpe and (path / 'meta.json').is_file() and read_json(path / 'meta.json').get('vocab_size') != config.vocab_size:
-        path = path.with_name(f'{path.name}-{config.vocab_size}')  # the same corpus in another vocabulary
-    if not prepare and not (path / 'meta.json').is_file():
+    """
+    What loads the tokens that config.dataset names. They are prepared now if they are missing and can be; prepare=False: None then.
+    UserError where a prepared directory holds anything but what the config asks for.
+    """
+    name = config.dataset
+    if name.startswith('shards:'):
+        rows = Path(name.removeprefix('shards:')).expanduser()
+        if (rows / 'meta.json').is_file():  # made by prepare.py pack or split
+            return open_data(rows, config.block_size, config.vocab_size)
+        path, check = data_dir(name), lambda: check_split(rows, path)
+        words = [f'--vocab_size={config.vocab_size}']
+    elif name in DATASETS or name.startswith('text:'):
+        wanted = PrepareConfig(dataset=name, tokenizer=config.tokenizer)
+        words = [f'--tokenizer={config.tokenizer}']
+        if config.tokenizer == 'bpe':
+            wanted.vocab_size = config.vocab_size
+            words += [f'--vocab_size={config.vocab_size}']
+        if name == 'fineweb_edu':
+            wanted.max_tokens = enough_tokens(config.max_steps * config.batch_tokens)
+            words += [f'--max_tokens={wanted.max_tokens}']
+        path, check = preparation.directory(wanted), lambda: preparation.check_prepared(wanted, path)
+    else:
+        path = data_dir(name)
+        if not prepare and not path.is_dir():
+            return None
+        if not path.is_dir():
+            raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH and '
+                            'shards:DIR: bring the tokens there, or choose --dataset=pylib')
+        return open_data(path, config.block_size, config.vocab_size)
+
+    if (path / 'meta.json').is_file():
+        check()
+    elif not prepare:
         return None
-    if can_prepare and not (path / 'meta.json').is_file():
-        runlog.speak(f'{path} is not there yet: preparing {name} (once; under a minute for pylib)')
-        command = [sys.executable, str(Path(__file__).with_name('prepare.py')), f'--dataset={name}', f'--out={path}']
-        command += [f'--vocab_size={config.vocab_size}'] if bpe or shards else [f'--tokenizer={config.tokenizer}']
-        if name == 'fineweb_edu':  # as much of it as the run reads
-            command += [f'--max_tokens={config.max_steps * config.batch_tokens + 1}']
+    else:
+        runlog.speak(f'No prepared data at {path}: preparing {name} (one-time; under a minute for pylib)')
+        if others := sorted(str(file.parent) for file in path.parent.glob('fineweb_edu*/meta.json')) if name == 'fineweb_edu' else []:
+            runlog.speak(f'  prepared already, for --dataset=DIR: {", ".join(others)}')
+        command = [sys.executable, str(Path(__file__).with_name('prepare.py')), f'--dataset={name}', f'--out={path}', *words]
         if code := subprocess.run(command).returncode:
             sys.exit(code)  # prepare.py has said why
-    if not path.is_dir() and not can_prepare:
-        raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH and '
-                        'shards:DIR: bring the tokens there, or choose --dataset=pylib')
     return open_data(path, config.block_size, config.vocab_size)
+
+
+def enough_tokens(tokens):
+    """What to prepare for a run of so many tokens: at least one more, rounded up to two digits, so that similar runs share it."""
+    unit = 10 ** max(0, len(str(tokens + 1)) - 2)
+    return -(-(tokens + 1) // unit) * unit
 
 
 def find_teacher(config, data, device):

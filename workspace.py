@@ -38,10 +38,24 @@ def is_prepared(out, request, sharded=False):
 
 def compare(old, request, where, remedy):
     """Raises UserError where what was prepared isn't what is asked for."""
-    usual = {'tokenizer': 'bpe', 'max_documents': 0, 'bad_text': 'refuse'}  # of directories from before there were these choices
+    # Directories from before there were these choices. Files without a record of their times are taken for the same.
+    old = {'tokenizer': 'bpe', 'max_documents': 0, 'bad_text': 'refuse', 'inputs': request.get('inputs')} | old
     for key, value in request.items():
-        if (was := old.get(key, usual.get(key))) != value:
-            raise UserError(f'{where} with {key} {was!r}, not {value!r}: {remedy}')
+        before = old.get(key)
+        if before == value:
+            continue
+        if key == 'inputs':
+            raise UserError(f'{where} before its source files were changed: {remedy}')
+        if isinstance(before, dict) and isinstance(value, dict):  # what differs is enough
+            before, value = [{k: v for k, v in one.items() if (k, v) not in other.items()}
+                             for one, other in ((before, value), (value, before))]
+        raise UserError(f'{where} with {key} {before!r}, not {value!r}: {remedy}')
+
+
+def stamp(files):
+    """A digest of the names, sizes and modification times of files: it changes when any of them is edited or replaced."""
+    listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return hashlib.sha256(os.fsencode(repr(listing))).hexdigest()[:16]
 
 
 @contextmanager

@@ -1,6 +1,9 @@
+import dataclasses
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import data
 import prepare
 import workspace
 from configurator import UserError
@@ -569,3 +573,83 @@ def test_ctrl_c_reaches_the_parent_alone(corpus, tmp_path):
 def test_prepare_starts_without_torch():
     process = start('import prepare, sys; print("torch" in sys.modules)')
     assert process.communicate()[0] == 'False\n'
+
+
+# A directory holds exactly what is asked for
+
+def asked(**options):
+    """What train.py asks for."""
+    return prepare.PrepareConfig(**{'vocab_size': 300, **options})
+
+
+def test_every_option_that_changes_the_result_is_in_the_name_of_its_directory():
+    ignored = {'out', 'num_proc', 'shard'}
+    other = {'dataset': 'wikitext2', 'tokenizer': 'gpt2', 'bad_text': 'skip', 'source': 'some/where', 'subset': 'x', 'text_field': 'y'}
+    names = {prepare.directory(prepare.PrepareConfig())}
+    assert names == {Path('data/pylib')}
+    options = [field for field in dataclasses.fields(prepare.PrepareConfig) if field.name not in ignored]
+    for field in options:
+        value = other.get(field.name) or (field.default + 1 if isinstance(field.default, int) else
+                                          field.default / 2 if isinstance(field.default, float) else 'utf-16')
+        names.add(prepare.directory(prepare.PrepareConfig(**{field.name: value})))
+    assert len(names) == 1 + len(options) and not [name for name in names if len(name.parts) != 2]
+    assert prepare.directory(asked(dataset='fineweb_edu', vocab_size=32_000, max_tokens=500_000_000)) == Path('data/fineweb_edu-500M-32000')
+    assert prepare.directory(asked(vocab_size=4096, val_ratio=0.1)) == Path('data/pylib-4096-val_ratio-0.1')
+    assert [data.short_number(n) for n in (2_500_000, 1_234_567, 3_000_000_000, 7)] == ['2500k', '1234567', '3B', '7']
+
+
+@pytest.mark.parametrize('change', ['edited', 'touched', 'added', 'same size'])
+def test_a_corpus_that_changed_since_it_was_prepared_is_refused(tmp_path, change):
+    files = tmp_path / 'files'
+    files.mkdir()
+    write_jsonl(files / 'a.jsonl', texts(150))
+    out = prepared(files, tmp_path / 'out')
+    prepare.check_prepared(asked(dataset=f'text:{files}', val_ratio=0.2), out)
+    if change == 'added':
+        write_jsonl(files / 'b.jsonl', ['more'])
+    elif change == 'touched':
+        os.utime(files / 'a.jsonl', ns=(0, 0))
+    elif change == 'edited':
+        write_jsonl(files / 'a.jsonl', texts(151))
+    else:
+        text = (files / 'a.jsonl').read_text()
+        (files / 'a.jsonl').write_text(text.replace('e', 'f'))
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir())
+    with pytest.raises(UserError, match=f"{out}: was prepared (with source|before its source files were changed).*: remove it to prepare it "
+                                        f"anew, or use it as it is by --dataset={out}"):
+        prepare.check_prepared(asked(dataset=f'text:{files}', val_ratio=0.2), out)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir()) == before
+
+
+def test_a_corpus_that_is_gone_is_used_as_it_was_prepared_and_that_is_said(corpus, tmp_path, capsys):
+    out = prepared(corpus, tmp_path / 'out')
+    corpus.unlink()
+    prepare.check_prepared(asked(dataset=f'text:{corpus}', val_ratio=0.2), out)
+    assert f'{corpus}: no such file' in (said := capsys.readouterr().out) and f'Using what was prepared from it in {out}' in said
+
+
+def test_another_tokenizer_under_the_same_path_is_refused(corpus, tmp_path):
+    first, second = (prepared(corpus, tmp_path / str(n), vocab_size=n) for n in (300, 310))
+    path = shutil.copy(first / 'tokenizer.json', tmp_path)
+    out = prepared(corpus, tmp_path / 'out', tokenizer=path, vocab_size=300)
+    wanted = asked(dataset=f'text:{corpus}', tokenizer=str(path), val_ratio=0.2)
+    prepare.check_prepared(wanted, out)
+    shutil.copy(second / 'tokenizer.json', tmp_path)
+    with pytest.raises(UserError, match='was prepared with tokenizer .*, not .*remove it to prepare it anew'):
+        prepare.check_prepared(wanted, out)
+
+
+def test_directories_from_before_the_times_were_kept_are_used(corpus, tmp_path):
+    out = prepared(corpus, tmp_path / 'out')
+    content = meta(out)
+    del content['inputs']
+    (out / 'meta.json').write_text(json.dumps(content))
+    os.utime(corpus, ns=(0, 0))
+    prepare.check_prepared(asked(dataset=f'text:{corpus}', val_ratio=0.2), out)
+
+
+def test_pylib_of_another_python_is_refused(tmp_path):
+    request = prepare.make_request(asked(), prepare.open_corpus(asked()), 'bpe', 300)
+    (tmp_path / 'meta.json').write_text(json.dumps(request | {'source': {'dataset': 'pylib', 'python': 'CPython 3.1.4'}}))
+    with pytest.raises(UserError, match="was prepared with source {'python': 'CPython 3.1.4'}, not {'python': 'CPython 3"):
+        prepare.check_prepared(asked(), tmp_path)

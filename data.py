@@ -20,9 +20,9 @@ import numpy as np
 
 from configurator import UserError, read_json
 from tokenizer import load_tokenizer
+from verification import BinFile, verify
 
 VERSION = 1  # of meta.json
-HASHED_BYTES = 2 * 10**9  # hashing 20 GB at every start would take a minute: above this a file is checked batch by batch
 GAMMA = 0x9e3779b97f4a7c15  # 2^64 / golden ratio: keeps `mix` away from its fixed point 0
 
 
@@ -101,10 +101,13 @@ class TokenData:
     A prepared directory: .meta, .tokenizer (the content of tokenizer.json), .fingerprint, .train_tokens, .n_windows.
 
     Window i of a split covers the tokens [i*T, i*T + T + 1), T = block_size: inputs, and targets one further. Everything that
-    can be wrong with the directory is a UserError here; what is too big to read at every start is one in `batch`.
+    can be wrong with the directory is a UserError here.
+
+    verify: which bins are read as a whole, to compare their sha256 and to look for ids outside the vocabulary. 'once':
+    those that were not read since they last changed; 'always': all; 'never': none, for a caller who reads them anyway.
     """
 
-    def __init__(self, path, block_size, vocab_size):
+    def __init__(self, path, block_size, vocab_size, verify='once'):
         self.path, self.block_size = Path(path), block_size
         file = self.path / 'meta.json'
         self.again = f'remove {self.path} and prepare it again'
@@ -133,7 +136,7 @@ class TokenData:
 
         self.shards, self.starts, totals = {}, {}, {}
         for split, listed in entries.items():
-            self.shards[split] = [self.open(*entry) for entry in listed]
+            self.shards[split] = [self.open(name, tokens) for name, tokens, _ in listed]
             ends = np.cumsum([len(shard) for shard in self.shards[split]]).tolist()
             self.starts[split], totals[split] = [0, *ends[:-1]], ends[-1] if ends else 0
             if totals[split] < block_size + 1:
@@ -143,29 +146,24 @@ class TokenData:
         self.train_tokens = totals['train']
         self.n_windows = (totals['train'] - 1) // block_size
         self.n_val_windows = (totals['val'] - 1) // block_size
+        self.bins = {name: BinFile(sha256) for listed in entries.values() for name, _, sha256 in listed}
+        if verify != 'never':
+            self.verify(reread=verify == 'always')
 
-    def open(self, name, tokens, sha256):
-        """The ids of a bin, memory-mapped: size, sha256 and ids checked."""
+    def verify(self, reread):
+        """Read the bins that are not on record, or all of them (reread) -> {name: what verification.scan found}."""
+        return verify(self.path, self.bins, self.n_vocab, self.again, reread)
+
+    def open(self, name, tokens):
+        """The ids of a bin, memory-mapped, its size checked."""
         file = self.path / name
         try:
             if (size := file.stat().st_size) != 2 * tokens:
                 raise UserError(f'{file}: {size} bytes, but meta.json says {2 * tokens}: {self.again}')
             # A plain view: slices of a np.memmap object cost ten times as much. An empty file can't be mapped.
-            ids = np.asarray(np.memmap(file, '<u2', 'r')) if size else np.zeros(0, '<u2')
+            return np.asarray(np.memmap(file, '<u2', 'r')) if size else np.zeros(0, '<u2')
         except OSError as error:
             raise UserError(f'{file}: {error.strerror}: {self.again}')
-        if size <= HASHED_BYTES:
-            digest = hashlib.sha256()
-            for start in range(0, tokens, 2**22):
-                chunk = ids[start:start + 2**22]
-                digest.update(chunk)
-                if chunk.max() >= self.n_vocab:
-                    at = int(np.argmax(chunk >= self.n_vocab))
-                    raise UserError(f'{file}: id {chunk[at]} at position {start + at} is outside the vocabulary of '
-                                    f'{self.n_vocab}: {self.again}')
-            if digest.hexdigest() != sha256:
-                raise UserError(f'{file}: damaged, its sha256 is not the one in meta.json: {self.again}')
-        return ids
 
     def read(self, split, start, stop):
         """Tokens [start, stop) of a split, over as many shards as they lie in."""

@@ -39,6 +39,7 @@ class EvaluateConfig:
     test: bool = False  # also word-level perplexity on the test split of WikiText
     hellaswag: str = ''  # also HellaSwag, on this hellaswag_val.jsonl (download: it goes to data/; so does --hellaswag alone)
     items: int = 0  # of HellaSwag, the first ones (0: all)
+    verify: bool = False  # read all tokens again and compare their sha256, even if no file has changed since the last time
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
 
@@ -211,7 +212,8 @@ def open_validation(config, model, state):
     """The data that are asked for, with the run's tokenizer."""
     path = config.data or state['data'].get('path', '')
     try:
-        data = open_data(path, config.context or model.config.block_size, model.config.vocab_size)
+        data = open_data(path, config.context or model.config.block_size, model.config.vocab_size,
+                         'always' if config.verify else 'once')
     except UserError as error:
         raise UserError(*(problem.replace('--block_size', '--context') for problem in error.args))
     if data.tokenizer != state['tokenizer']:

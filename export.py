@@ -456,7 +456,7 @@ def huggingface_tokenizer(content):
 # Dense models as ternary ones
 
 # Knobs of a run that its recovery does not take over: places, what belongs to its own length, and its end.
-NOT_KEPT = ('out_dir', 'init_from', 'distill_from', 'anneal_steps', 'resume', 'other_data', 'plan', 'card_gb', 'profile', 'max_steps', 'warmup_steps',
+NOT_KEPT = ('out_dir', 'init_from', 'distill_from', 'anneal_steps', 'resume', 'other_data', 'verify', 'plan', 'card_gb', 'profile', 'max_steps', 'warmup_steps',
             'restart_steps', 'decay_steps', 'boundary_step', 'mandatory_steps', 'schedule', 'min_lr_ratio', 'eval_interval', 'save_interval',
             'sample_interval', 'log_interval', 'keep', 'device', 'dtype', 'compile', 'zero_init')
 

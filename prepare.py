@@ -44,6 +44,7 @@ from configurator import UserError, load, read_json, run
 from corpus import DATASETS, SourceMissing, count_words, open_corpus
 from data import VERSION, data_dir
 from tokenizer import load_tokenizer, token_bytes
+from verification import remember, unverified
 from workspace import Bins, Seen, compare, fsync, is_prepared, now, publish, workspace, write_json
 
 BATCH = 10**6  # bytes of text that a process encodes at a time
@@ -302,9 +303,16 @@ def build(config, corpus, content, request, work, start):
         fsync(work / 'test.txt')
         extra['test'] = {'name': 'test.txt', 'bytes': len(text.encode()), **count_words(text),
                          'sha256': hashlib.sha256(text.encode()).hexdigest()}
+    encoding = load_tokenizer(work)
+    remember(work, hashes_of(files), encoding.n_vocab)  # what was written right now need not be read
     write_json(work / 'meta.json', {
-        **request, 'eot_id': load_tokenizer(work).eot_token, 'documents': counts, 'files': files, **extra,
+        **request, 'eot_id': encoding.eot_token, 'documents': counts, 'files': files, **extra,
         'created': now(), 'seconds': round(time.time() - start, 1)})
+
+
+def hashes_of(files):
+    """{name: sha256} of the files of both splits, as meta.json describes them."""
+    return {file['name']: file['sha256'] for split in files.values() for file in split}
 
 
 def summary(out):
@@ -558,6 +566,12 @@ def join(out, ask=False):
         counts.update(meta['documents'])  # unlike a sum it keeps zeros
     test = {'test': {**first['test'], 'name': f"{next(iter(metas))}/{first['test']['name']}"}} if 'test' in first else {}
     write_json(out / 'tokenizer.json', next(iter(tokenizers.values())))
+    known = {}
+    for name, meta in metas.items():
+        hashes, n_vocab = hashes_of(meta['files']), meta['vocab_size']
+        unknown = unverified(out / name, hashes, n_vocab)  # files copied here are read when they are first used
+        known |= {f'{name}/{file}': sha256 for file, sha256 in hashes.items() if file not in unknown}
+    remember(out, known, first['vocab_size'])
     write_json(out / 'meta.json', {
         **request, 'shards': n, 'documents': counts, 'files': files, **test,
         'created': max(meta['created'] for meta in metas.values()),

@@ -109,7 +109,7 @@ def matched(shape, what, target):
     return key, step * min((low, high), key=lambda n: abs(measure(n) - target))
 
 
-PLACES = ('out_dir', 'resume', 'device', 'dtype', 'compile', 'other_data', 'sample_prompts')  # knobs that don't change what is learnt
+PLACES = ('out_dir', 'resume', 'device', 'dtype', 'compile', 'other_data', 'verify', 'sample_prompts')  # knobs that don't change what is learnt
 
 
 def trained(words):

@@ -33,10 +33,10 @@ import numpy as np
 import tokenizer
 from configurator import UserError, columns, read_json
 from data import VERSION, TokenData
+from verification import BLOCK, scan
 from workspace import clear, compare, fsync, is_prepared, now, publish, stamp, workspace, write_json
 
 LARGEST_VOCAB = 2**24  # where no vocabulary is given, larger ids are taken for something else
-BLOCK = 2**23  # bytes that are read at a time
 DTYPES = [f'{kind}int{size}' for kind in ('', 'u') for size in (8, 16, 32, 64)]
 # What the pickle of one plain tensor names: no other name gets as far as torch, whose weights_only knows many more.
 PICKLED = re.compile(r'torch\._utils _rebuild_tensor_v[23]|collections OrderedDict|torch (\w+Storage|u?int\d+)|'
@@ -150,45 +150,6 @@ def pt_header(source, size):
     return tuple(tensor.shape), str(tensor.dtype).removeprefix('torch.'), start + offset
 
 
-def blocks(source, size):
-    """The next `size` bytes of an open file, at most BLOCK at a time. Raises OSError if there are fewer."""
-    while size:
-        block = source.read(min(size, BLOCK))
-        if len(block) < min(size, BLOCK):
-            raise OSError('it became shorter while it was read')
-        size -= len(block)
-        yield block
-
-
-def scan(file, offset, count, dtype, limit):
-    """
-    Read a file with `count` ids from byte `offset` on -> {tokens, min_id, max_id, bytes, sha256, seen} as `check` has them.
-    Memory for a block and the vocabulary, whatever the size of the file. UserError names the first id outside range(limit).
-    """
-    digest, seen, low, high, at = hashlib.sha256(), np.zeros(2**16, bool), limit, 0, 0
-    try:
-        with open(file, 'rb') as source:
-            for block in blocks(source, offset):
-                digest.update(block)
-            for block in blocks(source, count * dtype.itemsize):
-                digest.update(block)
-                ids = np.frombuffer(block, dtype)
-                least, most = int(ids.min()), int(ids.max())
-                if least < 0 or most >= limit:
-                    k = int(np.argmax((ids < 0) | (ids >= limit)))
-                    raise UserError(f'{file}: id {ids[k]} at position {at + k:,} is outside the vocabulary of {limit:,}')
-                if most >= len(seen):
-                    seen = np.pad(seen, (0, most + 1 - len(seen)))
-                seen[ids] = True
-                low, high, at = min(low, least), max(high, most), at + len(ids)
-            while block := source.read(BLOCK):
-                digest.update(block)
-            size = source.tell()
-    except OSError as error:
-        raise UserError(f'{file}: {error.strerror or error}')
-    return {'tokens': count, 'min_id': low, 'max_id': high, 'bytes': size, 'sha256': digest.hexdigest(), 'seen': seen[:high + 1]}
-
-
 def check(file, vocab_size=0):
     """
     Read a whole shard -> {file, rows, length, dtype, tokens, min_id, max_id, bytes (of the file), sha256 (of the file), seen:
@@ -248,7 +209,7 @@ def validate(path, vocab_size=0, say=print):
     path = Path(path).expanduser()
     meta = read_json(path / 'meta.json') if (path / 'meta.json').is_file() else {}
     if meta and meta.get('kind') != 'shards':
-        return validate_bins(TokenData(path, 1, vocab_size or 2**16), say)
+        return validate_bins(TokenData(path, 1, vocab_size or 2**16, verify='never'), say)
     entries = {entry['name']: entry for entry in chain(*entries_of(meta, path).values())} if meta else {}
     vocab_size = vocab_size or (int(meta['vocab_size']) if meta else 0)
     files = find_shards(path)
@@ -270,16 +231,11 @@ def validate(path, vocab_size=0, say=print):
 
 
 def validate_bins(data, say):
-    """validate() for a TokenData, which has checked its files except for the hashes of very big ones."""
-    checked, seen, problems = [], np.zeros(0, bool), []
-    for entry in data.meta['files']['train'] + data.meta['files']['val']:
-        found = scan(data.path / entry['name'], 0, int(entry['tokens']), np.dtype('<u2'), data.n_vocab)
-        if found['sha256'] != entry['sha256']:
-            problems.append(f"{data.path / entry['name']}: damaged, its sha256 is not the one in meta.json: {data.again}")
+    """validate() for a TokenData."""
+    checked, seen = [], np.zeros(0, bool)
+    for name, found in data.verify(reread=True).items():
         seen = union(seen, found.pop('seen'))
-        checked.append({'file': data.path / entry['name'], 'rows': 0, 'length': 0, 'dtype': 'uint16', **found})
-    if problems:
-        raise UserError(*problems)
+        checked.append({'file': data.path / name, 'rows': 0, 'length': 0, 'dtype': 'uint16', **found})
     documents = data.meta.get('documents') or {}
     return summary('bin', checked, seen, data.n_vocab, say, documents.get('train', 0) + documents.get('val', 0))
 
@@ -394,7 +350,7 @@ def pack(data_path, row, out, rows_per_shard=100, say=print):
     """
     if row < 2 or rows_per_shard < 1:
         raise UserError(f'row={row}, rows_per_shard={rows_per_shard}: expected at least 2 tokens in a row and a row in a shard')
-    out, data = Path(out), open_data(data_path, 1, 2**16)
+    out, data = Path(out), open_data(data_path, 1, 2**16, verify='never')
     if isinstance(data, ShardData):
         raise UserError(f'{data_path}: shards already')
     request = {'version': VERSION, 'kind': 'shards', 'source': data.meta['source'], 'row': row, 'rows_per_shard': rows_per_shard,
@@ -474,10 +430,11 @@ class ShardData(TokenData):
     A window lies inside one row of L tokens. Where L - 1 is a multiple of T = block_size, a row has (L - 1) / T windows of T + 1
     tokens. Where L is one, a row has L / T windows of T tokens, and the last target of every window is -1, that is ignored: in all
     of them, although only the last one of a row has no next token, so that every micro-batch has the same number of targets and
-    any number of processes computes the same mean. Sizes and headers are checked here, ids in every batch.
+    any number of processes computes the same mean. Sizes and headers are checked here, ids in every batch; all of every file only
+    with verify='always'.
     """
 
-    def __init__(self, path, block_size, vocab_size):
+    def __init__(self, path, block_size, vocab_size, verify='once'):
         self.path, self.block_size = Path(path), block_size
         self.again = f'remove {self.path} and make it again'
         self.meta = read_json(self.path / 'meta.json')
@@ -506,6 +463,8 @@ class ShardData(TokenData):
             self.starts[split], rows[split] = [0, *ends[:-1]], ends[-1]  # the first row of every file, counted over the split
         self.train_tokens = rows['train'] * self.row
         self.n_windows, self.n_val_windows = rows['train'] * self.per_row, rows['val'] * self.per_row
+        if verify == 'always':
+            validate(self.path, say=lambda line: None)
 
     def open_shard(self, name, first, rows, bytes, sha256):
         """(file, dtype, byte at which its row `first` begins), its size and header checked."""
@@ -546,8 +505,8 @@ def nearest(row, block_size):
     return below[-1:] + above[:1]
 
 
-def open_data(path, block_size, vocab_size):
+def open_data(path, block_size, vocab_size, verify='once'):
     """The loader of a prepared directory: ShardData where meta.json says 'kind': 'shards', else TokenData. UserError as they."""
     file = Path(path) / 'meta.json'
     shards = file.is_file() and read_json(file).get('kind') == 'shards'
-    return (ShardData if shards else TokenData)(path, block_size, vocab_size)
+    return (ShardData if shards else TokenData)(path, block_size, vocab_size, verify)

@@ -94,6 +94,7 @@ class TrainConfig:
     anneal_steps: int = 0  # ffn=trix: steps over which a token's tiles come down from all of them to trix_top_k
     resume: str = ''  # auto: go on from the newest good checkpoint in out_dir, if any; or a checkpoint or run to go on from
     other_data: bool = False  # let --resume go on with other data than the checkpoint's
+    verify: bool = False  # read all tokens again and compare their sha256, even if no file has changed since the last time
     plan: bool = False  # show what the run takes (parameters, memory, time, disk) and its schedule, and end
     card_gb: float = 0.0  # --plan: for a GPU with so much memory, whether or not one is here (0: for this machine)
     profile: bool = False  # record three early steps with torch.profiler, and where the memory goes
@@ -188,16 +189,16 @@ def micro_batches(config, world):
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the loop
 
-def find_data(config, prepare=True):
+def find_data(config, prepare=True, verify='once'):
     """
     What loads the tokens that config.dataset names. They are prepared now if they are missing and can be; prepare=False: None then.
-    UserError where a prepared directory holds anything but what the config asks for.
+    UserError where a prepared directory holds anything but what the config asks for. verify: as TokenData has it.
     """
     name = config.dataset
     if name.startswith('shards:'):
         rows = Path(name.removeprefix('shards:')).expanduser()
         if (rows / 'meta.json').is_file():  # made by prepare.py pack or split
-            return open_data(rows, config.block_size, config.vocab_size)
+            return open_data(rows, config.block_size, config.vocab_size, verify)
         path, check = data_dir(name), lambda: check_split(rows, path)
         words = [f'--vocab_size={config.vocab_size}']
     elif name in DATASETS or name.startswith('text:'):
@@ -217,7 +218,7 @@ def find_data(config, prepare=True):
         if not path.is_dir():
             raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH and '
                             'shards:DIR: bring the tokens there, or choose --dataset=pylib')
-        return open_data(path, config.block_size, config.vocab_size)
+        return open_data(path, config.block_size, config.vocab_size, verify)
 
     if (path / 'meta.json').is_file():
         check()
@@ -230,7 +231,7 @@ def find_data(config, prepare=True):
         command = [sys.executable, str(Path(__file__).with_name('prepare.py')), f'--dataset={name}', f'--out={path}', *words]
         if code := subprocess.run(command).returncode:
             sys.exit(code)  # prepare.py has said why
-    return open_data(path, config.block_size, config.vocab_size)
+    return open_data(path, config.block_size, config.vocab_size, verify)
 
 
 def enough_tokens(tokens):
@@ -347,7 +348,9 @@ def main(argv):
 def train(config, group, device, dtype, why, rows, micro_steps, say, around):
     """The run -> exit code. `around` is an ExitStack that the caller leaves."""
     use_compile, why_compile = compiler.choose(config.compile, device, config.max_steps * config.batch_tokens)
-    data = group.first(lambda: find_data(config))
+    # With --verify one process of each machine reads everything; the others open what the main process has verified.
+    verify = 'always' if config.verify and group.local_rank == 0 else 'once'
+    data = group.first(lambda: find_data(config, verify=verify))
     origin, state = checkpoint.resume(config, data, group.world, say)
     group.same('data', data.fingerprint)
     group.same('checkpoint', str(origin))

@@ -104,7 +104,7 @@ def test_bins_hold_every_document_and_meta_describes_them(corpus, tmp_path, caps
         ids = np.fromfile(out / file['name'], '<u2')
         assert (file['tokens'], file['max_id']) == (len(ids), ids.max())
         assert file['bytes'] == sum(len(text.encode()) for text in split[name])
-    assert sorted(path.name for path in out.iterdir()) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
+    assert sorted(path.name for path in out.iterdir()) == ['.verified.json', 'meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
     assert leftovers(out.parent) == []
     data = TokenData(out, 8, 300)  # which checks sizes, hashes and ids
     assert data.train_tokens == described['files']['train'][0]['tokens']
@@ -405,7 +405,7 @@ def test_preparation_killed_at_any_point_goes_on_to_the_same_bins(large, parts, 
     process = start(f'import prepare, sys\n{SMALL}prepare.main(sys.argv[1:])', *arguments(large[0], tmp_path / 'out'))
     said, errors = process.communicate(timeout=60)
     assert errors == '' and bins(tmp_path / 'out') == bins(parts) and leftovers(tmp_path) == []
-    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['.verified.json', 'meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
     assert {**meta(tmp_path / 'out'), 'created': 0, 'seconds': 0} == {**meta(parts), 'created': 0, 'seconds': 0}
     if (name, call) in (('encode', 77), ('commit', -9), ('sync', 4)):
         assert 'going on behind' in said

@@ -367,13 +367,6 @@ def test_validate_reads_prepared_bins_with_the_same_figures(tmp_path):
     assert 'val-0.bin: damaged' in refused(validate, path, say=silent)
 
 
-def test_validate_hashes_even_bins_that_are_too_big_for_every_start(tmp_path, monkeypatch):
-    monkeypatch.setattr('data.HASHED_BYTES', 0)
-    path = write(tmp_path / 'd', {'train': [counting(1000)], 'val': [counting(50)]})
-    (path / 'val-0.bin').write_bytes(bytes(100))
-    assert 'val-0.bin: damaged' in refused(validate, path, say=silent)
-
-
 def test_validate_of_a_split_finds_the_file_that_has_changed_since(folder, tmp_path):
     split(folder, tmp_path / 'out', say=silent)
     assert validate(tmp_path / 'out', say=silent)['rows'] == 30

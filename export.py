@@ -223,6 +223,8 @@ def gguf(config):
 
 
 LARGEST_FP16 = 65_504
+# llama.cpp refuses a byte-level BPE without a list of merges, and a vocabulary of bytes has none. No two symbols of a text are these.
+NO_MERGE = '[none] [none]'
 
 
 def write_gguf(path, model, tokenizer, matrices='', embeddings=''):
@@ -265,6 +267,7 @@ def write_gguf(path, model, tokenizer, matrices='', embeddings=''):
     partial = Path(f'{path}.tmp')
     try:
         writer = gguf.GGUFWriter(partial, arch)
+        pairs = pairs or [NO_MERGE]
         for key, value in {'name': Path(path).stem, 'context_length': shape.block_size, 'embedding_length': shape.n_embd,
                            'block_count': shape.n_layer, 'feed_forward_length': hidden, 'head_count': shape.n_head, 'head_count_kv': heads,
                            'vocab_size': shape.vocab_size,
@@ -295,8 +298,11 @@ def compare_with_llama_cpp(path, model, state):
         llama = Llama(path, model.config.block_size)
     except ImportError:
         return print('no parity: the package xllamacpp is not installed (pip install xllamacpp)')
+    except RuntimeError as error:
+        raise UserError(f'{path}: is written, but llama.cpp does not load it ({error})')
     source, ids = real_text(state, model.config)
-    eot, T = load_tokenizer(state['tokenizer']).eot_token, min(32, ids.size(1) - 1)
+    eot = load_tokenizer(state['tokenizer']).eot_token
+    T = max(0, min(32, ids.size(1) - 2))  # with eot before it, one less than the context: llama.cpp wants room for an answer
     prompts = [[eot, *row[:T].tolist()] for row in ids.flatten().unfold(0, T, max(1, (ids.numel() - T) // PROMPTS))[:PROMPTS]]
     theirs = [llama.next_token(prompt) for prompt in prompts]
     for rounds in (True, False) if any(isinstance(module, BitLinear) for module in model.modules()) else (True,):
@@ -342,7 +348,10 @@ class Llama:
         self.server = xllamacpp.Server(params)
 
     def complete(self, ids, n=1, **options):
-        return self.server.handle_completions({'prompt': ids, 'n_predict': n, 'temperature': 0.0, 'cache_prompt': False, **options})
+        answer = self.server.handle_completions({'prompt': ids, 'n_predict': n, 'temperature': 0.0, 'cache_prompt': False, **options})
+        if 'error' in answer:
+            raise UserError(f'llama.cpp: {answer["error"].get("message", answer["error"])}')
+        return answer
 
     def next_token(self, ids):
         """{token: log-probability} of the ten likeliest tokens after ids; {} where it says nothing of them: the end of the

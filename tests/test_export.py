@@ -128,6 +128,34 @@ def test_llama_cpp_reads_a_text_as_we_do(opened, tokenizer):
         assert by_text['choices'][0]['logprobs'] == by_ids['choices'][0]['logprobs'], text
 
 
+@needs_llama
+def test_llama_cpp_opens_a_vocabulary_of_bytes_and_reads_a_text_as_we_do(tmp_path):
+    bytes_only = train_bpe(['abc def'], 257)
+    export.write_gguf(tmp_path / 'x.gguf', trained(**dict(LLAMA, vocab_size=257)), bytes_only, 'F32', 'F32')
+    llama, encoding = export.Llama(tmp_path / 'x.gguf', 64, threads=1), load_tokenizer(bytes_only)
+    for text in ('abc def', " [none] [none]none] 'll\n\n", 'é→語'):
+        by_text, by_ids = (llama.complete(prompt, 4, logprobs=10) for prompt in (text, [256, *encoding.encode_ordinary(text)]))
+        assert by_text['usage']['prompt_tokens'] == by_ids['usage']['prompt_tokens'] == 1 + len(text.encode()), text
+        assert by_text['choices'][0]['logprobs'] == by_ids['choices'][0]['logprobs'], text
+
+
+@needs_llama
+def test_a_model_with_a_short_context_is_compared_within_it(tokenizer, tmp_path, capsys):
+    model = trained(**dict(LLAMA, block_size=16))
+    export.write_gguf(tmp_path / 'x.gguf', model, tokenizer, 'F32', 'F32')
+    top, apart = export.compare_with_llama_cpp(tmp_path / 'x.gguf', model, {'data': {}, 'tokenizer': tokenizer})
+    assert apart < 1e-2 and 'with the trained model after 50 texts of README.md' in capsys.readouterr().out
+
+
+@needs_llama
+def test_what_llama_cpp_does_not_answer_is_one_line(opened, tmp_path, tokenizer):
+    with pytest.raises(UserError, match='llama.cpp: request .* exceeds the available context size'):
+        opened('llama')[1].next_token([1] * 100)
+    (tmp_path / 'x.gguf').write_bytes(b'no model')
+    with pytest.raises(UserError, match='x.gguf: is written, but llama.cpp does not load it'):
+        export.compare_with_llama_cpp(tmp_path / 'x.gguf', trained(**MODELS['llama']), {'data': {}, 'tokenizer': tokenizer})
+
+
 # ---- in transformers
 
 GPT2 = dict(LLAMA, norm='layernorm', positions='learned', ffn='gelu')

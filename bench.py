@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from configurator import UserError, load, run  # before torch, whose import Ctrl-C may interrupt
 import numpy as np
 import tiktoken
 import torch
@@ -52,7 +53,6 @@ import quality
 import runlog
 import tokenizer
 import train
-from configurator import UserError, load, run
 from measure import ROOT, compare, interleaved, report, side_by_side, sizes, timed, training_step, whole_process
 from model import GPT, GPTConfig, chunked_cross_entropy
 from quality import TINY

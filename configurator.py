@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -239,25 +240,68 @@ def as_utf8(text):
 
 
 def run(main):
-    """Call main(sys.argv[1:]) as a program: a UserError is a line a problem and exit code 2, never a traceback. A character that the
-    console's encoding lacks is printed as '?'."""
+    """
+    Call main(sys.argv[1:]) as a program that ends without a traceback. A UserError is a line a problem and exit code 2, and so is what the
+    system refuses: a file, or a console that is full. Ctrl-C is 130, another signal 128 + its number, a reader of the output that goes away
+    141. Signals are exceptions here, so that a file in the making is removed. A character that the console's encoding lacks becomes '?'.
+    """
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:  # closed, as by `>&-`: no file that is opened later may get its number
             setattr(sys, name, open(os.devnull, 'w'))
         elif hasattr(getattr(sys, name), 'reconfigure'):
             getattr(sys, name).reconfigure(errors='replace')
+    sys.excepthook = sys.__excepthook__
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP is ignored
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         main(sys.argv[1:])
         sys.stdout.flush()  # here, where a closed pipe is caught, and not while the interpreter shuts down
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        end(2, error)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        try:
-            print(flush=True)
-        except BrokenPipeError:  # the reader of our output went away, as in `python watch.py runs/x | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        raise  # some other pipe, say to a worker process that died
+        end(130)
+    except OSError as error:
+        failure = None if error.filename else console_failure()
+        if isinstance(failure, BrokenPipeError):  # the reader of our output went away, as in `python watch.py runs/x | head`
+            end(141)
+        if failure:
+            end(2, f'standard output: {failure.strerror}')
+        if isinstance(error, BrokenPipeError):  # some other pipe, say to a worker process that died: a bug
+            raise
+        end(2, f'{error.filename}: {error.strerror}' if error.filename else error.strerror or error)
+
+
+def console_failure():
+    """The OSError of standard output, which then leads nowhere, or None if it still takes text."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return error
+
+
+def end(code, reason=''):
+    with suppress(OSError):  # of a console that is gone
+        if reason:
+            print(reason, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def refuse(kind, error, trace):
+    """sys.excepthook until run(): what the system refuses to an import is a line and exit code 2."""
+    if not issubclass(kind, OSError):
+        return sys.__excepthook__(kind, error, trace)
+    end(2, f'{error}: make room, or set TMPDIR' if 'temporary directory' in str(error) else error)
+
+
+# The scripts import this file before torch, which takes seconds. Until run() Ctrl-C ends them at once: as an exception it would leave a
+# traceback, or a library half imported.
+if Path(getattr(sys.modules['__main__'], '__file__', None) or '').resolve().parent == Path(__file__).resolve().parent:
+    sys.excepthook = refuse
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from configurator import UserError, load, run, typed  # before torch, whose import Ctrl-C may interrupt
 import numpy as np
 import torch
 
 import device as hardware
 import hellaswag
 from checkpoint import load_model
-from configurator import UserError, load, run, typed
 from parallel import Group
 from profiling import is_out_of_memory
 from runlog import plain, read_lines

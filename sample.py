@@ -10,11 +10,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from configurator import UserError, as_utf8, load, run  # before torch, whose import Ctrl-C may interrupt
 import torch
 
 import device as hardware
 from checkpoint import load_model
-from configurator import UserError, as_utf8, load, run
 from tokenizer import load_tokenizer
 
 

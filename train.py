@@ -19,11 +19,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import configurator  # before torch, whose import Ctrl-C may interrupt
 import torch
 
 import checkpoint
 import compiler
-import configurator
 import device as hardware
 import parallel
 import plan

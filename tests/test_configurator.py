@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -432,6 +433,57 @@ def test_a_reader_that_goes_away_ends_the_program_quietly(tmp_path, body):
     process.stdout.close()
     process.stdin.close()
     assert process.stderr.read() == '' and process.wait(timeout=30) == 141
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_ends_the_program_quietly_and_what_it_was_making_is_removed(tmp_path, number):
+    body = '\n'.join(['import os, signal', '    try: os.kill(os.getpid(), int(argv[0])); signal.pause()', '    finally: print("removed")'])
+    process = start(program(tmp_path, body) + [str(int(number))], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert process.communicate(timeout=30) == ('removed\n', '') and process.returncode == 128 + number
+
+
+def test_nohup_is_respected(tmp_path):
+    process = start(program(tmp_path, 'import os; os.kill(os.getpid(), 1); print("goes on")'), preexec_fn=lambda: signal.signal(1, signal.SIG_IGN))
+    assert process.communicate(timeout=30) == ('goes on\n', '') and process.returncode == 0
+
+
+@pytest.mark.parametrize('body, says', [
+    ('open("none/such")', 'none/such: No such file or directory'), ('raise OSError("the network is down")', 'the network is down'),
+    ('raise OSError(28, "No space left on device")', 'No space left on device')])
+def test_what_the_system_refuses_is_a_line_and_2(tmp_path, body, says):
+    process = start(program(tmp_path, body))
+    assert process.communicate(timeout=30)[1] == f'{says}\n' and process.returncode == 2
+
+
+@pytest.mark.parametrize('body', ['print("x" * 10)', 'print("x" * 10**6, flush=True)', 'open("none/such")'])
+def test_a_full_console_is_a_line_and_2(tmp_path, body):
+    with open('/dev/full', 'w') as full:
+        process = subprocess.run(program(tmp_path, body), stdout=full, stderr=subprocess.PIPE, text=True, timeout=30,
+                                 env={**os.environ, 'PYTHONPATH': str(Path(__file__).parent.parent)})
+    says = 'none/such: No such file or directory' if 'none' in body else 'standard output: No space left on device'
+    assert (process.returncode, process.stderr) == (2, says + '\n')
+
+
+def while_it_imports(tmp_path, code):
+    """A script of a directory that has configurator.py, with what it does after importing that and before run()."""
+    (tmp_path / 'configurator.py').write_bytes((Path(__file__).parent.parent / 'configurator.py').read_bytes())
+    (tmp_path / 'script.py').write_text(f'import configurator\n{code}\n')
+    return start([sys.executable, str(tmp_path / 'script.py')], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path):
+    process = while_it_imports(tmp_path, 'import time\nprint("importing", flush=True)\ntry: time.sleep(60)\nexcept: pass')  # as some libraries have it
+    assert process.stdout.readline() == 'importing\n'
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ('', '') and process.returncode == -signal.SIGINT  # 130 in a shell
+
+
+def test_an_import_that_finds_no_room_is_a_line_and_2_and_a_bug_is_a_traceback(tmp_path):
+    process = while_it_imports(tmp_path, 'raise FileNotFoundError(2, "No usable temporary directory found")')
+    assert process.communicate(timeout=30)[1] == '[Errno 2] No usable temporary directory found: make room, or set TMPDIR\n'
+    assert process.returncode == 2
+    process = while_it_imports(tmp_path, 'raise ValueError("a bug")')
+    assert 'Traceback' in process.communicate(timeout=30)[1] and process.returncode == 1
 
 
 def test_another_broken_pipe_is_not_hidden(tmp_path):

@@ -104,7 +104,7 @@ class Run:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.name = clean('/'.join(self.path.resolve().parts[-2:]))
+        self.name = clean(configurator.as_utf8('/'.join(self.path.resolve().parts[-2:])))
         self.config, status = read_object(self.path / 'config.json'), read_object(self.path / 'status.json')
         self.status, self.said = numbers(status), texts(status)
         metrics, samples = ([line for line in read_lines(self.path / name) if number(line.get('step')) is not None]
@@ -136,6 +136,11 @@ class Run:
             line['seconds'] = max(0, line['tokens'] - start) / line['tokens_per_s']
             line['hours'] = hours = hours + line['seconds'] / 3600
 
+    def sign_of_life(self, now, seen, since):
+        """-> (what the files say of the last sign of life, when that was by the clock here), given both of the look before. A run's machine
+        may have another clock: what has changed between two looks was written just now."""
+        return self.seen, min(self.seen, now) if seen is None else since if seen == self.seen else now
+
     def recent(self, key):
         return series(self.train[-20:], key)[1]
 
@@ -147,6 +152,9 @@ class Run:
         usual = median(self.recent('seconds') or [120])  # the first step may wait for a compiler
         if state == 'running' and silent > max(60, 5 * usual):
             return 'stalled', f'stalled? no line for {duration(silent)}, where one is due every {duration(usual)}'
+        if state == 'running' and silent < -60:
+            return state, (f'its last line is {duration(-silent)} in the future: the clock of {self.said.get("host", "its machine")} is ahead of '
+                           'the one here, so only --watch can tell whether it has stalled')
         return state, OVER.get(state, '')
 
 
@@ -189,7 +197,7 @@ def facts(run, now):
     part = min(1, max(0, run.step / run.max_steps)) if run.max_steps > 0 else 0
     return {
         'state': state,
-        'last line': f'{duration(now - run.seen)} ago' if run.seen else '',
+        'last line': (f'{duration(run.seen - now)} in the future' if run.seen > now + 1 else f'{duration(now - run.seen)} ago') if run.seen else '',
         'progress': f'[{"#" * int(20 * part):-<20}] {100 * part:.0f} %',
         'step': f'{run.step:,.0f} of {run.max_steps:,.0f}',
         'time left': duration(run.status['eta']) if state in ('running', 'stalled') and 'eta' in run.status else '',
@@ -254,10 +262,13 @@ def screen(runs, now):
 
 def follow(paths, every):
     """Show the status until every run is over: in place on a terminal, otherwise once per change."""
-    terminal, before = sys.stdout.isatty(), None
+    terminal, before, last_signs = sys.stdout.isatty(), None, {}
     print('\x1b[2J' * terminal, end='')
     while True:
         now, runs = time.time(), [Run(path) for path in paths]
+        for run in runs:
+            last_signs[run.path] = run.sign_of_life(now, *last_signs.get(run.path, (None, None)))
+            run.seen = last_signs[run.path][1]
         change = [(run.seen, run.state(now)[0]) for run in runs]
         if terminal:
             width, height = shutil.get_terminal_size()
@@ -453,7 +464,7 @@ def main(argv):
         if files != paths or not config.plot or config.watch or config.report:
             raise UserError(f'{files[0]}: a config file has a schedule and no run yet: --plot alone draws it')
         import train  # here, because it brings torch
-        return write(config.out or 'schedule.png', draw(schedule_panel(train.load(files + knobs)), ' '.join(files + knobs)))
+        return write(config.out or 'schedule.png', draw(schedule_panel(train.load(files + knobs)), clean(configurator.as_utf8(' '.join(files + knobs)))))
     if not paths:
         raise UserError('name a run: python watch.py runs/x')
     if wrong := [*filter(None, map(no_run, paths))]:
@@ -472,5 +483,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')  # a sample may hold what the terminal has no letter for
     configurator.run(main)

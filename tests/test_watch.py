@@ -111,6 +111,38 @@ def test_a_run_has_stalled_after_a_minute_and_five_usual_gaps(tmp_path, seconds,
     assert (f'no line for {watch.duration(age)}, where one is due every' in screen(folder)) == (state == 'stalled')
 
 
+def test_a_run_whose_clock_is_ahead_is_named_in_a_single_look(tmp_path):
+    folder = make(tmp_path / 'x', age=-7200)
+    assert facts(folder)['state'] == 'running' and re.fullmatch('(2 h 0|1 h 59) min in the future', facts(folder)['last line'])
+    says = f'in the future: the clock of {socket.gethostname()} is ahead of the one here, so only --watch can tell whether it has stalled'
+    assert says in screen(folder).split('\n')[0]
+    assert 'future' not in screen(make(tmp_path / 'over', age=-7200, state='finished')).split('\n')[0]
+
+
+@pytest.mark.parametrize('ahead', [-7200, -30, 0, 30, 7200])
+def test_watching_sees_a_run_stall_whatever_its_clock_says(tmp_path, monkeypatch, capsys, ahead):
+    """A run that writes for 100 s of ours and then nothing; it writes the time of its own clock."""
+    folder, start, states = make(tmp_path / 'x', age=-ahead), time.time(), []
+    clock = iter(range(0, 10**6, 5))
+
+    def sleep(seconds):
+        at = next(clock)
+        monkeypatch.setattr(watch.time, 'time', lambda: start + at)
+        if at <= 100:
+            status = json.loads((folder / 'status.json').read_text())
+            (folder / 'status.json').write_text(json.dumps({**status, 'time': start + at + ahead}))
+            os.utime(folder / 'metrics.jsonl', (start + at + ahead,) * 2)
+        run = capsys.readouterr().out
+        states.append((at, 'stalled' if 'stalled' in run else 'running' if 'running' in run else states[-1][1]))
+        if at == 300:
+            (folder / 'status.json').write_text(json.dumps({'state': 'finished', 'step': 300}))
+    monkeypatch.setattr(watch.time, 'sleep', sleep)
+    watch.follow([folder], 5)
+    during = [state for at, state in states if 10 < at <= 150]
+    after = [state for at, state in states if 175 < at]
+    assert set(during) == {'running'} and set(after) == {'stalled'}, states
+
+
 def test_one_slow_line_does_not_change_what_is_usual(tmp_path):
     lines = [train_line(step, tokens_per_s=1.0 if step == 150 else 8192) for step in range(10, 210, 10)]
     assert facts(make(tmp_path / 'x', lines, age=65))['state'] == 'stalled'

@@ -27,8 +27,8 @@ VERSION = 1
 KINDS = {'model': dict, 'optimizer': dict, 'step': int, 'config': dict, 'tokenizer': (dict, type(None)), 'data': dict}
 
 
-def save(path, state):
-    """Write `state` to `path`, whole or not at all; UserError if the disk won't take it."""
+def save(path, state, advice='continue with --resume=auto'):
+    """Write `state` to `path`, whole or not at all; UserError, with advice, if the disk won't take it."""
     try:
         with replacing(path) as file:
             torch.save({'format': 'nanotrix-checkpoint', 'version': VERSION, **state}, file)
@@ -38,7 +38,7 @@ def save(path, state):
         older = [p.name for p in steps(Path(path).parent)]
         raise UserError(f'{path}: could not be written ({reason}); '
                         + (f'{older[-1]} is the newest good checkpoint' if older else 'there is no older checkpoint')
-                        + '; free some space and continue with --resume=auto') from error
+                        + f'; free some space and {advice}') from error
 
 
 def load(path, map_location='cpu'):

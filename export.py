@@ -16,14 +16,17 @@ import base64
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from configurator import UserError, load, run  # before torch, whose import Ctrl-C may interrupt
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 import checkpoint
 import convert as conversion
@@ -31,7 +34,6 @@ import device as hardware
 import packed
 import train
 from checkpoint import load_model
-from configurator import UserError, load, run
 from data import TokenData
 from model import GPT, BitLinear, GPTConfig, TriX, ternary_codes
 from tokenizer import BYTE_OF, EOT, encode, load_tokenizer
@@ -81,7 +83,7 @@ def real_text(state, config, tokens=PARITY_TOKENS):
         pass
     if state['tokenizer'] is None:
         return 'random ids', torch.randint(config.vocab_size, (tokens // T, T), generator=torch.Generator().manual_seed(0))
-    ids = encode(load_tokenizer(state['tokenizer']), Path(__file__).with_name('README.md').read_text())
+    ids = encode(load_tokenizer(state['tokenizer']), Path(__file__).with_name('README.md').read_text(encoding='utf-8'))
     ids = np.resize(ids.astype(np.int64), (max(1, min(len(ids), tokens) // T), T))
     return 'README.md', torch.from_numpy(ids)
 
@@ -112,9 +114,17 @@ def opened(config, name):
         raise UserError(f'{out}: this export is a {suffix} file')
     if not suffix and out.exists():
         raise UserError(f'{out}: there already; give another directory, or remove it')
+    if config.command != 'convert' and utf8_path(out) is None:
+        raise UserError(f'{out}: this path is not UTF-8, and the programs that read this format open no other: give the export another place')
     if 'packed' in state:
         raise UserError(f'{config.run}: packed already, so give the run or the checkpoint itself')
     return model, state, out
+
+
+def utf8_path(path):
+    """A path as other programs read it, whatever the locale here; None if its bytes are no UTF-8."""
+    with contextlib.suppress(UnicodeDecodeError):
+        return os.fsencode(path).decode()
 
 
 @contextlib.contextmanager
@@ -126,8 +136,8 @@ def replacing_directory(out):
         partial.mkdir(parents=True)
         yield partial
         partial.replace(out)
-    except OSError as error:
-        raise UserError(f'{out}: could not be written ({error.strerror or error})')
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{out}: could not be written ({getattr(error, "strerror", None) or error})')
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -285,10 +295,11 @@ def write_gguf(path, model, tokenizer, matrices='', embeddings=''):
         writer.write_tensors_to_file()
         writer.close()
         partial.replace(path)
-    except OSError as error:
-        raise UserError(f'{path}: could not be written ({error.strerror or error})')
+    except OSError as error:  # numpy says only how many numbers it could write
+        raise UserError(f'{path}: could not be written ({error.strerror or f"{error}: is the disk full?"})')
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written nothing can be deleted
+            partial.unlink()
     return f'{arch}, matrices {matrices}, embeddings {embeddings}'
 
 
@@ -343,7 +354,7 @@ class Llama:
     def __init__(self, path, context, threads=0):
         import xllamacpp
         params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = str(path), context, 1, 0, -1
+        params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = utf8_path(path), context, 1, 0, -1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or torch.get_num_threads()
         self.server = xllamacpp.Server(params)
 
@@ -371,19 +382,18 @@ def hf(config):
     transformers.utils.logging.disable_progress_bar()
     model, state, out = opened(config, 'hf')
     shape, ternary = model.config, any(isinstance(module, BitLinear) for module in model.modules())
-    if shape.norm == 'layernorm':
-        other = as_gpt2(model, transformers)
-    else:
-        only_llama(shape, 'transformers')
-        other = as_llama(model, transformers)
     end = load_tokenizer(state['tokenizer']).eot_token if state['tokenizer'] else None
     ids = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)  # the library's own defaults are those of other vocabularies
-    other.config.update(ids)
+    if shape.norm == 'layernorm':
+        other = as_gpt2(model, transformers, ids)
+    else:
+        only_llama(shape, 'transformers')
+        other = as_llama(model, transformers, ids)
     other.generation_config = transformers.GenerationConfig(**ids)
     with replacing_directory(out) as partial:
         other.save_pretrained(partial)
         if state['tokenizer'] is not None:
-            huggingface_tokenizer(state['tokenizer']).save(str(partial / 'tokenizer.json'))
+            (partial / 'tokenizer.json').write_text(huggingface_tokenizer(state['tokenizer']).to_str(pretty=True), encoding='utf-8')
             (partial / 'tokenizer_config.json').write_text(json.dumps({
                 'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'bos_token': EOT, 'model_max_length': shape.block_size}) + '\n')
     print(f'{out}: {type(other).__name__}, {sum(file.stat().st_size for file in out.iterdir()):,} bytes')
@@ -398,12 +408,12 @@ def hf(config):
             parity(f'{out} in transformers', logits_of(model, ids), theirs, source + ', activations in fp32' * (not rounds))
 
 
-def as_llama(model, transformers):
+def as_llama(model, transformers, ids):
     """The Llama or BitNet model of transformers with the weights of a model: ternary ones as training uses them, in fp32."""
     shape, block = model.config, model.blocks[0]
     keys = dict(vocab_size=shape.vocab_size, hidden_size=shape.n_embd, intermediate_size=block.ffn.up_proj.out_features, hidden_act='silu',
                 num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head, num_key_value_heads=shape.n_kv_head or shape.n_head,
-                max_position_embeddings=shape.block_size, rms_norm_eps=1e-6, tie_word_embeddings=shape.tie_embeddings, rope_theta=10_000.0)
+                max_position_embeddings=shape.block_size, rms_norm_eps=1e-6, tie_word_embeddings=shape.tie_embeddings, rope_theta=10_000.0, **ids)
     kind = 'BitNet' if is_bitnet(shape) else 'Llama'
     other = getattr(transformers, f'{kind}ForCausalLM')(getattr(transformers, f'{kind}Config')(**keys))
     weights = {'model.embed_tokens.weight': model.wte.weight, 'model.norm.weight': model.norm.weight, 'lm_head.weight': model.lm_head.weight}
@@ -418,7 +428,7 @@ def as_llama(model, transformers):
     return other
 
 
-def as_gpt2(model, transformers):
+def as_gpt2(model, transformers, ids):
     """The GPT-2 of transformers with the weights of a model. UserError that names what GPT-2 has not."""
     shape = model.config
     parts = {'mixer': shape.mixer == 'attention', 'ffn': shape.ffn == 'gelu', 'linear': shape.linear == 'dense',
@@ -430,7 +440,7 @@ def as_gpt2(model, transformers):
         raise UserError(*found)
     other = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=shape.vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head,
-        n_inner=model.blocks[0].ffn.up_proj.out_features, activation_function='gelu_new', bos_token_id=None, eos_token_id=None))
+        n_inner=model.blocks[0].ffn.up_proj.out_features, activation_function='gelu_new', **ids))
 
     def filled(weight, bias, like):  # theirs always have biases
         return weight, torch.zeros(like) if bias is None else bias
@@ -486,8 +496,9 @@ def convert(config):
         (partial / 'checkpoints').mkdir()
         checkpoint.save(partial / 'checkpoints' / 'step_0000000.pt', {
             'model': other.state_dict(), 'optimizer': {}, 'step': 0, 'config': {**train_keys, **shape, 'out_dir': str(out), 'anneal_steps': 0},
-            'tokenizer': state['tokenizer'], 'data': state['data']})
-        (partial / 'recover.py').write_text(recovery(config, out, {**train_keys, **shape}))
+            'tokenizer': state['tokenizer'], 'data': state['data']}, advice='try again')
+        text = recovery(config, out, {**train_keys, **shape})
+        (partial / 'recover.py').write_text(text, encoding='utf-8', errors='backslashreplace')  # of a path that is not UTF-8
     print(f'{out}: the last of these. To bring back what is lost: {Path(sys.executable).name} train.py {out / "recover.py"}')
 
 

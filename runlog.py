@@ -48,7 +48,8 @@ def replacing(path, sync=True):
             finally:
                 os.close(directory)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written nothing can be deleted
+            temporary.unlink()
         raise
 
 

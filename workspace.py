@@ -129,9 +129,14 @@ def publish(work, out):
 def write_json(path, content):
     """Whole or not at all."""
     beside = path.with_name(f'.{path.name}.tmp')
-    beside.write_text(json.dumps(content, indent=1), encoding='utf-8')
-    fsync(beside)
-    beside.rename(path)
+    try:
+        beside.write_text(json.dumps(content, indent=1), encoding='utf-8')
+        fsync(beside)
+        beside.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
     fsync(path.parent)
 
 

@@ -15,6 +15,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from datetime import timedelta
 
 import torch
@@ -54,11 +55,15 @@ class Group:
         self.store = dist.distributed_c10d._get_default_store()
 
     def disconnect(self):
-        """The end of a run. The main process, which may keep the store, leaves last."""
+        """The end of a run, whatever its exit code. The main process, which may keep the store, leaves last, but waits for none that is gone."""
         if self.store:
-            self.store.set(f'the end/{self.rank}', '')
+            with contextlib.suppress(RuntimeError):  # the process that kept the store may be the one that is gone
+                self.store.set(f'the end/{self.rank}', '')
             if self.main:
-                self.wait_for('the end')
+                try:
+                    self.wait_for('the end', min(self.timeout, 30))
+                except UserError as error:  # what there was to do is done
+                    print(error, file=sys.stderr, flush=True)
             dist.destroy_process_group()
 
     def sum(self, *values):
@@ -87,12 +92,13 @@ class Group:
             self.store.set(f'{what}/{self.rank}', '')
             self.wait_for(what)
 
-    def wait_for(self, what):
-        end, missing = time.monotonic() + self.timeout, range(self.world)
+    def wait_for(self, what, timeout=None):
+        timeout = timeout or self.timeout
+        end, missing = time.monotonic() + timeout, range(self.world)
         while missing := [rank for rank in missing if not self.store.check([f'{what}/{rank}'])]:
             self.failed_elsewhere()
             if time.monotonic() > end:
-                raise UserError(f'rank {self.rank}: {what} was not reached within {self.timeout} s by rank {", ".join(map(str, missing))}: see '
+                raise UserError(f'rank {self.rank}: {what} was not reached within {timeout} s by rank {", ".join(map(str, missing))}: see '
                                 'what they said, or give them longer by --dist_timeout')
             time.sleep(0.02)
 
@@ -130,9 +136,12 @@ class Group:
 
     def wrap(self, model, device):
         """DDP: what to call in training so that gradients are averaged over the processes."""
-        # Buffers: TriX sums what its balance needs over the processes by itself.
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                       broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers: TriX sums what its balance needs over the processes by itself. torch 2.13 has another name for "not in forward", which
+        # broadcasts them once at the start; older ones lack it.
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*broadcast_buffers', FutureWarning)
+            return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                           broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @contextlib.contextmanager
     def micro_step(self, trained, last):

@@ -340,9 +340,9 @@ def main(argv):
     group.connect(device)
     with group.together(), contextlib.ExitStack() as around:
         code = train(config, group, device, dtype, why, rows, micro_steps, say, around)
+    group.disconnect()
     if code:
         sys.exit(code)
-    group.disconnect()
 
 
 def train(config, group, device, dtype, why, rows, micro_steps, say, around):
@@ -404,6 +404,8 @@ def train(config, group, device, dtype, why, rows, micro_steps, say, around):
             return module(x, y, soft=soft) / micro_steps
 
     trained, interrupt = model, Interrupt()  # trained: what is called in training; model: everywhere else
+    if state and state['step'] >= config.max_steps:
+        use_compile, why_compile = False, 'compile off: no step is left to do'
     if use_compile:
         say(why_compile)
         scale = 1024.0 if scaler.is_enabled() else 1.0

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -305,3 +306,34 @@ def test_gradients_are_averaged_in_the_last_micro_step_alone_from_its_forward_on
     codes, said = finish_ranks(arguments(corpus, tmp_path / 'run', *words), 2, spy)
     assert codes == [0, 0], said
     assert re.findall(r'^sync (\w+)', said[1], re.M) == ['False', 'False', 'True'] * 4
+
+
+# ---- the end
+
+def watch_the_end():
+    """In a process of a run: say when it disconnects, and take a warning of DDP for an error."""
+    plain = parallel.dist.destroy_process_group
+    parallel.dist.destroy_process_group = lambda: (plain(), print('disconnected', flush=True))
+    warnings.filterwarnings('error', '.*broadcast_buffers')
+
+
+@pytest.mark.parametrize('words, code, stopped', [
+    (['--max_steps=4'], 0, False), (['--learning_rate=1e30', '--max_skipped=2', '--max_steps=20'], 3, False), (['--max_steps=100000'], 75, True)],
+    ids=['finished', 'diverged', 'interrupted'])
+def test_all_processes_disconnect_whatever_the_exit_code(corpus, tmp_path, words, code, stopped):
+    argv = arguments(corpus, tmp_path / 'run', '--sample_interval=0', '--eval_interval=0', '--warmup_steps=1', '--compile=false', *words)
+    processes = start_ranks(argv, 2, watch_the_end)
+    if stopped:
+        wait_for(lambda: len(lines_so_far(tmp_path / 'run')) > 3, processes)
+        os.kill(processes[1].pid, signal.SIGTERM)
+    assert end(processes) == [code, code]
+    said = [Path(console_of(argv, rank)).read_text() for rank in '01']
+    assert [text.splitlines()[-1] for text in said] == ['disconnected'] * 2 and len(said[1].splitlines()) == 1, said
+
+
+def test_the_end_of_a_run_waits_for_no_process_that_is_gone(monkeypatch, capsys):
+    group, left = parallel.Group(0, 2, timeout=0.2), []
+    group.store = parallel.dist.HashStore()
+    monkeypatch.setattr(parallel.dist, 'destroy_process_group', lambda: left.append(True))
+    group.disconnect()
+    assert left and capsys.readouterr().err.startswith('rank 0: the end was not reached within 0.2 s by rank 1: ')

@@ -52,7 +52,7 @@ import profiling
 import quality
 import runlog
 import tokenizer
-import train
+import settings
 from measure import ROOT, compare, interleaved, report, side_by_side, sizes, timed, training_step, whole_process
 from model import GPT, GPTConfig, chunked_cross_entropy
 from quality import TINY
@@ -99,7 +99,7 @@ class BenchConfig:
 
 def variants(shape):
     """{name: GPTConfig} of all blocks at a shape; TriX has the tiles of trix_tiny, scaled with the width."""
-    tiny = train.load([str(ROOT / 'config' / 'trix_tiny.py')]).pick(GPTConfig)
+    tiny = settings.load([str(ROOT / 'config' / 'trix_tiny.py')]).pick(GPTConfig)
     tiles = {key: value for key, value in vars(tiny).items() if key.startswith('trix_')}
     tiles['trix_hidden'] = (tiny.trix_hidden or tiny.n_embd) * shape.n_embd // tiny.n_embd
     changes = {'dense': {'ffn': 'gelu'}, 'swiglu': {'ffn': 'swiglu'}, 'trix': {'ffn': 'trix', **tiles},
@@ -239,7 +239,7 @@ def batch(config):
     and then bisected to a sixteenth. On a GPU until it is out of memory (or over --card_gb); elsewhere a batch is not tried if two
     smaller ones say that it would not fit into --card_gb or nine tenths of the memory that is free now.
     """
-    device, model = hardware.resolve(config.device, config.dtype)[0], train.load([config.model]).pick(GPTConfig)
+    device, model = hardware.resolve(config.device, config.dtype)[0], settings.load([config.model]).pick(GPTConfig)
     limit = config.card_gb or (math.inf if device.type == 'cuda' else 0.9 * free_memory_gb())
     seen = {}
 
@@ -392,7 +392,7 @@ def loop(config):
     """What trix_tiny's loop does beside the step: seconds each time and the part of the run's time that they are."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         lines = training_lines(f'{folder}/run', training_run(f'{folder}/run', 1, config, '--max_steps=60'))[1:]
-        tiny = train.load([str(ROOT / 'config' / TINY)])
+        tiny = settings.load([str(ROOT / 'config' / TINY)])
         step = tiny.batch_tokens / statistics.median(line['tokens_per_s'] for line in lines)
         device = hardware.resolve(config.device, config.dtype)[0]
         model, optimize = training_step(tiny.pick(GPTConfig), 2, device, torch.float32)

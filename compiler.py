@@ -10,7 +10,8 @@ import time
 import torch
 
 from configurator import UserError
-from profiling import is_out_of_memory, local, untouched
+from optim import local_tensor
+from profiling import is_out_of_memory, untouched
 
 # How far compiled and eager may be apart: the loss, the norm of the gradient, and the gradient of any parameter, all relative.
 # Rounding alone makes 1e-6 in fp32, 1e-3 in TF32 and 1e-2 in half precision. It also sends a few tokens to another TriX tile and tips int8 codes
@@ -80,7 +81,7 @@ def check(model, fast, compute, device, dtype, limit, sharded_sum, lost):
         with untouched(model, device):
             loss = compute(module)
             loss.backward()
-        grads = [None if p.grad is None else local(p.grad) for p in model.parameters()]
+        grads = [None if p.grad is None else local_tensor(p.grad) for p in model.parameters()]
         model.zero_grad(set_to_none=True)
         return loss.item(), grads
 

@@ -14,15 +14,15 @@ import torch
 import device as hardware
 import export
 import packed
-import train
+import settings
 from checkpoint import load_model
 from configurator import UserError
 from data import TokenData
-from evaluate import validate
 from measure import ROOT, compare, interleaved, report
 from model import GPT, GPTConfig
 from quality import TWIN, trained
 from tokenizer import load_tokenizer, token_bytes, train_bpe
+from training import validate
 
 PROMPT, NEW = 128, 32  # tokens that are read at once, and that follow one by one
 
@@ -73,7 +73,7 @@ def peak():
 
 def shapes():
     """{name: GPTConfig}: the 95M BitNet, and TriX in place of its FFN with as many hidden units for a token, or as many weights."""
-    bitnet = train.load([str(ROOT / 'config' / 'bitnet_95m.py')]).pick(GPTConfig)
+    bitnet = settings.load([str(ROOT / 'config' / 'bitnet_95m.py')]).pick(GPTConfig)
     trix = replace(bitnet, ffn='trix', trix_tiles=8, trix_top_k=2, act_bits=8)
     return {'BitNet': bitnet, 'TriX, as wide': replace(trix, trix_hidden=bitnet.d_ff // 2),
             'TriX, as many weights': replace(trix, trix_hidden=3 * bitnet.d_ff // 4)}

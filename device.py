@@ -3,7 +3,6 @@
     device, dtype, why = resolve('auto', 'auto')
     with autocast(device, dtype): loss = model(idx, targets)
 """
-import contextlib
 import re
 import resource
 import sys
@@ -62,10 +61,6 @@ def resolve(device, dtype, local_rank=None):
         torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
     name = torch.cuda.get_device_name(device) if kind == 'cuda' else f'{torch.get_num_threads()} threads'
     return device, DTYPES[dtype], f'{device} ({name}), {dtype}: {why}'
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
 def synchronize(device):

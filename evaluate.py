@@ -21,11 +21,11 @@ import torch
 import device as hardware
 import hellaswag
 from checkpoint import load_model
-from parallel import Group
 from profiling import is_out_of_memory
 from runlog import plain, read_lines
 from shards import ShardData, open_data
 from tokenizer import encode, load_tokenizer, token_bytes
+from training import validate
 
 
 @dataclass
@@ -49,36 +49,6 @@ class EvaluateConfig:
                   if getattr(self, key) < 0]
         found += [] if self.eval_tokens >= -1 else [f'eval_tokens={self.eval_tokens} must not be negative']
         return found + ([f'items={self.items} are those of --hellaswag'] if self.items and not self.hellaswag else [])
-
-
-@torch.no_grad()
-def validate(model, data, lengths, windows, batch_size, device, dtype, stop=lambda: False, group=Group()):
-    """Mean loss over fixed windows of the validation split, dealt to the processes of the group in batches and summed.
-
-    lengths (n_vocab,): bytes of each token, None if they are not known. Targets of -1 are not counted. -> {loss (nats a token),
-    perplexity, bits_per_byte (None without lengths), tokens}, or None if stop() came true, which is asked before every batch."""
-    training = model.training
-    model.eval()
-    total, tokens, size = 0.0, 0, 0
-    batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
-    for i in range(0, len(batches), group.world):
-        if stopped := stop():
-            break
-        mine = i + group.rank < len(batches)
-        x, y = data.val_batch(batches[i + group.rank if mine else 0])  # (B, T) each
-        with hardware.autocast(device, dtype):  # also by a process that has no batch left: a sharded model needs all of them
-            loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
-        if mine:
-            y = y[y >= 0]
-            total, tokens = total + loss.item() * y.size, tokens + y.size
-            size += 0 if lengths is None else int(lengths[y].sum())
-    model.train(training)
-    if stopped:
-        return None
-    total, tokens, size = group.sum(total, tokens, size)
-    loss = total / tokens
-    return {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': int(tokens),
-            'bits_per_byte': None if lengths is None else total / math.log(2) / max(size, 1)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ import checkpoint
 import convert as conversion
 import device as hardware
 import packed
-import train
+import settings
 from checkpoint import load_model
 from data import TokenData
 from model import GPT, BitLinear, GPTConfig, TriX, ternary_codes
@@ -483,7 +483,7 @@ NOT_KEPT = ('out_dir', 'init_from', 'distill_from', 'anneal_steps', 'resume', 'o
 def convert(config):
     model, state, out = opened(config, config.to)
     stages = stages_of(model, config.to, config.tiles, config.top_k)
-    train_keys = {key: value for key, value in state['config'].items() if key in train.TrainConfig.__dataclass_fields__}
+    train_keys = {key: value for key, value in state['config'].items() if key in settings.TrainConfig.__dataclass_fields__}
     if missing := [key for key in ('batch_size', 'batch_tokens', 'max_steps', 'learning_rate') if key not in train_keys]:
         raise UserError(f'{config.run}: its config has no {", ".join(missing)}, of which the recipe of the recovery is made')
     source, ids = real_text(state, model.config, 8 * PARITY_TOKENS)
@@ -532,7 +532,7 @@ def recovery(config, out, knobs):
     The config file of the training that follows a conversion: a tenth of the run's tokens. The rate is the best of 1, 2 and 5e-3 for
     dense_tiny, which Muon brings back less of; for other widths it is scaled and not tuned, and the run's own is its limit.
     """
-    defaults = {field.name: field.default for kind in (GPTConfig, train.TrainConfig) for field in fields(kind)}
+    defaults = {field.name: field.default for kind in (GPTConfig, settings.TrainConfig) for field in fields(kind)}
     kept = {key: tuple(value) if isinstance(value, list) else value for key, value in knobs.items() if key in defaults and key not in NOT_KEPT}
     rows = max(1, knobs['batch_tokens'] // knobs['block_size'] // 2)  # of a step: half as many, so there are twice the steps
     steps = max(1, knobs['max_steps'] * knobs['batch_tokens'] // 10 // (rows * knobs['block_size']))

@@ -16,6 +16,7 @@ import torch
 
 import device as hardware
 from configurator import UserError
+from kernels import autocast
 from runlog import replacing
 
 URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
@@ -126,7 +127,7 @@ def log_likelihoods(model, rows, batch_size, device, dtype):
         for i, row in enumerate(batch):
             idx[i, :len(rows[row][0])] = rows[row][0]
         idx = torch.from_numpy(idx).to(device)
-        with hardware.autocast(device, dtype):
+        with autocast(device, dtype):
             logits = model(idx[:, :-1])  # (B, T, vocab_size)
         for i, row in enumerate(batch):
             end, n = len(rows[row][0]), rows[row][1]

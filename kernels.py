@@ -7,6 +7,7 @@ the plain formula, which the compiler fuses; or an operator that it does not loo
 autograd.Function without in-place operations whose results are no aliases of each other: for those torch 2.11 computes wrong
 gradients, silently (github.com/pytorch/pytorch/issues/180642).
 """
+import contextlib
 import sys
 from typing import Optional
 
@@ -20,6 +21,11 @@ if tuple(map(int, torch.__version__.split('.')[:2])) < OLDEST:
     sys.exit(2)
 
 custom_op, traced = torch.library.custom_op, torch.compiler.is_compiling
+
+
+def autocast(device, dtype):
+    """A context for a forward: matrix products in `dtype`, nothing changed for fp32."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
 def autocast_dtype(x):

@@ -5,6 +5,7 @@ How things are measured: in turn, as ratios within a repeat, each model in a pro
     report('mine', compare(times, 'theirs'), config)                            # -> results/<machine>/mine.json, and a table
 """
 import functools
+import itertools
 import json
 import multiprocessing
 import platform
@@ -23,10 +24,13 @@ import torch
 
 import compiler
 import device as hardware
-import train
+import settings
 from configurator import UserError
+from kernels import autocast
 from model import GPT
 from optim import make_optimizers
+from parallel import Group
+from training import TrainStep
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / 'results'
@@ -116,20 +120,16 @@ def whole_process(words, **options):
 def training_step(model_config, rows, device, dtype, compile='false'):
     """-> (model, function): a new model, and one optimizer step of it on `rows` sequences of random tokens. compile: as in train.py."""
     torch.manual_seed(0)
-    model, config = GPT(model_config).to(device), train.load([])
-    trained = compiler.compiled(model) if compiler.choose(compile, device)[0] else model
-    optimizer = make_optimizers(model, config, device)['optimizer']
+    model, config = GPT(model_config).to(device), settings.load([])
+    train_step = TrainStep(model, make_optimizers(model, config, device), config, device, dtype, Group())
+    if compiler.choose(compile, device)[0]:
+        train_step.forward = compiler.compiled(model)
     idx = torch.randint(model_config.vocab_size, (rows, model_config.block_size + 1)).to(device)
+    batches = itertools.repeat((idx[:, :-1], idx[:, 1:]))
 
     def step():
-        with hardware.autocast(device, dtype):
-            loss = trained(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.update_balance(1e-3)
-    step.optimizer = optimizer
+        train_step.update(train_step.judge(train_step.backward(0, batches, 1)))
+    step.optimizer = train_step.optimizers['optimizer']
     return model, step
 
 
@@ -138,7 +138,7 @@ def decoding(model, device, dtype):
     """A generator: first it fills the cache of one sequence up to 64 positions before the end, then it adds a token a time."""
     cache, idx = model.eval().new_cache(1), torch.randint(model.config.vocab_size, (1, model.config.block_size - 64), device=device)
     while True:
-        with hardware.autocast(device, dtype):
+        with autocast(device, dtype):
             model(idx, cache=cache)
         yield
         idx = idx[:, :1]

@@ -34,6 +34,16 @@ def set_rates(optimizer, lr, weight_decay):
         group['lr'], group['weight_decay'] = lr, weight_decay if group['decays'] else 0.0
 
 
+def full_tensor(tensor):
+    """All of a tensor that FSDP has split over the processes, which must all call this; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
+
+def local_tensor(tensor):
+    """The part that this process has of a tensor that FSDP has split; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
 class Muon(torch.optim.Optimizer):
     """Keller Jordan's Muon (2024) for matrices (m, n) and stacks of them (E, m, n), with the learning rate of AdamW (Moonshot,
     arXiv:2502.16982: the RMS of an update is 0.2 lr).

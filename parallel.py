@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
 from model import OncePerStep
+from optim import full_tensor
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  # torchrun sets all of them
 LOST = ('gloo', 'connection', 'socket', 'timed out', 'timeout', 'nccl', 'broken pipe')  # in the words of a lost peer
@@ -233,16 +234,8 @@ def whole(state, main):
         return type(state)(whole(value, main) for value in state)
     if not hasattr(state, 'full_tensor'):
         return state
-    tensor = full(state)
+    tensor = full_tensor(state)
     return tensor.cpu() if main else None
-
-
-def full(tensor):  # all of a tensor that FSDP has split; a collective then
-    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
-
-
-def local(tensor):  # the part of this process
-    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
 def load_optimizer(optimizer, state):

@@ -8,6 +8,7 @@ Where a few real steps are cheap they are made, each kind in a process of its ow
 are estimated. The page says which. Nothing here starts a run or writes a file.
 """
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -27,7 +28,9 @@ import schedule as schedules
 from configurator import columns
 from model import GPT, GPTConfig, OncePerStep
 from optim import make_optimizers
+from parallel import Group
 from profiling import counted, has_bfloat16, is_out_of_memory, logit_bytes, measured, readable
+from training import TrainStep
 
 EFFICIENCY = 0.35  # of the speed of a matrix product that training reaches: an assumption
 PROBE = 60  # seconds that the steps of a probe may take, about
@@ -121,29 +124,18 @@ def steps(knobs, shape, rows, pattern, threads):
     torch.manual_seed(knobs.seed)
     model = GPT(shape).to(device).train()
     model.activation_checkpointing = knobs.activation_checkpointing
-    optimizers, scaler = make_optimizers(model, knobs, device).values(), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    train_step = TrainStep(model, make_optimizers(model, knobs, device), knobs, device, dtype, Group())
+    random_ids = (torch.randint(shape.vocab_size, (rows, shape.block_size + 1)).to(device) for _ in itertools.count())
+    batches = ((idx[:, :-1], idx[:, 1:]) for idx in random_ids)
     for micro_steps in pattern:
         start = time.perf_counter()
-        for _ in range(micro_steps):
-            idx = torch.randint(shape.vocab_size, (rows, shape.block_size + 1)).to(device)
-            with hardware.autocast(device, dtype):
-                loss = model(idx[:, :-1], idx[:, 1:])
-            scaler.scale(loss).backward()
-            del loss
+        losses = train_step.backward(0, batches, micro_steps)
         hardware.synchronize(device)
         middle = time.perf_counter()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-        scaler.update()
-        model.update_balance(1e-3)
+        train_step.update(train_step.judge(losses))
         hardware.synchronize(device)
         times.append(((middle - start) / micro_steps, time.perf_counter() - middle))
         model.statistics()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
     taken = hardware.peak_memory_gb(device) - before
     return taken * 1e9, *(statistics.median(each) for each in zip(*times[1:]))
 

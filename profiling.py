@@ -16,9 +16,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import device as hardware
+from kernels import autocast
 from model import OncePerStep
-from optim import Muon
-from parallel import local
+from optim import Muon, local_tensor
 from runlog import replacing
 
 
@@ -63,7 +63,7 @@ def kept(model, rows, device, dtype):
 
     def enter(module, args):  # parameters are looked up here, where those that FSDP has split are whole
         nonlocal place
-        known.update(StorageWeakRef(local(p).untyped_storage()) for p in module.parameters())
+        known.update(StorageWeakRef(local_tensor(p).untyped_storage()) for p in module.parameters())
         if module is not model:
             place = module
             note(inputs, args[0])
@@ -79,7 +79,7 @@ def kept(model, rows, device, dtype):
         for module in (model, *model.blocks):
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
-        with torch.enable_grad(), hardware.autocast(device, dtype), \
+        with torch.enable_grad(), autocast(device, dtype), \
                 torch.autograd.graph.saved_tensors_hooks(lambda t: note(saved, t), lambda _: None):
             model(idx, idx)
         for t in codes(model):
@@ -117,7 +117,7 @@ def logit_bytes(model, rows, device, dtype):
 def counted(model, optimizers, world=1, sharded=False):
     """[(kind, bytes, how)] of what does not depend on the batch, exactly. sharded: what FSDP has not split yet counts as split."""
     def share(t):
-        return local(t).nbytes // (world if sharded and local(t) is t else 1)
+        return local_tensor(t).nbytes // (world if sharded and local_tensor(t) is t else 1)
 
     optimizer, how = 0, []
     for o in optimizers:
@@ -128,7 +128,7 @@ def counted(model, optimizers, world=1, sharded=False):
             optimizer += sum(state) or n * share(p)
     parameters, part = list(model.parameters()), f', 1/{world} of them here' if sharded else ''
     return [('parameters', sum(map(share, parameters)), f'{sum(p.numel() for p in parameters):,}{part}'),
-            ('buffers', sum(local(b).nbytes for b in model.buffers()), 'tables and counters'),
+            ('buffers', sum(local_tensor(b).nbytes for b in model.buffers()), 'tables and counters'),
             ('gradients', sum(share(p) for p in parameters if p.requires_grad), f'one a parameter{part}'),
             ('optimizer', optimizer, '; '.join(how) + part)]
 
@@ -208,7 +208,7 @@ def advice(model, optimizers, config, device, dtype, world=1):
     text = 'out of memory: ' + ', '.join(f'{kind} {readable(size)}' for kind, size in sizes.items() if size and kind != 'buffers')
     tokens, last = f'{rows} x {config.block_size} tokens', 'a smaller --block_size or --n_embd (another model)'
     try:
-        measurable = all(local(p) is p and p.device.type == device.type for p in model.parameters())  # all of it there, and whole
+        measurable = all(local_tensor(p) is p and p.device.type == device.type for p in model.parameters())  # all of it there, and whole
         activations, saved = (forward(), {knob: size() for knob, size in knobs.items()}) if measurable else (None, {})
     except Exception as error:
         if not is_out_of_memory(error):

@@ -18,15 +18,16 @@ import numpy as np
 import torch
 
 import device as hardware
+import settings
 import train
 from checkpoint import load_model
 from configurator import UserError, read_json
 from data import TokenData
-from evaluate import validate
 from measure import ROOT, compare, figures, report, side_by_side, sizes, whole_process
 from model import GPT, GPTConfig
 from runlog import read_lines
 from tokenizer import load_tokenizer, token_bytes
+from training import validate
 
 TINY, TWIN, SPEEDRUN = 'trix_tiny.py', 'dense_tiny.py', 'speedrun_tiny.py'
 SOURCE = str(ROOT / 'config' / 'recipes' / 'source.py')
@@ -66,17 +67,17 @@ def runs_of(config):
     for name, (file, *words) in PRESETS[config.preset].items():
         words = [str(ROOT / 'config' / file), *words]
         if tokens:
-            batch = train.load(words).batch_tokens
+            batch = settings.load(words).batch_tokens
             steps = max(1, round(tokens / batch))
             words += [f'--max_steps={steps}', f'--warmup_steps={steps // 10}', f'--eval_interval={max(1, steps // 10)}',
                       '--eval_tokens=65536', '--sample_interval=0', f'--save_interval={steps}', '--keep=1']
         found[name] = words
-    data = {name: tuple(vars(train.load(words))[key] for key in ('dataset', 'tokenizer', 'vocab_size')) for name, words in found.items()}
+    data = {name: tuple(vars(settings.load(words))[key] for key in ('dataset', 'tokenizer', 'vocab_size')) for name, words in found.items()}
     if len(set(data.values())) > 1:
         raise UserError(f'preset {config.preset}: a loss a token is no measure between runs on different data or tokenizers: '
                         + ', '.join(f'{name} {" ".join(map(str, each))}' for name, each in data.items()) + ': give all of them the same')
     if config.match:
-        shapes = {name: train.load(words).pick(GPTConfig) for name, words in found.items()}
+        shapes = {name: settings.load(words).pick(GPTConfig) for name, words in found.items()}
         *others, reference = shapes
         target = measures(shapes[reference])[MATCHES[config.match]]
         for name in others:
@@ -114,7 +115,7 @@ PLACES = ('out_dir', 'resume', 'device', 'dtype', 'compile', 'other_data', 'veri
 
 def trained(words):
     """The run of a command line; one that is there already goes on or is used as it is. UserError if that was made with other knobs."""
-    config = train.load(words)
+    config = settings.load(words)
     file, now = Path(config.out_dir) / 'config.json', config.as_dict()
     before = read_json(file) if file.is_file() else now
     changed = [key for key in now if key not in PLACES and json.dumps(before.get(key, now[key])) != json.dumps(now[key])]
@@ -162,7 +163,7 @@ def quality(config):
         row |= {'rank': rank, 'tokens/s': 16 * model.config.block_size / speed['seconds'], 'speed': speed['ratio']}
     if config.preset == 'tiny':
         windows = data.val_windows(131_072 if tokens else 0)
-        loss = bigram(data, train.load(runs['trix_tiny']), windows)
+        loss = bigram(data, settings.load(runs['trix_tiny']), windows)
         _, y = data.val_batch(windows)
         rows.append({**dict.fromkeys(rows[0], 0), 'model': 'bigram table', 'rank': '',
                      **figures(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
@@ -369,9 +370,9 @@ def peers(config):
     --quick, time to loss (see `race`).
     """
     device = hardware.resolve(config.device, config.dtype)[0].type
-    data = train.find_data(train.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
+    data = train.find_data(settings.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
     recipe, steps = str(ROOT / 'config' / SPEEDRUN), config.repeats + 5
-    sizes = {'nanoGPT': PEER_BATCH, 'ours': PEER_BATCH, 'speedrun_tiny': train.load([recipe]).batch_tokens}
+    sizes = {'nanoGPT': PEER_BATCH, 'ours': PEER_BATCH, 'speedrun_tiny': settings.load([recipe]).batch_tokens}
     times, memory = {name: [] for name in sizes}, dict.fromkeys(sizes, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

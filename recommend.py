@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import device as hardware
-import train
+import settings
 from configurator import UserError, columns
 from model import GPT, GPTConfig
 from plan import achieved, count, duration, estimate, number, room
@@ -108,7 +108,7 @@ def suited(path, corpus):
     presets, left_out, shortest = [], [], math.inf
     for file in sorted(CONFIGS.glob('*.py')):
         try:
-            config = train.load([str(file)])
+            config = settings.load([str(file)])
             shortest = min(shortest, config.block_size)
             reason = unsuited(config, corpus)
         except UserError as error:

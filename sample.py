@@ -15,6 +15,7 @@ import torch
 
 import device as hardware
 from checkpoint import load_model
+from kernels import autocast
 from tokenizer import load_tokenizer
 
 
@@ -175,7 +176,7 @@ def main(argv):
             times = [time.perf_counter()]
 
             def ids():
-                with hardware.autocast(device, dtype):
+                with autocast(device, dtype):
                     for token in generate(model, idx, encoding.n_vocab, config.max_new_tokens, config.temperature,
                                           config.top_k, config.top_p, config.seed + i):
                         token = token.item()

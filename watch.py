@@ -463,8 +463,8 @@ def main(argv):
     if files:
         if files != paths or not config.plot or config.watch or config.report:
             raise UserError(f'{files[0]}: a config file has a schedule and no run yet: --plot alone draws it')
-        import train  # here, because it brings torch
-        return write(config.out or 'schedule.png', draw(schedule_panel(train.load(files + knobs)), clean(configurator.as_utf8(' '.join(files + knobs)))))
+        import settings  # here, because it brings torch
+        return write(config.out or 'schedule.png', draw(schedule_panel(settings.load(files + knobs)), clean(configurator.as_utf8(' '.join(files + knobs)))))
     if not paths:
         raise UserError('name a run: python watch.py runs/x')
     if wrong := [*filter(None, map(no_run, paths))]:

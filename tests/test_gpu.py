@@ -229,6 +229,7 @@ def compiled_and_eager(family, precision, checkpointing=''):
 
     import compiler
     import device as hardware
+    from kernels import autocast
     device, dtype, _ = hardware.resolve(DEVICE, precision)
     model, idx = a_model(family)
     model.to(device).activation_checkpointing = bool(checkpointing)
@@ -236,7 +237,7 @@ def compiled_and_eager(family, precision, checkpointing=''):
 
     def compute(module):
         torch.manual_seed(5)
-        with hardware.autocast(device, dtype):
+        with autocast(device, dtype):
             return scale * module(idx[:, :-1], idx[:, 1:])
     problem, note = compiler.check(model, compiler.compiled(model), compute, device, dtype, contextlib.nullcontext(),
                                    lambda *numbers: numbers, lambda error: False)
@@ -247,12 +248,13 @@ def executions(family):
     import torch
 
     import device as hardware
+    from kernels import autocast
     from model import TriX
     device, dtype, _ = hardware.resolve(DEVICE, 'bfloat16')
     model, idx = a_model(family)
     model, idx, found = model.to(device), idx.to(device), {}
     for TriX.execution in ('loop', 'dense', 'grouped'):
-        with hardware.autocast(device, dtype):
+        with autocast(device, dtype):
             model(idx[:, :-1], idx[:, 1:]).backward()
         found[TriX.execution] = torch.cat([p.grad.flatten() for p in model.parameters()])
         model.zero_grad(set_to_none=True)

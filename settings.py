@@ -1,0 +1,156 @@
+"""The options of a training run: every one with its default and what it does. Model options are in model.py.
+
+    config = load(['config/trix_tiny.py', '--max_steps=100'])     # files and --key=value, later ones win; checked
+    rows, micro_steps = micro_batches(config, world=4)            # how four processes share the tokens of a step
+"""
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import configurator
+import schedule as schedules
+from configurator import UserError
+from model import GPTConfig
+from optim import OPTIMIZERS
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = ''  # directory of the run (empty: runs/<names of the config files, with - between>)
+    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, or a directory that prepare.py made
+    tokenizer: str = 'bpe'  # of a dataset that has yet to be prepared: bpe (trained on it, of vocab_size), gpt2, or a tokenizer.json
+    max_steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # sequences in a micro-step of each process, at most
+    batch_tokens: int = 0  # tokens in an optimizer step over all processes, a multiple of batch_size * block_size (0: just that)
+    learning_rate: float = 1e-3  # peak, after the warm-up
+    matrix_lr: float = 0.0  # that of the matrices that Muon has, 0: learning_rate
+    min_lr_ratio: float = 0.1  # learning rate at the end, as a part of the peak
+    warmup_steps: int = -1  # steps of linear warm-up (-1: a twentieth of the run, a tenth for onecycle)
+    schedule: str = 'cosine'  # after the warm-up: cosine, restarts, onecycle, wsd, linear, constant or two_stage
+    restart_steps: int = 0  # restarts: steps of the first cycle (0: the whole run)
+    restart_factor: int = 2  # restarts: each cycle is this many times as long as the one before
+    decay_steps: int = 0  # wsd: steps of the last, falling part (0: a fifth of the run)
+    boundary_step: int = 0  # two_stage: where the second stage, without weight decay, begins (0: half of the run)
+    mid_lr_ratio: float = 2 / 3  # two_stage: learning rate at the boundary, as a part of the peak
+    optimizer: str = 'adamw'  # adamw, or muon for the matrices of the blocks and adamw for the rest
+    weight_decay: float = 0.1  # on matrices; norms, biases and other vectors have none
+    beta1: float = 0.9  # AdamW: decay of the mean of the gradients
+    beta2: float = 0.95  # AdamW: decay of the mean of their squares
+    grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
+    eval_interval: int = 100  # steps between validations; like every interval, 0 switches it off
+    eval_tokens: int = 65_536  # tokens of a validation, always the same windows (0: all of the split)
+    log_interval: int = 10  # steps between lines on the console and in metrics.jsonl
+    sample_interval: int = 100  # steps between samples: every prompt, greedy, typical and wild
+    sample_prompts: str = '|The|In this|def|import'  # prompts of those samples, '|' between them (empty: the start of a document)
+    sample_tokens: int = 64  # tokens of each
+    save_interval: int = 100  # steps between checkpoints (there is one at the end and at every better validation, too)
+    keep: int = 3  # newest checkpoints that are kept, beside the best and the mandatory ones (0: all)
+    mandatory_steps: tuple[int, ...] = ()  # steps with a checkpoint that is never deleted (two_stage adds both sides of its boundary)
+    max_skipped: int = 5  # steps in a row with a non-finite loss or gradient, or a spike, that end the run
+    spike_z: float = 0.0  # skip a step whose loss is this many standard deviations above the mean of the last spike_window (0: never)
+    spike_window: int = 100  # steps that a spike is measured against; there are none before half of them are done
+    seed: int = 1337  # of the initialisation, the order of the data and dropout
+    device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
+    dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
+    compile: str = 'auto'  # torch.compile: auto (on a GPU, and on a CPU in runs of 10M tokens and more), true or false
+    compile_timeout: int = 600  # seconds that compilation may take before the run goes on without it
+    activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time
+    parallel: str = 'ddp'  # several processes: ddp, or fsdp, which shares out weights, gradients and optimizer
+    dist_timeout: int = 600  # seconds that a process waits for the others
+    init_from: str = ''  # start with the weights of this run or checkpoint, which export.py convert made or which is to be tuned further
+    distill_from: str = ''  # learn from the distribution of this run's model, too: its tokenizer must be the same
+    distill_weight: float = 0.5  # the part of the loss that this is: (1 - w) cross-entropy + w KL(teacher || model)
+    anneal_steps: int = 0  # ffn=trix: steps over which a token's tiles come down from all of them to trix_top_k
+    resume: str = ''  # auto: go on from the newest good checkpoint in out_dir, if any; or a checkpoint or run to go on from
+    other_data: bool = False  # let --resume go on with other data than the checkpoint's
+    verify: bool = False  # read all tokens again and compare their sha256, even if no file has changed since the last time
+    plan: bool = False  # show what the run takes (parameters, memory, time, disk) and its schedule, and end
+    card_gb: float = 0.0  # --plan: for a GPU with so much memory, whether or not one is here (0: for this machine)
+    profile: bool = False  # record three early steps with torch.profiler, and where the memory goes
+    tensorboard: bool = False  # scalars and samples for TensorBoard, too, in out_dir/tensorboard
+    wandb: bool = False  # scalars for Weights & Biases, too (WANDB_MODE=offline needs no network)
+
+    def problems(self):
+        found = [f'{key}={getattr(self, key)} must be at least 1' for key in
+                 ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'compile_timeout', 'dist_timeout') if getattr(self, key) < 1]
+        if not 0 < self.learning_rate < math.inf:
+            found.append(f'learning_rate={self.learning_rate} must be over 0')
+        if self.seed >= 2**63:
+            found.append(f'seed={self.seed} must be below 2^63')
+        found += [f'{key}={getattr(self, key)} must not be negative' for key in
+                  ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_interval', 'eval_tokens', 'log_interval',
+                   'sample_interval', 'save_interval', 'keep', 'spike_z', 'seed') if getattr(self, key) < 0]
+        if not 0 <= self.card_gb < math.inf:
+            found.append(f'card_gb={self.card_gb}: expected the memory of a card in GB, or 0')
+        found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2') if not 0 <= getattr(self, key) < 1]
+        if not 0 <= self.distill_weight <= 1:
+            found.append(f'distill_weight={self.distill_weight} must lie in [0, 1]')
+        if not 0 <= self.anneal_steps <= max(1, self.max_steps):
+            found.append(f'anneal_steps={self.anneal_steps} must lie between 0 and max_steps={self.max_steps}')
+        found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}' for key, choices in
+                  (('optimizer', OPTIMIZERS), ('parallel', ('ddp', 'fsdp'))) if getattr(self, key) not in choices]
+        if wrong := [step for step in self.mandatory_steps if not 0 < step <= self.max_steps]:
+            found.append(f'mandatory_steps={",".join(map(str, wrong))}: the run ends at max_steps={self.max_steps}')
+        if self.matrix_lr and self.optimizer != 'muon':
+            found.append(f'matrix_lr={self.matrix_lr} is for --optimizer=muon')
+        if self.parallel == 'fsdp' and self.optimizer == 'muon':
+            found.append('optimizer=muon needs whole matrices: use --parallel=ddp, or --optimizer=adamw')
+        if self.parallel == 'fsdp' and self.dtype == 'float16':
+            found.append('dtype=float16 can\'t be scaled over sharded gradients: use --dtype=bfloat16 or --parallel=ddp')
+        return found
+
+
+def load(argv, usage=__doc__):
+    """Command line -> checked config; a pure function. UserError with a line for each problem."""
+    config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage,
+                               check=lambda c: batch_problems(c) + schedule_problems(c) + annealing_problems(c))
+    files = [Path(word).stem for word in argv if word.endswith('.py') and not word.startswith('--')]
+    config.out_dir = os.path.expanduser(config.out_dir) or f'runs/{"-".join(files) or "default"}'
+    config.batch_tokens = config.batch_tokens or config.batch_size * config.block_size
+    return config
+
+
+def schedule_problems(config):
+    """Also puts the number of warm-up steps in, and, where --max_steps cuts the run of a file short, the usual parts for the
+    file's own that don't fit any more."""
+    parts = {'warmup_steps': -1, 'restart_steps': 0, 'decay_steps': 0, 'boundary_step': 0}
+    for _ in range(2):
+        if config.warmup_steps == -1:
+            config.warmup_steps = max(0, config.max_steps // (10 if config.schedule == 'onecycle' else 20))
+        found = schedules.problems(config) if config.max_steps >= 1 else []
+        short = [key for key in parts if config.origin[key] not in ('default', 'command line')]
+        if not found or config.origin['max_steps'] != 'command line' or not short:
+            break
+        for key in short:
+            setattr(config, key, parts[key])
+            config.origin[key] = f'automatic, for a run shorter than that of {config.origin[key]}'
+    return found
+
+
+def batch_problems(config):
+    micro = config.batch_size * config.block_size
+    if micro < 1 or config.batch_tokens % micro == 0:
+        return []
+    below = config.batch_tokens // micro * micro
+    nearest = ' or '.join(f'{n}' for n in (below, below + micro) if n)
+    return [f'batch_tokens={config.batch_tokens} is no multiple of batch_size * block_size = {micro}; the nearest are {nearest}']
+
+
+def annealing_problems(config):
+    if config.anneal_steps and (config.ffn != 'trix' or config.trix_router == 'hash'):
+        return [f'anneal_steps={config.anneal_steps} needs ffn=trix, and no trix_router=hash, which knows only trix_top_k tiles of a token']
+    return []
+
+
+def micro_batches(config, world):
+    """(sequences of a micro-step in each process, micro-steps of a step). UserError if `world` processes can't share a step."""
+    rows = config.batch_tokens // config.block_size
+    size = min(config.batch_size, max(1, rows // world))
+    if rows % (world * size):
+        unit = world * size * config.block_size
+        below = config.batch_tokens // unit * unit
+        nearest = ' or '.join(f'{n}' for n in (below, below + unit) if n)
+        raise UserError(f'batch_tokens={config.batch_tokens} is {rows} sequences, which {world} processes can\'t share in micro-steps '
+                        f'of {size}; the nearest batch_tokens that they can are {nearest} (or change batch_size or the processes)')
+    return size, rows // (world * size)

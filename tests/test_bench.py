@@ -41,7 +41,7 @@ def test_blocks_compares_at_9_21_and_70_million_parameters(i, low, high):
     assert list(models) == ['dense', 'swiglu', 'trix', 'bitnet', 'resonance', 'none']
     assert low < bench.sizes(models['dense'])['parameters'] < high
     assert all(model.config.block_size == 256 and not model.config.tie_embeddings for model in models.values())
-    tiny = bench.train.load([str(bench.ROOT / 'config' / 'trix_tiny.py')])
+    tiny = bench.settings.load([str(bench.ROOT / 'config' / 'trix_tiny.py')])
     trix, small = models['trix'].config, tiny.trix_hidden or tiny.n_embd
     assert (trix.trix_tiles, trix.trix_top_k, trix.trix_hidden) == (tiny.trix_tiles, tiny.trix_top_k, small * shape.n_embd // 128)
     assert models['bitnet'].packed_bytes() < models['swiglu'].packed_bytes()

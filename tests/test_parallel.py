@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import parallel
+from optim import local_tensor
 from configurator import UserError
 from data import TokenData
 from runs import (arguments, assert_same_run, console_of, end, finish, finish_ranks, lines, lines_so_far, losses, start_ranks)
@@ -278,7 +279,7 @@ def test_what_is_split_has_a_share_of_the_weights_in_each_process(corpus, tmp_pa
 
         def spied(group, model, *arguments):
             shard(group, model, *arguments)
-            held = sum(parallel.local(p).numel() for p in model.parameters())
+            held = sum(local_tensor(p).numel() for p in model.parameters())
             print(f'held {held} of {sum(p.numel() for p in model.parameters())}')
         parallel.Group.shard = spied
     codes, said = finish_ranks(arguments(corpus, tmp_path / 'run', '--parallel=fsdp', '--max_steps=5'), 2, spy)

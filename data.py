@@ -23,6 +23,7 @@ from tokenizer import load_tokenizer
 from verification import BinFile, verify
 
 VERSION = 1  # of meta.json
+DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}  # of ids in bins
 GAMMA = 0x9e3779b97f4a7c15  # 2^64 / golden ratio: keeps `mix` away from its fixed point 0
 
 
@@ -118,7 +119,7 @@ class TokenData:
         try:
             if self.meta['version'] != VERSION:
                 raise UserError(f"{file}: version {self.meta['version']!r}, expected {VERSION}: {self.again}")
-            self.n_vocab = int(self.meta['vocab_size'])
+            self.n_vocab, self.dtype = int(self.meta['vocab_size']), DTYPES[self.meta.get('dtype', 'uint16')]
             entries = {split: [(entry['name'], int(entry['tokens']), entry['sha256']) for entry in self.meta['files'][split]]
                        for split in ('train', 'val')}
             content = [self.meta['source'], *([sha256 for *_, sha256 in entries[split]] for split in entries)]
@@ -146,7 +147,7 @@ class TokenData:
         self.train_tokens = totals['train']
         self.n_windows = (totals['train'] - 1) // block_size
         self.n_val_windows = (totals['val'] - 1) // block_size
-        self.bins = {name: BinFile(sha256) for listed in entries.values() for name, _, sha256 in listed}
+        self.bins = {name: BinFile(sha256, self.dtype) for listed in entries.values() for name, _, sha256 in listed}
         if verify != 'never':
             self.verify(reread=verify == 'always')
 
@@ -158,10 +159,10 @@ class TokenData:
         """The ids of a bin, memory-mapped, its size checked."""
         file = self.path / name
         try:
-            if (size := file.stat().st_size) != 2 * tokens:
-                raise UserError(f'{file}: {size} bytes, but meta.json says {2 * tokens}: {self.again}')
+            if (size := file.stat().st_size) != self.dtype.itemsize * tokens:
+                raise UserError(f'{file}: {size} bytes, but meta.json says {self.dtype.itemsize * tokens}: {self.again}')
             # A plain view: slices of a np.memmap object cost ten times as much. An empty file can't be mapped.
-            return np.asarray(np.memmap(file, '<u2', 'r')) if size else np.zeros(0, '<u2')
+            return np.asarray(np.memmap(file, self.dtype, 'r')) if size else np.zeros(0, self.dtype)
         except OSError as error:
             raise UserError(f'{file}: {error.strerror}: {self.again}')
 

@@ -138,8 +138,9 @@ def read_test(data):
 
 
 def as_stream(encoding, text):
-    """(n,) uint16: the end of a text, as at the start of every document in training, and then all of `text` as one stream."""
-    return np.concatenate([np.array([encoding.eot_token], '<u2'), encode(encoding, text)])
+    """(n,) ids: the end of a text, as at the start of every document in training, and then all of `text` as one stream."""
+    ids = encode(encoding, text)
+    return np.concatenate([np.array([encoding.eot_token], ids.dtype), ids])
 
 
 def evaluate_test(model, encoding, text, counts, context, stride, batch_size, device, dtype):

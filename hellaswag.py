@@ -97,7 +97,7 @@ def clean(text):
 
 def encode_items(encoding, items, T, file):
     """
-    [(ids uint16, how many of them are the ending)], four an item. Context and ending are encoded together, and the ending is what
+    [(ids int32, how many of them are the ending)], four an item. Context and ending are encoded together, and the ending is what
     lies behind the tokens of the context alone; what is too long for T inputs and a last target is cut on the left. UserError
     for an ending that isn't whole then.
     """
@@ -111,7 +111,7 @@ def encode_items(encoding, items, T, file):
             if not 1 <= n <= T:
                 raise UserError(f'{file}:{number}: an ending of {n} tokens can\'t be scored in a context of {T}'
                                 + ': --context=N gives a longer one' * (n > T))
-            rows.append((np.array((ids if start else [encoding.eot_token, *ids])[-T - 1:], np.uint16), n))
+            rows.append((np.array((ids if start else [encoding.eot_token, *ids])[-T - 1:], np.int32), n))
     return rows
 
 

@@ -26,7 +26,7 @@ from kernels import (Gather, Spread, autocast_dtype, causal_convolution, chunked
 @dataclass
 class GPTConfig:
     block_size: int = 256  # context length in tokens
-    vocab_size: int = 8192  # entries of the vocabulary, at most 65,536 (token bins are uint16)
+    vocab_size: int = 8192  # entries of the vocabulary, at most 1,048,576
     n_layer: int = 3  # blocks
     n_head: int = 4  # query heads of an attention layer
     n_kv_head: int = 0  # key/value heads, shared by n_head / n_kv_head queries each (0: n_head)
@@ -81,8 +81,8 @@ class GPTConfig:
             found.append(f'act_bits={self.act_bits} must be 0 or 8')
         if found:
             return found
-        if self.vocab_size > 65_536:
-            found.append(f'vocab_size={self.vocab_size} is over 65,536: token bins hold 16 bits a token')
+        if self.vocab_size > 2**20:
+            found.append(f'vocab_size={self.vocab_size} is over 1,048,576, the most that a tokenizer may have')
         mixers = self.mixers()
         if 'attention' in mixers:
             if self.n_embd % self.n_head:

@@ -30,6 +30,7 @@ from model import GPT, GPTConfig, OncePerStep
 from optim import make_optimizers
 from parallel import Group
 from profiling import counted, has_bfloat16, is_out_of_memory, logit_bytes, measured, readable
+from tokenizer import id_dtype
 from training import TrainStep
 
 EFFICIENCY = 0.35  # of the speed of a matrix product that training reaches: an assumption
@@ -349,15 +350,16 @@ def time_lines(config, model, seen, speed, how, rows, micro_steps, world):
 
 def disk_lines(config, data):
     (n, why), each, free = checkpoints_at_most(config), checkpoint_bytes(config), free_bytes(config.out_dir)
-    tokens = 2 * config.max_steps * config.batch_tokens
+    width = id_dtype(config.vocab_size).itemsize  # bytes a token
+    size = width * config.max_steps * config.batch_tokens
     if data:
         there = sum(file.stat().st_size for file in data.path.rglob('*') if file.is_file())
         text = f'{readable(there)} of data are in {data.path}'
     elif config.dataset == 'fineweb_edu':  # as much of it as the run reads
-        text = f'{readable(tokens)} of data are to be prepared'
+        text = f'{readable(size)} of data are to be prepared'
     else:
-        text = f'{config.dataset} is not prepared yet: 2 bytes a token'
-    needed = n * each + (tokens if not data and config.dataset == 'fineweb_edu' else 0)
+        text = f'{config.dataset} is not prepared yet: {width} bytes a token'
+    needed = n * each + (size if not data and config.dataset == 'fineweb_edu' else 0)
     return [f'disk: {n:,} checkpoints at most ({why}) of {readable(each)} = {readable(n * each)} in {config.out_dir}; {text}; '
             f'{readable(free)} are free: ' + ('enough' if needed <= free else 'NOT ENOUGH: a smaller --keep, or another --out_dir')]
 

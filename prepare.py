@@ -43,7 +43,7 @@ import tokenizer
 from configurator import UserError, load, read_json, run
 from corpus import DATASETS, SourceMissing, count_words, open_corpus
 from data import VERSION, data_dir
-from tokenizer import load_tokenizer, token_bytes
+from tokenizer import MAX_VOCAB, id_dtype, load_tokenizer, normalizer_of, token_bytes
 from verification import remember, unverified
 from workspace import Bins, Seen, compare, fsync, is_prepared, now, publish, workspace, write_json
 
@@ -77,8 +77,8 @@ class PrepareConfig:
             yield f'--source={self.source}: --dataset={self.dataset} has none (files of your own: --dataset=text:{self.source})'
         if self.bad_text not in ('refuse', 'skip', 'replace'):
             yield f'--bad_text={self.bad_text}: expected refuse, skip or replace'
-        if not 257 <= self.vocab_size <= 2**16:
-            yield f'--vocab_size={self.vocab_size}: expected 257 (bytes and end of text) to 65536 (ids are uint16)'
+        if not 257 <= self.vocab_size <= MAX_VOCAB:
+            yield f'--vocab_size={self.vocab_size}: expected 257 (bytes and end of text) to {MAX_VOCAB}'
         if not 0 < self.val_ratio < 1:
             yield f'--val_ratio={self.val_ratio}: expected a share between 0 and 1'
         for key in ('max_tokens', 'max_documents', 'num_proc', 'seed'):
@@ -287,6 +287,14 @@ def build(config, corpus, content, request, work, start):
         check_room(load_tokenizer(content), sample, size / share if share else 0, config, work)
         del sample
         write_json(work / 'tokenizer.json', content)
+    facts = {}
+    encoding = load_tokenizer(work)
+    if (dtype := id_dtype(encoding.n_vocab)).itemsize > 2:
+        facts['dtype'] = dtype.name
+        print(f'ids of {encoding.n_vocab:,} tokens need 32 bits: the bins are uint32, which nanoGPT does not read', flush=True)
+    if normalizer := normalizer_of(read_json(work / 'tokenizer.json')):
+        facts['normalizer'] = normalizer
+        print(f'this tokenizer changes text to the Unicode form {normalizer}: that is the text that is learned', flush=True)
     print(f'encoding, after {time.time() - start:.1f} s', flush=True)
     try:
         counts, files = encode_corpus(corpus, work, config)
@@ -303,10 +311,9 @@ def build(config, corpus, content, request, work, start):
         fsync(work / 'test.txt')
         extra['test'] = {'name': 'test.txt', 'bytes': len(text.encode()), **count_words(text),
                          'sha256': hashlib.sha256(text.encode()).hexdigest()}
-    encoding = load_tokenizer(work)
     remember(work, hashes_of(files), encoding.n_vocab)  # what was written right now need not be read
     write_json(work / 'meta.json', {
-        **request, 'eot_id': encoding.eot_token, 'documents': counts, 'files': files, **extra,
+        **request, **facts, 'eot_id': encoding.eot_token, 'documents': counts, 'files': files, **extra,
         'created': now(), 'seconds': round(time.time() - start, 1)})
 
 
@@ -401,7 +408,7 @@ def check_room(encoding, sample, size, config, work):
         tokens = min(tokens or config.max_tokens, config.max_tokens / (1 - config.val_ratio))
     if not tokens:
         return
-    need, free = 2 * tokens, shutil.disk_usage(work).free
+    need, free = id_dtype(encoding.n_vocab).itemsize * tokens, shutil.disk_usage(work).free
     print(f'about {tokens / 1e6:,.1f}M tokens, {need / 1e9:,.3f} GB of disk ({free / 1e9:,.3f} GB are free)', flush=True)
     if need > free:
         raise UserError(f'{work.parent}: about {need / 1e9:,.3f} GB of tokens, but only {free / 1e9:,.3f} GB are free: make room, '
@@ -463,9 +470,10 @@ def progress(corpus, config, position, bins):
         if config.max_tokens:
             share = max(share, bins['train'].tokens / config.max_tokens)
         left = f'{seconds * (1 - share) / (share - there):,.0f} s left' if share > there else 'of an unknown size'
-        need = f" of {2 * total['tokens'] / share / 1e9:,.2f}" if share else ''
+        size = bins['train'].dtype.itemsize * total['tokens'] / 1e9
+        need = f' of {size / share:,.2f}' if share else ''
         print(f"  {counts['train'] + counts['val']:,} documents, {total['tokens'] / 1e6:,.1f}M tokens, "
-              f"{(total['bytes'] - before['bytes']) / seconds / 1e6:.1f} MB/s, {2 * total['tokens'] / 1e9:,.2f}{need} GB of disk, {left}",
+              f"{(total['bytes'] - before['bytes']) / seconds / 1e6:.1f} MB/s, {size:,.2f}{need} GB of disk, {left}",
               flush=True)
 
     before = totals()
@@ -519,8 +527,8 @@ def open_tokenizer(work):
 
 
 def encode(texts):
-    """{split: [str]} -> {split: (n,) uint16 ids}, with the end of text after every document."""
-    eot = np.array([encoding.eot_token], '<u2')
+    """{split: [str]} -> {split: (n,) ids}, with the end of text after every document."""
+    eot = np.array([encoding.eot_token], id_dtype(encoding.n_vocab))
     return {split: np.concatenate([part for document in documents for part in (tokenizer.encode(encoding, document), eot)] or [eot[:0]])
             for split, documents in texts.items()}
 

@@ -209,7 +209,7 @@ def validate(path, vocab_size=0, say=print):
     path = Path(path).expanduser()
     meta = read_json(path / 'meta.json') if (path / 'meta.json').is_file() else {}
     if meta and meta.get('kind') != 'shards':
-        return validate_bins(TokenData(path, 1, vocab_size or 2**16, verify='never'), say)
+        return validate_bins(TokenData(path, 1, vocab_size or LARGEST_VOCAB, verify='never'), say)
     entries = {entry['name']: entry for entry in chain(*entries_of(meta, path).values())} if meta else {}
     vocab_size = vocab_size or (int(meta['vocab_size']) if meta else 0)
     files = find_shards(path)
@@ -235,7 +235,7 @@ def validate_bins(data, say):
     checked, seen = [], np.zeros(0, bool)
     for name, found in data.verify(reread=True).items():
         seen = union(seen, found.pop('seen'))
-        checked.append({'file': data.path / name, 'rows': 0, 'length': 0, 'dtype': 'uint16', **found})
+        checked.append({'file': data.path / name, 'rows': 0, 'length': 0, 'dtype': data.dtype.name, **found})
     documents = data.meta.get('documents') or {}
     return summary('bin', checked, seen, data.n_vocab, say, documents.get('train', 0) + documents.get('val', 0))
 
@@ -345,12 +345,12 @@ def entry(name, found, first, rows):
 
 def pack(data_path, row, out, rows_per_shard=100, say=print):
     """
-    Bins of a prepared directory -> shards of uint16, (rows_per_shard, row) each, the last of a split smaller, in `out`, a directory
-    that open_data() reads; returns its meta.json. Rows are consecutive tokens; what fills no row at the end of a split is left out.
+    Bins of a prepared directory -> shards of the same ids, (rows_per_shard, row) each, the last of a split smaller, in `out`,
+    a directory that open_data() reads; returns its meta.json. Rows are consecutive tokens; what fills no row at the end of a split is left out.
     """
     if row < 2 or rows_per_shard < 1:
         raise UserError(f'row={row}, rows_per_shard={rows_per_shard}: expected at least 2 tokens in a row and a row in a shard')
-    out, data = Path(out), open_data(data_path, 1, 2**16, verify='never')
+    out, data = Path(out), open_data(data_path, 1, LARGEST_VOCAB, verify='never')
     if isinstance(data, ShardData):
         raise UserError(f'{data_path}: shards already')
     request = {'version': VERSION, 'kind': 'shards', 'source': data.meta['source'], 'row': row, 'rows_per_shard': rows_per_shard,
@@ -368,7 +368,7 @@ def pack(data_path, row, out, rows_per_shard=100, say=print):
     with workspace(out, request) as work:
         if work:
             clear(work)
-            need, free = 2 * row * sum(rows for rows, _ in counts.values()), shutil.disk_usage(work).free
+            need, free = data.dtype.itemsize * row * sum(rows for rows, _ in counts.values()), shutil.disk_usage(work).free
             say(f'{out}: {need / 1e6:,.1f} MB, of {free / 1e6:,.1f} MB that are free')
             if need > free:
                 raise UserError(f'{out}: {need / 1e6:,.1f} MB do not fit on the disk: make room, or choose another place')
@@ -387,7 +387,8 @@ def pack_split(data, split, row, rows, rows_per_shard, folder):
     for first in range(0, rows, rows_per_shard):
         file, end = folder / f'shard_{len(entries):05d}.npy', min(first + rows_per_shard, rows)
         with open(file, 'wb') as target:
-            np.lib.format.write_array_header_1_0(target, {'descr': '<u2', 'fortran_order': False, 'shape': (end - first, row)})
+            np.lib.format.write_array_header_1_0(target, {
+                'descr': data.dtype.str, 'fortran_order': False, 'shape': (end - first, row)})
             target.writelines(data.read(split, start, min(start + BLOCK, end * row)).tobytes()
                               for start in range(first * row, end * row, BLOCK))
         fsync(file)

@@ -13,15 +13,17 @@ import base64
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from configurator import UserError, read_json
 
 VERSION = 1  # of tokenizer.json
+MAX_VOCAB = 2**20  # ids are held in 16 bits where they fit, else in 32
 EOT = '<|endoftext|>'
 ENDS = (EOT, '</s>', '<|end_of_text|>', '<eos>')  # names of the end of a text in Hugging Face's files
 # GPT-2's split into words as tiktoken writes it, and one that splits every text the same, twice as fast: what needs no look ahead
@@ -33,6 +35,7 @@ LONG_WORDS = 6_000_000  # bytes of different words of more than 40 characters th
 # run of a million spaces.
 SLICE = 2**19
 SPACE = '\u2581'  # how SentencePiece writes a space
+ASCII = re.compile('[\0-\x7f]')
 BYTES = {f'<0x{byte:02X}>': bytes([byte]) for byte in range(256)}  # its tokens for what no other token spells
 PRINTABLE = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
 # How a byte-level BPE writes a byte: one that is printable as its own character, the others in order as those from 256 on.
@@ -150,7 +153,7 @@ def build(content):
     encoding = HuggingFace(name, special, content['huggingface']) if 'huggingface' in content else from_ranks(content)
     text = HARD + SPACE.join(special)
     try:
-        exact = encoding.decode_bytes(encoding.encode_ordinary(text)) == text.encode()
+        exact = encoding.decode_bytes(encoding.encode_ordinary(text)) == normalized(encoding, text).encode()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of the libraries, which are written in Rust, is no Exception
@@ -176,15 +179,31 @@ def from_ranks(content):
 
 
 def check_size(n_vocab):
-    if n_vocab > 2**16:
-        raise UserError(f'{n_vocab} tokens, more than the 65536 that uint16 can number')
+    if n_vocab > MAX_VOCAB:
+        raise UserError(f'{n_vocab} tokens, more than the largest vocabulary of {MAX_VOCAB}')
+
+
+def id_dtype(n_vocab):
+    """The type of an id in bins: 16 bits where they suffice, which nanoGPT can read."""
+    return np.dtype('<u2' if n_vocab <= 2**16 else '<u4')
+
+
+def normalizer_of(content):
+    """'NFC' where a tokenizer changes a text to that form before it encodes it, else ''."""
+    return (content.get('huggingface', {}).get('normalizer') or {}).get('type', '')
+
+
+def normalized(encoding, text):
+    """The text that the ids of `text` stand for: `text` itself, but for a tokenizer with a normalizer."""
+    return encoding.normalize(text) if isinstance(encoding, HuggingFace) else text
 
 
 def encode(encoding, text):
-    """str of any length -> (n,) uint16 ids; '<|endoftext|>' in it is plain text."""
+    """str of any length -> (n,) ids, uint16 or uint32; '<|endoftext|>' in it is plain text."""
     size = SLICE if isinstance(encoding, tiktoken.Encoding) else max(1, len(text))  # HuggingFace cuts for itself
     parts = [encoding.encode_to_numpy(text[i:i + size], disallowed_special=()) for i in range(0, len(text), size)]
-    return np.concatenate([np.empty(0, '<u2'), *parts]).astype('<u2')
+    dtype = id_dtype(encoding.n_vocab)
+    return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
 
 
 def token_bytes(encoding):
@@ -198,7 +217,7 @@ def token_bytes(encoding):
 def from_huggingface(file):
     """
     The JSON of a tokenizer.json of theirs -> our content: the parts of it that say how a text is encoded. Special tokens leave
-    the vocabulary and the merges, so that no text is ever taken for one; added tokens that are spaces are text and stay.
+    the vocabulary and the merges, so that no text is ever taken for one; added tokens that are plain text stay.
     """
     model, added = file['model'], file.get('added_tokens') or []
     kind = model.get('type') or ('BPE' if 'merges' in model else None)  # the oldest files have no type
@@ -206,10 +225,11 @@ def from_huggingface(file):
         raise UserError(f'a model of type {kind}, which can lose text: expected a BPE, byte-level or with byte fallback')
     if any(model.get(key) for key in ('continuing_subword_prefix', 'end_of_word_suffix')):
         raise UserError('a BPE that marks the parts of a word, which can lose spaces: expected one without prefix and suffix')
-    pre_tokenizer, prefix = spacing(file.get('normalizer'), file.get('pre_tokenizer'), model.get('byte_fallback'))
+    normalizer, pre_tokenizer, prefix = spacing(file.get('normalizer'), file.get('pre_tokenizer'), model.get('byte_fallback'))
 
-    special = {token['content']: token['id'] for token in added if not is_text(token)}
-    vocab = model['vocab'] | {token['content']: token['id'] for token in added if is_text(token)}
+    texts = [token for token in added if is_text(token, prefix)]
+    special = {token['content']: token['id'] for token in added if token not in texts}
+    vocab = model['vocab'] | {token['content']: token['id'] for token in texts}
     for token in added:
         if model['vocab'].get(token['content'], token['id']) != token['id']:
             raise ValueError(f"{token['content']!r} is there twice, as {token['id']} and as {model['vocab'][token['content']]}")
@@ -220,42 +240,79 @@ def from_huggingface(file):
     special = {EOT: special.pop(end, vocab.get(end)), **special}
     vocab = {text: token for text, token in vocab.items() if text not in special and text != end}
     pairs = [tuple(merge.split(' ') if isinstance(merge, str) else merge) for merge in model['merges']]
-    pairs = [pair for pair in pairs if not {*pair, ''.join(pair)} & {end, *special, *BYTES}]
+    never = {end, *special, *BYTES}
+    pairs = [pair for pair in pairs if never.isdisjoint({*pair, ''.join(pair)})]
+    parts = {'prefix': prefix, 'pre_tokenizer': pre_tokenizer,
+             'model': {'type': 'BPE', 'vocab': vocab, 'merges': [list(pair) for pair in pairs],
+                       'byte_fallback': prefix is not None, 'ignore_merges': bool(model.get('ignore_merges'))}}
+    if normalizer:
+        parts['normalizer'] = normalizer
+    if (text_tokens := matched(texts, prefix, model['vocab'], end)) != spaces_of(vocab, prefix):
+        parts['text_tokens'] = text_tokens
     n_vocab = max([*vocab.values(), *special.values()]) + 1
     return {'format': 'nanotrix-tokenizer', 'version': VERSION, 'name': f'huggingface-{n_vocab}',
-            'special_tokens': special, 'huggingface': {
-                'prefix': prefix, 'pre_tokenizer': pre_tokenizer,
-                'model': {'type': 'BPE', 'vocab': vocab, 'merges': [list(pair) for pair in pairs],
-                          'byte_fallback': prefix is not None, 'ignore_merges': bool(model.get('ignore_merges'))}}}
+            'special_tokens': special, 'huggingface': parts}
 
 
-def is_text(token):
-    """Whether an added token is plain text: a run of spaces or line ends, as tokenizers for code have them."""
-    return token['content'].isspace() and not any(token.get(key) for key in ('special', 'lstrip', 'rstrip', 'single_word'))
+def is_text(token, prefix):
+    """
+    Whether an added token is plain text, such as the runs of spaces of tokenizers for code, or <table>. Where a space is put in
+    front of a text, the library puts one behind such a token, too, which changes the text: there only spaces are.
+    """
+    plain = not any(token.get(key) for key in ('special', 'lstrip', 'rstrip', 'single_word'))
+    return plain and (token['content'].isspace() or prefix != ' ')
+
+
+def matched(texts, prefix, vocab, end):
+    """[{content, normalized}] of the added tokens that are cut out of a text before the BPE sees it. UserError for ambiguous ones."""
+    tokens = [{'content': token['content'], 'normalized': bool(token.get('normalized'))} for token in texts]
+    if prefix is None:
+        for text in (token['content'] for token in tokens):
+            if text in vocab and BYTE_OF.keys() >= {*text} and spelled(text) != text.encode():
+                raise UserError(f'the added token {text!r} is in the vocabulary, too, where it stands for other bytes')
+    elif prefix == ' ':
+        return []
+    else:
+        if spaced := [token['content'] for token in tokens if ' ' in token['content']]:
+            raise UserError(f'the added token {spaced[0]!r} has a space, which this kind of BPE writes as {SPACE}')
+        # One that is not normalized matches no space but the character SPACE itself, which is spelled byte by byte here.
+        tokens = [token for token in tokens if token['normalized'] or SPACE not in token['content']]
+    return [token for token in tokens if token['content'] != end]
+
+
+def spaces_of(vocab, prefix):
+    """
+    The added tokens of a content without a list of them. A byte-level vocabulary writes a space as another character: what is a
+    space in it was added.
+    """
+    return [{'content': text, 'normalized': False} for text in vocab if prefix is None and text.isspace()]
 
 
 def spacing(normalizer, pre_tokenizer, byte_fallback):
     """
-    How a text is split before the BPE, and what is put in front of it: (pre-tokenizer, None) for a byte-level BPE, (None or
-    pre-tokenizer, ' ' or '') for one of SentencePiece, where a space is written as SPACE. Raises UserError for what loses text.
+    How a text is changed and split before the BPE, and what is put in front of it: (None or NFC, pre-tokenizer, None) for a
+    byte-level BPE, (None, None or pre-tokenizer, ' ' or '') for one of SentencePiece, where a space is written as SPACE. Raises
+    UserError for what loses text.
     """
     before, after = steps(normalizer), steps(pre_tokenizer)
     if any(step['type'] == 'ByteLevel' for step in after):
-        lossy = before + [step for step in after if step['type'] not in ('ByteLevel', 'Split', 'Digits', 'Punctuation')
+        nfc = [{'type': 'NFC'}]
+        lossy = ([] if before == nfc else before) + [step for step in after if step['type'] not in ('ByteLevel', 'Split', 'Digits', 'Punctuation')
                           or step.get('behavior') == 'Removed' or step.get('add_prefix_space')]
         if lossy:
             raise UserError(f"{lossy[0]['type']} before the BPE, which can change a text: "
-                            'expected no normalizer, and a pre-tokenizer that keeps every character')
-        return pre_tokenizer, None
+                            'expected no normalizer but NFC, and a pre-tokenizer that keeps every character')
+        return before[0] if before else None, pre_tokenizer, None
     if not byte_fallback:
         raise UserError('a BPE that is neither byte-level nor has byte fallback, which loses the characters it does not know')
     replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
-    if not after and before in ([replace], [{'type': 'Prepend', 'prepend': SPACE}, replace]):
-        return None, ' ' if before[1:] else ''
+    no_effect = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}  # Gemma's
+    if after in ([], [no_effect]) and before in ([replace], [{'type': 'Prepend', 'prepend': SPACE}, replace]):
+        return None, None, ' ' if before[1:] else ''
     if not before and len(after) == 1 and after[0]['type'] == 'Metaspace' and after[0]['replacement'] == SPACE:
         never = after[0].get('prepend_scheme') == 'never' or after[0].get('add_prefix_space') is False
         words = {'type': 'Split', 'pattern': {'String': SPACE}, 'behavior': 'MergedWithNext', 'invert': False}
-        return words if after[0].get('split', True) else None, '' if never else ' '
+        return None, words if after[0].get('split', True) else None, '' if never else ' '
     raise UserError(f"{', '.join(step['type'] for step in before + after) or 'nothing'} before the BPE, which can change a text: "
                     f'expected what writes a space as {SPACE} and does nothing else')
 
@@ -286,22 +343,26 @@ class HuggingFace:
         check_size(self.n_vocab)
         if missing := (BYTE_OF.keys() if self.prefix is None else {SPACE, *BYTES}) - vocab.keys():
             raise ValueError(f'no token {min(missing)}')
+        added = parts.get('text_tokens', spaces_of(vocab, self.prefix))
+        written = {token['content'] for token in added}
         self.bytes = [b''] * self.n_vocab  # an id that no token has stands for nothing
         for text, token in vocab.items():
             if self.prefix is None:
-                self.bytes[token] = spelled(text) if BYTE_OF.keys() >= {*text} else text.encode()
+                self.bytes[token] = spelled(text) if BYTE_OF.keys() >= {*text} and text not in written else text.encode()
             else:
                 self.bytes[token] = BYTES.get(text) or text.replace(SPACE, ' ').encode()
         for text, token in special.items():
             self.bytes[token] = text.encode()
         self.space = [vocab.get(f'<0x{byte:02X}>') for byte in SPACE.encode()]  # not a space, but the character itself
-        # In a byte-level vocabulary only added tokens are spaces: it writes a space as another character.
-        added = [text for text in vocab if self.prefix is None and text.isspace()]
-        flags = dict.fromkeys(('special', 'normalized', 'lstrip', 'rstrip', 'single_word'), False)
+        flags = dict.fromkeys(('special', 'lstrip', 'rstrip', 'single_word'), False)
+        normalizer = parts.get('normalizer')
+        if normalizer not in (None, {'type': 'NFC'}):
+            raise ValueError(f'normalizer {normalizer!r}, expected NFC or none')
+        self.normalizer = normalizers.NFC() if normalizer else None
         try:
             self.bpe = Tokenizer.from_str(json.dumps({
-                'version': '1.0', 'pre_tokenizer': parts['pre_tokenizer'], 'model': parts['model'],
-                'added_tokens': [{'id': vocab[text], 'content': text, **flags} for text in added]}))
+                'version': '1.0', 'normalizer': normalizer, 'pre_tokenizer': parts['pre_tokenizer'], 'model': parts['model'],
+                'added_tokens': [{'id': vocab[token['content']], **token, **flags} for token in added]}))
         except Exception as error:  # the library raises nothing more special
             raise ValueError(error)
 
@@ -322,8 +383,25 @@ class HuggingFace:
         return ids
 
     def encode_part(self, text):
-        return [token for start in range(0, len(text), SLICE)
-                for token in self.bpe.encode(text[start:start + SLICE], add_special_tokens=False).ids]
+        return [token for part in self.slices(text) for token in self.bpe.encode(part, add_special_tokens=False).ids]
+
+    def slices(self, text):
+        """Parts of SLICE characters. With a normalizer a part begins with an ASCII character, which joins with none before it."""
+        start = 0
+        while start < len(text):
+            end = start + SLICE
+            if self.normalizer and (found := ASCII.search(text, end)):
+                end = found.start()
+            elif self.normalizer:
+                end = len(text)
+            yield text[start:end]
+            start = end
+
+    def normalize(self, text):
+        """The text that decoding gives back."""
+        if not self.normalizer or text.isascii():
+            return text
+        return ''.join(map(self.normalizer.normalize_str, self.slices(text)))
 
     def encode_to_numpy(self, text, *, disallowed_special=()):
         """(n,) uint32. `disallowed_special` is there as tiktoken has it: special tokens are always text."""

@@ -27,7 +27,7 @@ BLOCK = 2**23  # bytes that are read at a time
 
 class BinFile(NamedTuple):
     sha256: str  # of the whole file
-    dtype: str = '<u2'  # of an id
+    dtype: np.dtype  # of an id
     offset: int = 0  # bytes before the first id
 
 
@@ -53,9 +53,9 @@ def verify(folder, files, n_vocab, again, reread=False):
 
         def check(name):
             file = files[name]
-            count = (identities[name]['size'] - file.offset) // np.dtype(file.dtype).itemsize
+            count = (identities[name]['size'] - file.offset) // file.dtype.itemsize
             try:
-                found = scan(folder / name, file.offset, count, np.dtype(file.dtype), n_vocab)
+                found = scan(folder / name, file.offset, count, file.dtype, n_vocab)
             except UserError as error:
                 raise UserError(f'{error}: {again}')
             if found['sha256'] != file.sha256:

@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 
 from configurator import UserError, read_json
+from tokenizer import id_dtype
 
-BIN_TOKENS = 10**9  # tokens of a file: 2 GB, which data.py still hashes at every start
+BIN_TOKENS = 10**9  # tokens of a file: 2 or 4 GB
 
 
 def is_prepared(out, request, sharded=False):
@@ -189,7 +190,11 @@ class Bins:
     """
 
     def __init__(self, folder, split, lengths, entries):
-        """`entries`: of what is there already. What lies behind it in the files is the work of a killed preparation, and goes."""
+        """
+        lengths: (n_vocab,) bytes of each token. entries: of what is there already. What lies behind it in the files is the work
+        of a killed preparation, and goes.
+        """
+        self.dtype = id_dtype(len(lengths))
         self.folder, self.split, self.lengths, self.entries = folder, split, lengths, [dict(entry) for entry in entries]
         for file in folder.glob(f'{split}*.bin'):  # killed while it gave them their last names
             number = re.fullmatch(rf'{split}(?:-(\d+)(?:-of-\d+)?)?', file.stem)[1] or 0
@@ -208,7 +213,7 @@ class Bins:
     def open(self):
         path, entry = self.path(len(self.entries) - 1), self.entries[-1]
         self.file = open(path, 'ab')
-        self.file.truncate(2 * entry['tokens'])
+        self.file.truncate(self.dtype.itemsize * entry['tokens'])
         with open(path, 'rb') as file:
             self.sha256 = hashlib.sha256()
             while chunk := file.read(2**20):
@@ -217,7 +222,8 @@ class Bins:
             raise UserError(f'{path}: damaged since it was written: remove {self.folder} and start again')
 
     def append(self, ids):
-        """ids: (n,) uint16"""
+        """ids: (n,) of type self.dtype"""
+        assert ids.dtype == self.dtype, f'{ids.dtype} ids for bins of {self.dtype}'
         while len(ids):
             if self.entries[-1]['tokens'] == BIN_TOKENS:
                 self.sync()

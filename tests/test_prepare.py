@@ -283,7 +283,7 @@ def test_long_runs_of_spaces_are_encoded(large):
     ({'text_field': 'body'}, "{tmp}/c.jsonl:1: broken line: no text in a field 'body'"),
     ({'dataset': 'text:{tmp}/latin.txt'}, '{tmp}/latin.txt: not UTF-8 at byte 20006'),
     ({'vocab_size': 256}, '--vocab_size=256: expected 257'),
-    ({'vocab_size': 65537}, '--vocab_size=65537: expected 257'),
+    ({'vocab_size': 1048577}, '--vocab_size=1048577: expected 257'),
     ({'vocab_size': 60000}, '--vocab_size=60000: this corpus makes at most '),
     ({'val_ratio': 0}, '--val_ratio=0.0: expected a share'),
     ({'val_ratio': 1e-9}, 'text:{tmp}/c.jsonl: none of 150 documents fell into the val split: more documents, or a larger --val'),

@@ -269,7 +269,7 @@ def test_blocks_log_their_statistics_and_go_on_exactly_after_a_resume(corpus, tm
     (['--learnig_rate=1'], "unknown key 'learnig_rate', did you mean 'learning_rate'?"),
     (['--n_layer=two'], "--n_layer='two': expected int"),
     (['--n_embd=30', '--n_head=4'], 'n_embd=30 is not divisible by n_head=4'),
-    (['--vocab_size=70000'], 'vocab_size=70000 is over 65,536'),
+    (['--vocab_size=2000000'], 'vocab_size=2000000 is over 1,048,576'),
     (['--batch_tokens=100'], 'the nearest are 64 or 128'),
     (['--device=cuda:7'], '--device=cuda:7'),
     (['--device=tpu'], 'expected auto, cpu, cuda'),

@@ -84,6 +84,8 @@ def open_corpus(config, check=True):
     kind, colon, path = config.dataset.partition(':')
     if kind == 'text' and colon:
         corpus = text_corpus(config, path)
+    elif kind == 'bins' and colon:
+        corpus = nanochat_corpus(config, path)
     elif config.dataset == 'pylib':
         corpus = pylib_corpus()
     elif config.dataset == 'fineweb_edu':
@@ -91,7 +93,7 @@ def open_corpus(config, check=True):
     elif config.dataset in SUBSETS:
         corpus = wikitext_corpus(config)
     else:
-        raise UserError(f"--dataset={config.dataset}: unknown, expected {', '.join(DATASETS)} or text:PATH")
+        raise UserError(f"--dataset={config.dataset}: unknown, expected {', '.join(DATASETS)}, text:PATH or bins:PATH")
     if check:
         corpus.check()
     return corpus
@@ -186,6 +188,26 @@ def text_corpus(config, path):
             yield Document(row and row[field], dropped, None, end)
 
     return Corpus(source, '', documents, partial(file_progress, files), inputs=stamp(files),
+                  check=partial(check_files, files, field, config.bad_text))
+
+
+def nanochat_corpus(config, path):
+    """
+    The .parquet files of nanochat: the last one by name is validation (nanochat/dataset.py in github.com/karpathy/nanochat).
+    It is read first, so that --max_tokens leaves it whole.
+    """
+    files, field = find_files(path, ('parquet',)), config.text_field
+    if len(files) < 2:
+        raise UserError(f'{path}: one .parquet file, expected two at least, the last of which is validation '
+                        f'(--dataset=text:{path} splits the documents of a single one)')
+    files = [files[-1], *files[:-1]]
+
+    def documents(position=None):
+        for row, dropped, end in file_rows(files, field, config.bad_text, position):
+            yield Document(row and row[field], dropped, 'train' if end[0] else 'val', end)
+
+    source = {'dataset': config.dataset, 'text_field': field} | sizes(files)
+    return Corpus(source, '', documents, partial(file_progress, files), own_splits=True, inputs=stamp(files),
                   check=partial(check_files, files, field, config.bad_text))
 
 

@@ -15,6 +15,7 @@ import time
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -97,6 +98,27 @@ def permute(i, n, key):
     return out.astype(np.int64)
 
 
+class Part(NamedTuple):
+    """The tokens of a bin that belong to a split: all, unless meta.json gives the `offset` of the first in bytes."""
+    name: str
+    tokens: int
+    offset: int
+    size: int  # bytes of the whole bin
+    sha256: str  # of the whole bin
+    content: object  # what it adds to the fingerprint of the data
+
+    @classmethod
+    def of(cls, entry, dtype):
+        """From an entry in meta.json. Raises KeyError, TypeError or ValueError for a broken one."""
+        tokens, sha256 = int(entry['tokens']), entry['sha256']
+        if 'offset' not in entry:
+            return cls(entry['name'], tokens, 0, dtype.itemsize * tokens, sha256, sha256)
+        offset, size = int(entry['offset']), int(entry['size'])
+        if not 0 <= offset <= offset + dtype.itemsize * tokens <= size:
+            raise ValueError(f'{tokens} tokens from byte {offset} on in {size} bytes')
+        return cls(entry['name'], tokens, offset, size, sha256, [sha256, offset, tokens])
+
+
 class TokenData:
     """
     A prepared directory: .meta, .tokenizer (the content of tokenizer.json), .fingerprint, .train_tokens, .n_windows.
@@ -120,9 +142,9 @@ class TokenData:
             if self.meta['version'] != VERSION:
                 raise UserError(f"{file}: version {self.meta['version']!r}, expected {VERSION}: {self.again}")
             self.n_vocab, self.dtype = int(self.meta['vocab_size']), DTYPES[self.meta.get('dtype', 'uint16')]
-            entries = {split: [(entry['name'], int(entry['tokens']), entry['sha256']) for entry in self.meta['files'][split]]
-                       for split in ('train', 'val')}
-            content = [self.meta['source'], *([sha256 for *_, sha256 in entries[split]] for split in entries)]
+            parts = {split: [Part.of(entry, self.dtype) for entry in self.meta['files'][split]]
+                     for split in ('train', 'val')}
+            content = [self.meta['source'], *([part.content for part in parts[split]] for split in parts)]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f'{file}: broken ({error!r}): {self.again}')
         if self.n_vocab > vocab_size:
@@ -136,8 +158,8 @@ class TokenData:
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
         self.shards, self.starts, totals = {}, {}, {}
-        for split, listed in entries.items():
-            self.shards[split] = [self.open(name, tokens) for name, tokens, _ in listed]
+        for split, listed in parts.items():
+            self.shards[split] = [self.open(part) for part in listed]
             ends = np.cumsum([len(shard) for shard in self.shards[split]]).tolist()
             self.starts[split], totals[split] = [0, *ends[:-1]], ends[-1] if ends else 0
             if totals[split] < block_size + 1:
@@ -147,7 +169,9 @@ class TokenData:
         self.train_tokens = totals['train']
         self.n_windows = (totals['train'] - 1) // block_size
         self.n_val_windows = (totals['val'] - 1) // block_size
-        self.bins = {name: BinFile(sha256, self.dtype) for listed in entries.values() for name, _, sha256 in listed}
+        # Of a file that has parts of both splits the one that begins earlier says where its ids begin.
+        both = sorted(parts['train'] + parts['val'], key=lambda part: -part.offset)
+        self.bins = {part.name: BinFile(part.sha256, self.dtype, part.offset) for part in both}
         if verify != 'never':
             self.verify(reread=verify == 'always')
 
@@ -155,14 +179,16 @@ class TokenData:
         """Read the bins that are not on record, or all of them (reread) -> {name: what verification.scan found}."""
         return verify(self.path, self.bins, self.n_vocab, self.again, reread)
 
-    def open(self, name, tokens):
-        """The ids of a bin, memory-mapped, its size checked."""
-        file = self.path / name
+    def open(self, part):
+        """The ids of a part of a bin, memory-mapped, the size of the bin checked."""
+        file = self.path / part.name
         try:
-            if (size := file.stat().st_size) != self.dtype.itemsize * tokens:
-                raise UserError(f'{file}: {size} bytes, but meta.json says {self.dtype.itemsize * tokens}: {self.again}')
-            # A plain view: slices of a np.memmap object cost ten times as much. An empty file can't be mapped.
-            return np.asarray(np.memmap(file, self.dtype, 'r')) if size else np.zeros(0, self.dtype)
+            if (size := file.stat().st_size) != part.size:
+                raise UserError(f'{file}: {size} bytes, but meta.json says {part.size}: {self.again}')
+            if not part.tokens:  # nothing can't be mapped
+                return np.zeros(0, self.dtype)
+            # A plain view: slices of a np.memmap object cost ten times as much.
+            return np.asarray(np.memmap(file, self.dtype, 'r', part.offset, (part.tokens,)))
         except OSError as error:
             raise UserError(f'{file}: {error.strerror}: {self.again}')
 

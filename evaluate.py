@@ -138,7 +138,7 @@ def read_test(data):
 
 
 def as_stream(encoding, text):
-    """(n,) ids: the end of a text, as at the start of every document in training, and then all of `text` as one stream."""
+    """(n,) ids: the end of a text, as before every document in training, and then all of `text` as one stream."""
     ids = encode(encoding, text)
     return np.concatenate([np.array([encoding.eot_token], ids.dtype), ids])
 

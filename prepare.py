@@ -5,6 +5,7 @@ Corpus -> tokenizer.json, train.bin, val.bin, meta.json: everything that data.py
     python prepare.py --dataset=text:notes --vocab_size=4096          # a file, a directory or a 'glob': .txt, .jsonl, .parquet, .gz, .zst
     python prepare.py --dataset=fineweb_edu --max_tokens=5e8 --vocab_size=32000 --out=data/edu
     python prepare.py --dataset=wikitext103 --tokenizer=gpt2          # or a tokenizer.json, ours or one of Hugging Face
+    python prepare.py --dataset=bins:fineweb10B --tokenizer=gpt2      # token files of nanoGPT, llm.c, modded-nanogpt
     python prepare.py --dataset=fineweb_edu --shard=3/16 --out=data/edu    # one of 16 machines
     python prepare.py join data/edu                                   # their directories, brought together there, as one
     python prepare.py show data/pylib --n=3                           # windows, figures and a picture of what is prepared
@@ -39,6 +40,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import linked
 import tokenizer
 from configurator import UserError, load, read_json, run
 from corpus import DATASETS, SourceMissing, count_words, open_corpus
@@ -54,7 +56,7 @@ PART = 16  # batches after which what is done is put on the record: a kill costs
 
 @dataclass
 class PrepareConfig:
-    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH (file, directory, glob) or shards:DIR
+    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH (file, directory, glob), shards:DIR or bins:PATH
     source: str = ''  # fineweb_edu, wikitext*: .parquet or .jsonl files on this machine (directory, file, glob) instead of a download
     subset: str = 'sample-10BT'  # fineweb_edu: which part of it
     min_score: float = 3.0  # fineweb_edu: educational score (0 to 5) that a document needs
@@ -71,8 +73,10 @@ class PrepareConfig:
     seed: int = 1337  # of the split into train and val
 
     def problems(self):
-        if self.dataset not in DATASETS and not re.match('(text|shards):.', self.dataset) and not is_path(self.dataset):
-            yield f"--dataset={self.dataset}: unknown, expected {', '.join(DATASETS)}, text:PATH or shards:DIR"
+        known = self.dataset in DATASETS or re.match('(text|shards|bins):.', self.dataset) or is_path(self.dataset)
+        if not known:
+            yield (f"--dataset={self.dataset}: unknown, expected {', '.join(DATASETS)}, text:PATH, shards:DIR or "
+                   'bins:PATH')
         if self.source and self.dataset not in ('fineweb_edu', 'wikitext2', 'wikitext103'):
             yield f'--source={self.source}: --dataset={self.dataset} has none (files of your own: --dataset=text:{self.source})'
         if self.bad_text not in ('refuse', 'skip', 'replace'):
@@ -144,6 +148,21 @@ def is_path(dataset):
     return '/' in dataset and (Path(dataset) / 'meta.json').is_file()
 
 
+def is_bins(dataset):
+    """Whether this names token files of another project. The text of nanochat, .parquet files, is a corpus like others."""
+    return dataset.startswith('bins:') and linked.find_bins(dataset.removeprefix('bins:')) is not None
+
+
+def link(config, out):
+    """Token files of another project as a prepared directory."""
+    path = config.dataset.removeprefix('bins:')
+    for key in ('max_tokens', 'max_documents', 'shard'):
+        if value := getattr(config, key):
+            raise UserError(f'--{key}={value}: the files of {path} are used as they are: leave it out')
+    content = make_tokenizer(config)
+    linked.link(path, out, content, tokenizer.label(content), config.val_ratio)
+
+
 def main(argv):
     command, *rest = argv if argv and argv[0] in COMMANDS else ('', *argv)
     try:
@@ -161,6 +180,8 @@ def prepare_command(argv):
         import shards
         vocab_size = config.vocab_size if config.origin['vocab_size'] != 'default' else 0
         shards.split(config.dataset.removeprefix('shards:'), out, config.val_ratio, vocab_size, config.seed)
+    elif is_bins(config.dataset):
+        link(config, out)
     else:
         prepare(config, out)
 
@@ -170,10 +191,12 @@ def pack_command(argv):
     if not config.out:
         raise UserError('--out: name the directory to make: python prepare.py pack --dataset=NAME --row=32768 --out=DIR')
     import shards
-    bins = directory(config)
-    if not is_path(config.dataset):
-        prepare(config, bins)
-    shards.pack(bins, config.row, Path(config.out), config.rows_per_shard)
+    prepared = directory(config)
+    if is_bins(config.dataset):
+        link(config, prepared)
+    elif not is_path(config.dataset):
+        prepare(config, prepared)
+    shards.pack(prepared, config.row, Path(config.out), config.rows_per_shard)
 
 
 def split_command(argv):
@@ -255,8 +278,9 @@ def check_prepared(config, path):
     Raises UserError where the prepared directory at `path` holds anything but what `config` asks for: another corpus, files that
     were changed since, another tokenizer, other options. Says so where the files aren't there any more to compare with.
     """
+    is_linked = is_bins(config.dataset)
     try:
-        corpus = open_corpus(config, check=False)
+        corpus = None if is_linked else open_corpus(config, check=False)
     except SourceMissing as error:
         print(f'{error}. Using what was prepared from it in {path}', flush=True)
         return
@@ -265,7 +289,11 @@ def check_prepared(config, path):
     else:
         content = make_tokenizer(config)
         label, vocab_size = tokenizer.label(content), load_tokenizer(content).n_vocab if content else config.vocab_size
-    compare(read_json(path / 'meta.json'), make_request(config, corpus, label, vocab_size), f'{path}: was prepared',
+    if is_linked:
+        request = linked.make_request(config.dataset.removeprefix('bins:'), label, vocab_size, config.val_ratio)
+    else:
+        request = make_request(config, corpus, label, vocab_size)
+    compare(read_json(path / 'meta.json'), request, f'{path}: was prepared',
             f'remove it to prepare it anew, or use it as it is by --dataset={path}')
 
 
@@ -291,10 +319,10 @@ def build(config, corpus, content, request, work, start):
     encoding = load_tokenizer(work)
     if (dtype := id_dtype(encoding.n_vocab)).itemsize > 2:
         facts['dtype'] = dtype.name
-        print(f'ids of {encoding.n_vocab:,} tokens need 32 bits: the bins are uint32, which nanoGPT does not read', flush=True)
+        print(f'{encoding.n_vocab:,} ids need 32 bits: the bins are uint32, which nanoGPT does not read', flush=True)
     if normalizer := normalizer_of(read_json(work / 'tokenizer.json')):
         facts['normalizer'] = normalizer
-        print(f'this tokenizer changes text to the Unicode form {normalizer}: that is the text that is learned', flush=True)
+        print(f'this tokenizer changes text to the Unicode form {normalizer}: so is the text that is learned', flush=True)
     print(f'encoding, after {time.time() - start:.1f} s', flush=True)
     try:
         counts, files = encode_corpus(corpus, work, config)

@@ -18,7 +18,7 @@ from optim import OPTIMIZERS
 @dataclass
 class TrainConfig:
     out_dir: str = ''  # directory of the run (empty: runs/<names of the config files, with - between>)
-    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, or a directory that prepare.py made
+    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, bins:PATH, or what prepare.py made
     tokenizer: str = 'bpe'  # of a dataset that has yet to be prepared: bpe (trained on it, of vocab_size), gpt2, or a tokenizer.json
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 16  # sequences in a micro-step of each process, at most

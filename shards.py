@@ -345,8 +345,8 @@ def entry(name, found, first, rows):
 
 def pack(data_path, row, out, rows_per_shard=100, say=print):
     """
-    Bins of a prepared directory -> shards of the same ids, (rows_per_shard, row) each, the last of a split smaller, in `out`,
-    a directory that open_data() reads; returns its meta.json. Rows are consecutive tokens; what fills no row at the end of a split is left out.
+    Bins of a prepared directory -> shards of the same ids, (rows_per_shard, row) each, the last of a split smaller, in
+    `out`, a directory that open_data() reads; returns its meta.json. Rows are consecutive tokens; what fills no row at the end of a split is left out.
     """
     if row < 2 or rows_per_shard < 1:
         raise UserError(f'row={row}, rows_per_shard={rows_per_shard}: expected at least 2 tokens in a row and a row in a shard')
@@ -368,7 +368,8 @@ def pack(data_path, row, out, rows_per_shard=100, say=print):
     with workspace(out, request) as work:
         if work:
             clear(work)
-            need, free = data.dtype.itemsize * row * sum(rows for rows, _ in counts.values()), shutil.disk_usage(work).free
+            need = data.dtype.itemsize * row * sum(rows for rows, _ in counts.values())
+            free = shutil.disk_usage(work).free
             say(f'{out}: {need / 1e6:,.1f} MB, of {free / 1e6:,.1f} MB that are free')
             if need > free:
                 raise UserError(f'{out}: {need / 1e6:,.1f} MB do not fit on the disk: make room, or choose another place')

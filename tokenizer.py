@@ -225,7 +225,8 @@ def from_huggingface(file):
         raise UserError(f'a model of type {kind}, which can lose text: expected a BPE, byte-level or with byte fallback')
     if any(model.get(key) for key in ('continuing_subword_prefix', 'end_of_word_suffix')):
         raise UserError('a BPE that marks the parts of a word, which can lose spaces: expected one without prefix and suffix')
-    normalizer, pre_tokenizer, prefix = spacing(file.get('normalizer'), file.get('pre_tokenizer'), model.get('byte_fallback'))
+    before, after = file.get('normalizer'), file.get('pre_tokenizer')
+    normalizer, pre_tokenizer, prefix = spacing(before, after, model.get('byte_fallback'))
 
     texts = [token for token in added if is_text(token, prefix)]
     special = {token['content']: token['id'] for token in added if token not in texts}
@@ -256,15 +257,15 @@ def from_huggingface(file):
 
 def is_text(token, prefix):
     """
-    Whether an added token is plain text, such as the runs of spaces of tokenizers for code, or <table>. Where a space is put in
-    front of a text, the library puts one behind such a token, too, which changes the text: there only spaces are.
+    Whether an added token is plain text, such as <table>, or the runs of spaces of tokenizers for code. Where the library puts
+    a space in front of a text, it puts one behind such a token, too, which changes the text: there only spaces are.
     """
     plain = not any(token.get(key) for key in ('special', 'lstrip', 'rstrip', 'single_word'))
     return plain and (token['content'].isspace() or prefix != ' ')
 
 
 def matched(texts, prefix, vocab, end):
-    """[{content, normalized}] of the added tokens that are cut out of a text before the BPE sees it. UserError for ambiguous ones."""
+    """[{content, normalized}] of the added tokens that are cut out of a text before the BPE sees it. UserError for others."""
     tokens = [{'content': token['content'], 'normalized': bool(token.get('normalized'))} for token in texts]
     if prefix is None:
         for text in (token['content'] for token in tokens):
@@ -275,15 +276,15 @@ def matched(texts, prefix, vocab, end):
     else:
         if spaced := [token['content'] for token in tokens if ' ' in token['content']]:
             raise UserError(f'the added token {spaced[0]!r} has a space, which this kind of BPE writes as {SPACE}')
-        # One that is not normalized matches no space but the character SPACE itself, which is spelled byte by byte here.
+        # One that is not normalized matches no space, only the character SPACE itself, which is spelled by bytes here.
         tokens = [token for token in tokens if token['normalized'] or SPACE not in token['content']]
     return [token for token in tokens if token['content'] != end]
 
 
 def spaces_of(vocab, prefix):
     """
-    The added tokens of a content without a list of them. A byte-level vocabulary writes a space as another character: what is a
-    space in it was added.
+    The added tokens of a content without a list of them. A byte-level vocabulary writes a space as another character: what
+    is a space in it was added.
     """
     return [{'content': text, 'normalized': False} for text in vocab if prefix is None and text.isspace()]
 
@@ -291,13 +292,13 @@ def spaces_of(vocab, prefix):
 def spacing(normalizer, pre_tokenizer, byte_fallback):
     """
     How a text is changed and split before the BPE, and what is put in front of it: (None or NFC, pre-tokenizer, None) for a
-    byte-level BPE, (None, None or pre-tokenizer, ' ' or '') for one of SentencePiece, where a space is written as SPACE. Raises
-    UserError for what loses text.
+    byte-level BPE, (None, None or pre-tokenizer, ' ' or '') for one of SentencePiece, where a space is written as SPACE.
+    Raises UserError for what loses text.
     """
     before, after = steps(normalizer), steps(pre_tokenizer)
     if any(step['type'] == 'ByteLevel' for step in after):
-        nfc = [{'type': 'NFC'}]
-        lossy = ([] if before == nfc else before) + [step for step in after if step['type'] not in ('ByteLevel', 'Split', 'Digits', 'Punctuation')
+        lossy = [] if before == [{'type': 'NFC'}] else [*before]
+        lossy += [step for step in after if step['type'] not in ('ByteLevel', 'Split', 'Digits', 'Punctuation')
                           or step.get('behavior') == 'Removed' or step.get('add_prefix_space')]
         if lossy:
             raise UserError(f"{lossy[0]['type']} before the BPE, which can change a text: "
@@ -306,7 +307,8 @@ def spacing(normalizer, pre_tokenizer, byte_fallback):
     if not byte_fallback:
         raise UserError('a BPE that is neither byte-level nor has byte fallback, which loses the characters it does not know')
     replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
-    no_effect = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}  # Gemma's
+    # Gemma splits at spaces when there are none any more.
+    no_effect = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}
     if after in ([], [no_effect]) and before in ([replace], [{'type': 'Prepend', 'prepend': SPACE}, replace]):
         return None, None, ' ' if before[1:] else ''
     if not before and len(after) == 1 and after[0]['type'] == 'Metaspace' and after[0]['replacement'] == SPACE:
@@ -348,7 +350,8 @@ class HuggingFace:
         self.bytes = [b''] * self.n_vocab  # an id that no token has stands for nothing
         for text, token in vocab.items():
             if self.prefix is None:
-                self.bytes[token] = spelled(text) if BYTE_OF.keys() >= {*text} and text not in written else text.encode()
+                is_spelled = BYTE_OF.keys() >= {*text} and text not in written
+                self.bytes[token] = spelled(text) if is_spelled else text.encode()
             else:
                 self.bytes[token] = BYTES.get(text) or text.replace(SPACE, ' ').encode()
         for text, token in special.items():
@@ -361,8 +364,8 @@ class HuggingFace:
         self.normalizer = normalizers.NFC() if normalizer else None
         try:
             self.bpe = Tokenizer.from_str(json.dumps({
-                'version': '1.0', 'normalizer': normalizer, 'pre_tokenizer': parts['pre_tokenizer'], 'model': parts['model'],
-                'added_tokens': [{'id': vocab[token['content']], **token, **flags} for token in added]}))
+                'version': '1.0', 'normalizer': normalizer, 'pre_tokenizer': parts['pre_tokenizer'],
+                'model': parts['model'], 'added_tokens': [{'id': vocab[token['content']], **token, **flags} for token in added]}))
         except Exception as error:  # the library raises nothing more special
             raise ValueError(error)
 
@@ -386,7 +389,7 @@ class HuggingFace:
         return [token for part in self.slices(text) for token in self.bpe.encode(part, add_special_tokens=False).ids]
 
     def slices(self, text):
-        """Parts of SLICE characters. With a normalizer a part begins with an ASCII character, which joins with none before it."""
+        """Parts of SLICE characters. With a normalizer each begins with an ASCII character, which joins with none before it."""
         start = 0
         while start < len(text):
             end = start + SLICE

@@ -588,7 +588,7 @@ def find_data(config, prepare=True, verify='once'):
             return open_data(rows, config.block_size, config.vocab_size, verify)
         path, check = data_dir(name), lambda: check_split(rows, path)
         words = [f'--vocab_size={config.vocab_size}']
-    elif name in DATASETS or name.startswith('text:'):
+    elif name in DATASETS or name.startswith(('text:', 'bins:')):
         wanted = PrepareConfig(dataset=name, tokenizer=config.tokenizer)
         words = [f'--tokenizer={config.tokenizer}']
         if config.tokenizer == 'bpe':
@@ -603,8 +603,8 @@ def find_data(config, prepare=True, verify='once'):
         if not prepare and not path.is_dir():
             return None
         if not path.is_dir():
-            raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH and '
-                            'shards:DIR: bring the tokens there, or choose --dataset=pylib')
+            raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH, '
+                            'shards:DIR and bins:PATH: bring the tokens there, or choose --dataset=pylib')
         return open_data(path, config.block_size, config.vocab_size, verify)
 
     if (path / 'meta.json').is_file():

@@ -191,8 +191,8 @@ class Bins:
 
     def __init__(self, folder, split, lengths, entries):
         """
-        lengths: (n_vocab,) bytes of each token. entries: of what is there already. What lies behind it in the files is the work
-        of a killed preparation, and goes.
+        lengths: (n_vocab,) bytes of each token. entries: of what is there already. What lies behind it in the files is the
+        work of a killed preparation, and goes.
         """
         self.dtype = id_dtype(len(lengths))
         self.folder, self.split, self.lengths, self.entries = folder, split, lengths, [dict(entry) for entry in entries]

@@ -216,7 +216,7 @@ def test_normalization_is_said_and_written_down(tmp_path, capsys):
         (tmp_path / f'{i}.txt').write_text(f're\u0301sume\u0301 {i} ' * 30)
     prepare.main([f'--dataset=text:{tmp_path}/*.txt', f"--tokenizer={saved(qwen(), tmp_path / 'q.json')}", '--val_ratio=0.4',
                   '--num_proc=1', f'--out={tmp_path}/out'])
-    assert 'this tokenizer changes text to the Unicode form NFC' in capsys.readouterr().out
+    assert 'this tokenizer changes text to the Unicode form NFC: so is the text that is learned' in capsys.readouterr().out
     meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
     assert meta['normalizer'] == 'NFC' and 'dtype' not in meta
     ids = np.fromfile(tmp_path / 'out' / 'train.bin', '<u2')

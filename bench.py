@@ -44,20 +44,21 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import corpus
-import deployed
-import device as hardware
+from corpora import corpus
+from benchmarks import deployed
+from runtime import device as hardware
 import prepare
-import profiling
-import quality
-import runlog
+from runtime import profiling
+from benchmarks import quality
+from files import replacing
+from runtime import runlog
 import tokenizer
 import settings
-from measure import ROOT, compare, interleaved, report, side_by_side, sizes, timed, training_step, whole_process
+from benchmarks.measure import ROOT, compare, interleaved, report, side_by_side, sizes, timed, training_step, whole_process
 from model import GPT, GPTConfig, chunked_cross_entropy
-from quality import TINY
-from runlog import read_lines
-from shards import open_data
+from benchmarks.quality import TINY
+from runtime.runlog import read_lines
+from corpora.shards import open_data
 from tokenizer import load_tokenizer
 
 SHAPES = [(GPTConfig(n_embd=width, n_layer=layers, n_head=heads, vocab_size=32_000, tie_embeddings=False), batch, part)
@@ -404,7 +405,7 @@ def loop(config):
         content = path.read_bytes()
 
         def write():
-            with runlog.replacing(path.with_name('plain.pt')) as file:
+            with replacing(path.with_name('plain.pt')) as file:
                 file.write(content)
         times = interleaved({
             'statistics': lambda: timed(model.statistics, device),

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 
 import torch
 
-import packed
+from deploy import packed
 from configurator import UserError, typed
+from files import replacing
 from model import GPT, GPTConfig
-from runlog import replacing
 from schedule import schedule, top_k
 
 VERSION = 1

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from configurator import UserError, load, run, typed  # before torch, whose import Ctrl-C may interrupt
 import numpy as np
-import torch
 
-import device as hardware
-import hellaswag
+from runtime import device as hardware
+from benchmarks import hellaswag
 from checkpoint import load_model
-from profiling import is_out_of_memory
-from runlog import plain, read_lines
-from shards import ShardData, open_data
+from runtime.profiling import is_out_of_memory
+from runtime.runlog import plain, read_lines
+from corpora.shards import ShardData, open_data
 from tokenizer import encode, load_tokenizer, token_bytes
 from training import validate
 
@@ -120,7 +119,7 @@ def validation(config, data, usual):
 
 def read_test(data):
     """(text, {words, lines}) of the test split that prepare.py keeps beside the bins. UserError if there is none."""
-    from corpus import count_words  # here: what it imports takes a while, and train.py imports this file
+    from corpora.corpus import count_words  # here: what it imports takes a while, and train.py imports this file
     if 'test' not in data.meta:
         raise UserError(f'{data.path}: there is no test split in it: prepare.py keeps that of --dataset=wikitext2 and wikitext103')
     try:

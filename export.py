@@ -29,9 +29,9 @@ import torch
 from safetensors import SafetensorError
 
 import checkpoint
-import convert as conversion
-import device as hardware
-import packed
+from deploy import convert as conversion
+from runtime import device as hardware
+from deploy import packed
 import settings
 from checkpoint import load_model
 from data import TokenData

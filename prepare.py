@@ -40,14 +40,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-import linked
+from corpora import linked
 import tokenizer
 from configurator import UserError, load, read_json, run
-from corpus import DATASETS, SourceMissing, count_words, open_corpus
+from files import fsync, write_json
+from corpora.corpus import DATASETS, SourceMissing, count_words, open_corpus
 from data import VERSION, data_dir
 from tokenizer import MAX_VOCAB, id_dtype, load_tokenizer, normalizer_of, token_bytes
 from verification import remember, unverified
-from workspace import Bins, Seen, compare, fsync, is_prepared, now, publish, workspace, write_json
+from corpora.workspace import Bins, Seen, compare, is_prepared, now, publish, workspace
 
 BATCH = 10**6  # bytes of text that a process encodes at a time
 SAMPLE = 64 * BATCH  # bytes of text whose train documents the tokenizer is trained on
@@ -177,7 +178,7 @@ def prepare_command(argv):
     config = load(argv, PrepareConfig, usage=__doc__)
     out = Path(config.out) if config.out else directory(config)
     if config.dataset.startswith('shards:'):
-        import shards
+        from corpora import shards
         vocab_size = config.vocab_size if config.origin['vocab_size'] != 'default' else 0
         shards.split(config.dataset.removeprefix('shards:'), out, config.val_ratio, vocab_size, config.seed)
     elif is_bins(config.dataset):
@@ -190,7 +191,7 @@ def pack_command(argv):
     config = load(argv, PrepareConfig, PackConfig, usage=__doc__)
     if not config.out:
         raise UserError('--out: name the directory to make: python prepare.py pack --dataset=NAME --row=32768 --out=DIR')
-    import shards
+    from corpora import shards
     prepared = directory(config)
     if is_bins(config.dataset):
         link(config, prepared)
@@ -201,7 +202,7 @@ def pack_command(argv):
 
 def split_command(argv):
     config = load(argv, SplitConfig, positional=('path', 'out'), usage=__doc__)
-    import shards
+    from corpora import shards
     shards.split(config.path, Path(config.out), config.val_ratio, config.vocab_size, config.seed)
 
 
@@ -213,17 +214,17 @@ def path_command(function):
 
 
 def validate(config):
-    import shards
+    from corpora import shards
     shards.validate(config.path, config.vocab_size)
 
 
 def show(config):
-    import show as module
+    from corpora import show as module
     module.show(config.path, config.n)
 
 
 def recommend(config):
-    import recommend as module
+    from corpora import recommend as module
     module.recommend(config.path, card_gb=config.card_gb)
 
 

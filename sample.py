@@ -13,7 +13,7 @@ from pathlib import Path
 from configurator import UserError, as_utf8, load, run  # before torch, whose import Ctrl-C may interrupt
 import torch
 
-import device as hardware
+from runtime import device as hardware
 from checkpoint import load_model
 from kernels import autocast
 from tokenizer import load_tokenizer

@@ -22,27 +22,27 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import compiler
-import device as hardware
-import parallel
-import plan
+from runtime import compiler
+from runtime import device as hardware
+from runtime import parallel
+from runtime import plan
 import prepare as preparation
-import profiling
-import runlog
+from runtime import profiling
+from runtime import runlog
 import schedule as schedules
 import settings
 from configurator import UserError
-from corpus import DATASETS
+from corpora.corpus import DATASETS
 from data import Prefetcher, data_dir
-from hints import hints
-from interrupt import Interrupt, Overdue, wanted_signals
+from runtime.hints import hints
+from runtime.interrupt import Interrupt, Overdue, wanted_signals
 from kernels import autocast
 from model import GPT, GPTConfig
 from optim import local_tensor, make_optimizers, set_rates
 from prepare import PrepareConfig
 from sample import sample_grid
 from settings import TrainConfig, micro_batches
-from shards import check_split, open_data
+from corpora.shards import check_split, open_data
 from tokenizer import load_tokenizer, token_bytes
 from training import WATCHED_STEPS, Progress, TrainStep, validate
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError, read_json
-from workspace import write_json
+from files import write_json
 
 RECORD = '.verified.json'
 LONG = 2 * 10**9  # bytes that take some seconds to read: said

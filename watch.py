@@ -25,8 +25,9 @@ from types import SimpleNamespace
 
 import configurator
 from configurator import UserError
-from hints import hints
-from runlog import read_lines, replacing
+from files import replacing
+from runtime.hints import hints
+from runtime.runlog import read_lines
 from schedule import marks, problems, schedule
 
 OVER = {'finished': '', 'interrupted': 'interrupted: go on with --resume=auto', 'failed': 'failed: log.txt says why',

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 import bench
-import measure
+from benchmarks import measure
 from configurator import UserError
 from model import GPT
 

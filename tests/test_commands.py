@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare
-import shards
+from corpora import shards
 import train
 from configurator import UserError
 from data import TokenData

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from test_blocks import VARIANTS, T, V, build, tokens
 
-import compiler
+from runtime import compiler
 import runs
 from configurator import UserError
 from model import GPT, GPTConfig, Resonance, TriX

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import checkpoint
-import convert
+from deploy import convert
 import evaluate
 import export
 from configurator import UserError

@@ -21,11 +21,11 @@ from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus
+from corpora import corpus
 from configurator import UserError
-from corpus import Document, count_words, open_corpus
+from corpora.corpus import Document, count_words, open_corpus
 
-ROOT = Path(corpus.__file__).parent
+ROOT = Path(corpus.__file__).parent.parent
 LOAD_DATASET = datasets.load_dataset
 
 
@@ -129,7 +129,7 @@ def test_pylib_is_source_in_its_declared_encoding_and_docstrings_of_c(tmp_path, 
 
 
 def test_docstrings_of_c_are_the_same_in_every_run():
-    code = 'import corpus; print(*map(corpus.c_docstrings, ["math", "builtins", "_io", "itertools", "sys"]))'
+    code = 'from corpora import corpus; print(*map(corpus.c_docstrings, ["math", "builtins", "_io", "itertools", "sys"]))'
     outputs = {subprocess.run([sys.executable, '-c', imports + code], cwd=ROOT, capture_output=True, check=True,
                               env=os.environ | {'PYTHONHASHSEED': seed}).stdout
                for imports, seed in (('', '1'), ('import asyncio, decimal, unittest; ', '2'))}

@@ -8,9 +8,9 @@ import torch
 
 import bench
 import checkpoint
-import deployed
+from benchmarks import deployed
 import evaluate
-import measure
+from benchmarks import measure
 from configurator import UserError
 from model import GPT, GPTConfig
 from runs import arguments, finish

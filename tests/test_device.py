@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import device as hardware
+from runtime import device as hardware
 from configurator import UserError
 
 
@@ -30,7 +30,7 @@ def test_a_missing_device_is_refused():
 
 
 def test_an_older_torch_than_the_tests_pass_with_is_refused_in_one_line():
-    root = Path(hardware.__file__).parent
+    root = Path(hardware.__file__).parent.parent
     done = subprocess.run([sys.executable, '-c', 'import torch; torch.__version__ = "2.10.1+cu128"; import train'], cwd=root, capture_output=True,
                           text=True)
     assert (done.returncode, done.stdout) == (2, '')

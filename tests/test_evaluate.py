@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 import checkpoint
 import configurator
 import evaluate
-import hellaswag
+from benchmarks import hellaswag
 import prepare
-import shards
+from corpora import shards
 import tokenizer
 import train
 from configurator import UserError
 from data import TokenData
 from evaluate import Strided
-from hellaswag import accuracy, clean, encode_items, log_likelihoods, parse, parse_one, read_items
+from benchmarks.hellaswag import accuracy, clean, encode_items, log_likelihoods, parse, parse_one, read_items
 from model import GPT, GPTConfig
 from runs import arguments, finish, finish_ranks, lines
-from shards import open_data
+from corpora.shards import open_data
 from tokenizer import load_tokenizer
 
 CPU, FP32 = torch.device('cpu'), torch.float32

@@ -208,7 +208,7 @@ def a_model(family, **changes):
 def beside_the_cpu(family):
     import torch
 
-    import device as hardware
+    from runtime import device as hardware
     hardware.resolve(DEVICE, 'float32')
     model, idx = a_model(family, dropout=0.0)
     found = {}
@@ -227,8 +227,8 @@ def compiled_and_eager(family, precision, checkpointing=''):
 
     import torch
 
-    import compiler
-    import device as hardware
+    from runtime import compiler
+    from runtime import device as hardware
     from kernels import autocast
     device, dtype, _ = hardware.resolve(DEVICE, precision)
     model, idx = a_model(family)
@@ -247,7 +247,7 @@ def compiled_and_eager(family, precision, checkpointing=''):
 def executions(family):
     import torch
 
-    import device as hardware
+    from runtime import device as hardware
     from kernels import autocast
     from model import TriX
     device, dtype, _ = hardware.resolve(DEVICE, 'bfloat16')
@@ -264,7 +264,7 @@ def executions(family):
 def graph(name):
     import torch
 
-    import packed
+    from deploy import packed
     from test_packed import VARIANTS, ids, opened, trained
     config, state, where, _ = opened(trained(**VARIANTS[name]))
     model = packed.build(config, state, where, torch.device(DEVICE))

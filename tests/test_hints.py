@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hints import hints
+from runtime.hints import hints
 
 
 def history(*losses):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import prepare
-import show
+from corpora import show
 import train
 from configurator import UserError
 from data import TokenData, data_dir
-from shards import open_data, pack, validate
+from corpora.shards import open_data, pack, validate
 from test_data import VOCAB, counting, tokenizer
 from test_wide import gemma, saved
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import evaluate
 import export
-import packed
+from deploy import packed
 import sample
 from configurator import UserError
 from model import GPT, BitLinear, BitProduct, GPTConfig, TriX, ternary_codes
@@ -345,7 +345,7 @@ def test_sampling_takes_little_more_memory_than_the_file(tmp_path):
             'model, _ = checkpoint.load_model(sys.argv[1], torch.device("cpu"))\n'
             'list(generate(model, torch.zeros(1, 1, dtype=torch.int64), 8000, 8))\n'
             'print((device.peak_memory_gb(torch.device("cpu")) - before) * 1e9)')
-    done = subprocess.run([sys.executable, '-c', code, path], cwd=Path(packed.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', code, path], cwd=Path(packed.__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.5 * path.stat().st_size + 12e6
 
@@ -367,7 +367,7 @@ TRITON = """
 import sys, torch, packed
 from model import GPT, GPTConfig, int8_codes
 from test_packed import ids, opened, trained
-import ternary_triton
+from deploy import ternary_triton
 
 for K, M, E, N, k in ((24, 13, 1, 1, 1), (37, 9, 4, 2, 3), (300, 20, 2, 1, 2), (1, 1, 1, 3, 1)):
     codes, scale, x, chosen = torch.randint(-1, 2, (E, M, K)).float(), torch.rand(E) + 0.1, torch.randn(N, K), torch.randint(E, (N * k,))
@@ -390,7 +390,7 @@ for keys in (dict(ffn='swiglu', linear='bitnet'), dict(ffn='trix', trix_shared=T
 def test_the_kernel_of_a_gpu_equals_the_plain_formula():
     """In Triton's interpreter, which needs no GPU."""
     pytest.importorskip('triton', reason='comes with torch for CUDA')
-    root = Path(packed.__file__).parent
+    root = Path(packed.__file__).parent.parent
     done = subprocess.run([sys.executable, '-c', TRITON], cwd=root, capture_output=True, text=True,
                           env={**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': os.pathsep.join(map(str, (root, root / 'tests', *sys.path)))})
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import checkpoint
-import parallel
+from runtime import parallel
 from optim import local_tensor
 from configurator import UserError
 from data import TokenData

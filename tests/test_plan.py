@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import checkpoint
-import device as hardware
-import plan
-import profiling
+from runtime import device as hardware
+from runtime import plan
+from runtime import profiling
 import train
 from configurator import UserError
 from model import GPT, GPTConfig, OncePerStep
 from optim import make_optimizers
-from profiling import readable
+from runtime.profiling import readable
 from runs import lines
 
 CPU = torch.device('cpu')
@@ -71,7 +71,7 @@ def test_the_plan_is_what_a_run_of_train_py_takes(words, corpus, tmp_path):
     # not in a fork of the tests, which has memory of theirs to use again
     done = subprocess.run([sys.executable, '-c', 'import sys, torch, torch._dynamo, device, train; torch.set_num_threads(1); '
                            'print("base", device.peak_memory_gb(torch.device("cpu"))); train.main(sys.argv[1:])', *run],
-                          cwd=Path(plan.__file__).parent, capture_output=True, text=True)
+                          cwd=Path(plan.__file__).parent.parent, capture_output=True, text=True)
     said = done.stdout
     assert done.returncode == 0, done.stderr
     seen, config = lines(tmp_path / 'run', 'train'), train.load(run)

@@ -15,7 +15,7 @@ import pytest
 
 import data
 import prepare
-import workspace
+from corpora import workspace
 from configurator import UserError
 from data import TokenData
 from tokenizer import load_tokenizer

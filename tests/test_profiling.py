@@ -12,10 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import profiling
+from runtime import profiling
 from model import GPT, BitLinear, GPTConfig
 from optim import Muon
-from profiling import (Profile, advice, breakdown_table, counted, is_out_of_memory, memory_breakdown, operator_table, readable,
+from runtime.profiling import (Profile, advice, breakdown_table, counted, is_out_of_memory, memory_breakdown, operator_table, readable,
                        saved_bytes)
 
 CPU, FP32, BF16 = torch.device('cpu'), torch.float32, torch.bfloat16
@@ -286,7 +286,7 @@ def test_the_advice_makes_a_step_fit_that_ran_out_of_memory():
         import re, resource, sys, torch
         from types import SimpleNamespace
         from model import GPT, GPTConfig
-        from profiling import advice, is_out_of_memory
+        from runtime.profiling import advice, is_out_of_memory
         torch.set_num_threads(1)
         model = GPT(GPTConfig(n_layer=6, n_embd=64, block_size=128, vocab_size=256))
         config = SimpleNamespace(batch_size=64, block_size=128, batch_tokens=64 * 128, activation_checkpointing=False, parallel='ddp')

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import bench
-import measure
-import quality
+from benchmarks import measure
+from benchmarks import quality
 import train
 from configurator import UserError
-from measure import whole_process
+from benchmarks.measure import whole_process
 from model import GPTConfig
 from runs import finish
 from test_prepare import prepared, texts, write_jsonl

@@ -11,14 +11,14 @@ import pytest
 import torch
 from test_show import VOCAB, bins, said, shards, tokenizer
 
-import profiling
-import recommend
+from runtime import profiling
+from corpora import recommend
 import train
 from configurator import UserError
 from data import data_dir
 from model import GPT, GPTConfig
 from optim import make_optimizers
-from recommend import Corpus, Plan
+from corpora.recommend import Corpus, Plan
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-import runlog
+from runtime import runlog
 from configurator import UserError
-from runlog import RunLog, plain, read_lines
+from runtime.runlog import RunLog, plain, read_lines
 
 
 def strict(text):

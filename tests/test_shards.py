@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 
 import evaluate
 import sample
-import shards
+from corpora import shards
 import watch
-import workspace
+from corpora import workspace
 from checkpoint import load, save
 from configurator import UserError
 from data import TokenData
 from runs import SMALL, finish, lines
-from shards import ShardData, check, find_shards, inspect, open_data, pack, split, validate
+from corpora.shards import ShardData, check, find_shards, inspect, open_data, pack, split, validate
 
-ROOT, VOCAB = Path(shards.__file__).parent, 257
+ROOT, VOCAB = Path(shards.__file__).parent.parent, 257
 
 
 def silent(line):
@@ -395,7 +395,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(folder, monkeyp
 def test_torch_is_not_imported_for_npy(folder):
     for file in folder.glob('*.pt'):
         file.unlink()
-    program = f'import shards, sys\nshards.validate("{folder}")\nassert "torch" not in sys.modules'
+    program = f'import sys\nfrom corpora import shards\nshards.validate("{folder}")\nassert "torch" not in sys.modules'
     subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -736,7 +736,7 @@ def test_a_thousand_shards_need_few_files_little_time_and_no_memory(tmp_path):
     program = f'''
 import resource, sys, time
 import numpy as np
-import shards
+from corpora import shards
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 data = shards.open_data('{tmp_path}/out', 1024, 300)

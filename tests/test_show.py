@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import show
+from corpora import show
 from configurator import UserError
 from tokenizer import load_tokenizer
 
@@ -230,8 +230,8 @@ def test_the_slope_of_a_zipf_law_is_found():
 
 
 def test_it_starts_without_torch_which_takes_seconds():
-    code = 'import show, sys; assert "torch" not in sys.modules'
-    subprocess.run([sys.executable, '-c', code], cwd=Path(show.__file__).parent, check=True)
+    code = 'import sys; from corpora import show; assert "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], cwd=Path(show.__file__).parent.parent, check=True)
 
 
 def test_what_is_wrong_with_the_data_is_one_line(tmp_path, monkeypatch):

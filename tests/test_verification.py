@@ -13,7 +13,7 @@ import train
 import verification
 from configurator import UserError
 from data import TokenData
-from shards import open_data, split, validate
+from corpora.shards import open_data, split, validate
 from test_data import VOCAB, counting, edit_meta, write
 
 

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import checkpoint
-import plan
+from runtime import plan
 import prepare
 import sample
 import tokenizer
 import train
 from configurator import UserError
 from data import TokenData
-from shards import open_data, pack, validate
+from corpora.shards import open_data, pack, validate
 from test_tokenizer import CODE, TEXTS, sentences
 from tokenizer import from_file, id_dtype, load_tokenizer, normalized, token_bytes
 

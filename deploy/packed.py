@@ -27,9 +27,9 @@ from safetensors.torch import save
 from torch.overrides import TorchFunctionMode
 
 from configurator import UserError
+from files import replacing
 from model import (GPT, Attention, BitLinear, TriX, bit_product, int8, int8_codes, rms, rotary_tables,
                    ternary_codes)
-from runlog import replacing
 
 FORMAT = 'nanotrix-packed-1'
 EMBEDDINGS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
@@ -104,7 +104,7 @@ def usable(x):
 def triton():
     """ternary_triton.py; None if there is no Triton here, which is said."""
     try:
-        import ternary_triton
+        from deploy import ternary_triton
         return ternary_triton
     except ImportError as error:
         print(f'no Triton here, so packed weights are multiplied in plain PyTorch, slowly: {error}', file=sys.stderr)

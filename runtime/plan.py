@@ -9,7 +9,6 @@ are estimated. The page says which. Nothing here starts a run or writes a file.
 """
 import contextlib
 import itertools
-import math
 import multiprocessing
 import os
 import shutil
@@ -23,13 +22,13 @@ from types import SimpleNamespace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import device as hardware
+from runtime import device as hardware
 import schedule as schedules
 from configurator import columns
 from model import GPT, GPTConfig, OncePerStep
 from optim import make_optimizers
-from parallel import Group
-from profiling import counted, has_bfloat16, is_out_of_memory, logit_bytes, measured, readable
+from runtime.parallel import Group
+from runtime.profiling import counted, has_bfloat16, is_out_of_memory, logit_bytes, measured, readable
 from tokenizer import id_dtype
 from training import TrainStep
 

@@ -11,7 +11,7 @@ import torch
 
 from configurator import UserError
 from optim import local_tensor
-from profiling import is_out_of_memory, untouched
+from runtime.profiling import is_out_of_memory, untouched
 
 # How far compiled and eager may be apart: the loss, the norm of the gradient, and the gradient of any parameter, all relative.
 # Rounding alone makes 1e-6 in fp32, 1e-3 in TF32 and 1e-2 in half precision. It also sends a few tokens to another TriX tile and tips int8 codes

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
-import device as hardware
+from runtime import device as hardware
 import settings
 from configurator import UserError, columns
 from model import GPT, GPTConfig
-from plan import achieved, count, duration, estimate, number, room
-from profiling import readable
-from shards import find_shards, inspect, nearest
-from show import open_whole, row_of
+from runtime.plan import achieved, count, duration, estimate, number, room
+from runtime.profiling import readable
+from corpora.shards import find_shards, inspect, nearest
+from corpora.show import open_whole, row_of
 from tokenizer import from_file, load_tokenizer
 
-CONFIGS = Path(__file__).with_name('config')
+CONFIGS = Path(__file__).parent.parent / 'config'
 TOKENS_A_PARAMETER = 20  # compute-optimal (Hoffmann et al., arXiv:2203.15556)
 EPOCHS = 4  # repeated so often, data are worth almost as much as new ones (Muennighoff et al., arXiv:2305.16264)
 

@@ -10,16 +10,16 @@ Memory is that of eager execution: a compiled model keeps less.
 import contextlib
 import functools
 from collections import Counter
+from files import replacing
 from pathlib import Path
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import device as hardware
+from runtime import device as hardware
 from kernels import autocast
 from model import OncePerStep
 from optim import Muon, local_tensor
-from runlog import replacing
 
 
 # ----------------------------------------------------------------------------------------------------------------------

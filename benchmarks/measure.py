@@ -22,17 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import compiler
-import device as hardware
+from runtime import compiler
+from runtime import device as hardware
 import settings
 from configurator import UserError
 from kernels import autocast
 from model import GPT
 from optim import make_optimizers
-from parallel import Group
+from runtime.parallel import Group
 from training import TrainStep
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'results'
 
 

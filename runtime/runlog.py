@@ -21,36 +21,12 @@ import time
 from pathlib import Path
 
 from configurator import UserError
+from files import replacing
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
-
-
-@contextlib.contextmanager
-def replacing(path, sync=True):
-    """A file open for writing that becomes `path` only if all went well: temporary name, fsync, rename. Without `sync` it is
-    still whole or not at all for every reader, but the machine must not lose its power."""
-    path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if sync:
-            directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk, too
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-    except BaseException:
-        with contextlib.suppress(OSError):  # where nothing can be written nothing can be deleted
-            temporary.unlink()
-        raise
 
 
 def speak(text='', end='\n'):

@@ -9,7 +9,6 @@ A directory in the making: made whole or not at all, by one process at a time, a
 """
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 
 from configurator import UserError, read_json
+from files import fsync, write_json
 from tokenizer import id_dtype
 
 BIN_TOKENS = 10**9  # tokens of a file: 2 or 4 GB
@@ -51,12 +51,6 @@ def compare(old, request, where, remedy):
             before, value = [{k: v for k, v in one.items() if (k, v) not in other.items()}
                              for one, other in ((before, value), (value, before))]
         raise UserError(f'{where} with {key} {before!r}, not {value!r}: {remedy}')
-
-
-def stamp(files):
-    """A digest of the names, sizes and modification times of files: it changes when any of them is edited or replaced."""
-    listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-    return hashlib.sha256(os.fsencode(repr(listing))).hexdigest()[:16]
 
 
 @contextmanager
@@ -127,29 +121,8 @@ def publish(work, out):
     fsync(out.resolve().parent)
 
 
-def write_json(path, content):
-    """Whole or not at all."""
-    beside = path.with_name(f'.{path.name}.tmp')
-    try:
-        beside.write_text(json.dumps(content, indent=1), encoding='utf-8')
-        fsync(beside)
-        beside.rename(path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    fsync(path.parent)
-
-
 def now():
     return datetime.now(timezone.utc).isoformat(timespec='seconds')
-
-
-def fsync(path):
-    """Contents on the disk: of a file, or of a directory the names in it."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

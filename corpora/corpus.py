@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
-from workspace import stamp
+from files import stamp
 
 DATASETS = ('pylib', 'wikitext2', 'wikitext103', 'fineweb_edu')  # and text:PATH
 FINEWEB = 'HuggingFaceFW/fineweb-edu'

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-import device as hardware
+from runtime import device as hardware
 import export
-import packed
+from deploy import packed
 import settings
 from checkpoint import load_model
 from configurator import UserError
 from data import TokenData
-from measure import ROOT, compare, interleaved, report
+from benchmarks.measure import ROOT, compare, interleaved, report
 from model import GPT, GPTConfig
-from quality import TWIN, trained
+from benchmarks.quality import TWIN, trained
 from tokenizer import load_tokenizer, token_bytes, train_bpe
 from training import validate
 

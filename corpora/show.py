@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, columns, read_json
-from runlog import replacing
-from shards import open_data
+from files import replacing
+from corpora.shards import open_data
 from tokenizer import load_tokenizer, token_bytes
 
 WINDOW = 80  # tokens of a window that is shown

@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import device as hardware
+from runtime import device as hardware
 import settings
 import train
 from checkpoint import load_model
 from configurator import UserError, read_json
 from data import TokenData
-from measure import ROOT, compare, figures, report, side_by_side, sizes, whole_process
+from benchmarks.measure import ROOT, compare, figures, report, side_by_side, sizes, whole_process
 from model import GPT, GPTConfig
-from runlog import read_lines
+from runtime.runlog import read_lines
 from tokenizer import load_tokenizer, token_bytes
 from training import validate
 

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError
+from files import stamp, write_json
 from data import DTYPES, VERSION
 from tokenizer import id_dtype, load_tokenizer
 from verification import remember, scan
-from workspace import clear, is_prepared, now, publish, stamp, workspace, write_json
+from corpora.workspace import clear, is_prepared, now, publish, workspace
 
 # nanoGPT: nothing but ids of 16 bits (data/openwebtext/prepare.py in github.com/karpathy/nanoGPT).
 # llm.c: 256 numbers of 32 bits, the first three a magic number, a version and how many ids follow

@@ -32,9 +32,10 @@ import numpy as np
 
 import tokenizer
 from configurator import UserError, columns, read_json
+from files import fsync, stamp, write_json
 from data import VERSION, TokenData
 from verification import BLOCK, scan
-from workspace import clear, compare, fsync, is_prepared, now, publish, stamp, workspace, write_json
+from corpora.workspace import clear, compare, is_prepared, now, publish, workspace
 
 LARGEST_VOCAB = 2**24  # where no vocabulary is given, larger ids are taken for something else
 DTYPES = [f'{kind}int{size}' for kind in ('', 'u') for size in (8, 16, 32, 64)]

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import device as hardware
 from configurator import UserError
+from files import replacing
 from kernels import autocast
-from runlog import replacing
 
 URL = 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl'
 ITEMS = 10_042  # in that file

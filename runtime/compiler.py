@@ -5,6 +5,7 @@
     problem, note = check(model, fast, compute, dtype)     # compute(module) -> loss of one micro-batch
 """
 import importlib.util
+import tempfile
 import time
 
 import torch
@@ -45,6 +46,11 @@ def choose(setting, device, tokens=0):
 
 def obstacle(device):
     """What torch.compile lacks on this device, in words; empty if nothing."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    try:
+        tempfile.TemporaryFile(dir=cache_dir()).close()
+    except OSError as error:
+        return f'{error.filename or "its cache"} can\'t be written ({error.strerror}), set TORCHINDUCTOR_CACHE_DIR to another directory'
     if device.type == 'cuda':
         if torch.cuda.get_device_capability(device) < (7, 0):
             return 'the GPU is older than Triton supports (compute capability 7.0)'

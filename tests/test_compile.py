@@ -306,3 +306,11 @@ def test_several_processes_train_alike_compiled_and_eager(corpus, tmp_path, para
         assert ('compiled in' in said[0]) == (out == 'true'), said[0]
     for a, b in zip(runs.losses(tmp_path / 'true'), runs.losses(tmp_path / 'false'), strict=True):
         assert [x for x in a[2:] if x] == pytest.approx([x for x in b[2:] if x], rel=1e-4)
+
+
+def test_a_cache_that_cannot_be_written_switches_compilation_off_and_names_itself(monkeypatch):
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '/proc/nowhere')
+    says = "/proc/nowhere can't be written (No such file or directory), set TORCHINDUCTOR_CACHE_DIR to another directory"
+    assert compiler.choose('auto', torch.device('cpu'), 10**9) == (False, f'compile off: {says}')
+    with pytest.raises(UserError, match=re.escape(f'--compile=true: {says}; use --compile=false')):
+        compiler.choose('true', torch.device('cpu'))

@@ -239,6 +239,12 @@ def as_utf8(text):
     return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
 
+def utf8_path(path):
+    """A path as other programs read it, whatever the locale here; None if its bytes are no UTF-8."""
+    with suppress(UnicodeDecodeError):
+        return os.fsencode(path).decode()
+
+
 def run(main):
     """
     Call main(sys.argv[1:]) as a program that ends without a traceback. A UserError is a line a problem and exit code 2, and so is what the

@@ -16,14 +16,13 @@ import base64
 import contextlib
 import json
 import math
-import os
 import shutil
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from configurator import UserError, load, run  # before torch, whose import Ctrl-C may interrupt
+from configurator import UserError, load, run, utf8_path  # before torch, whose import Ctrl-C may interrupt
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -119,12 +118,6 @@ def opened(config, name):
     if 'packed' in state:
         raise UserError(f'{config.run}: packed already, so give the run or the checkpoint itself')
     return model, state, out
-
-
-def utf8_path(path):
-    """A path as other programs read it, whatever the locale here; None if its bytes are no UTF-8."""
-    with contextlib.suppress(UnicodeDecodeError):
-        return os.fsencode(path).decode()
 
 
 @contextlib.contextmanager

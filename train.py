@@ -60,24 +60,38 @@ def main(argv):
             sys.exit(2)  # rank 0 says it for all
         raise
     group = parallel.start(config.dist_timeout)
-    for number in wanted_signals():
-        if number != signal.SIGINT:
-            signal.signal(number, lambda *_: sys.exit(75))  # nothing to save before the loop
     say = runlog.speak if group.main else (lambda text: None)
-    say(config.table())
-    if config.plan:
-        if group.main:
-            say(plan.page(config, *micro_batches(config, group.world), find_data(config, prepare=False), group.world))
-        return
-    runlog.check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
-    device, dtype, reason = hardware.resolve(config.device, config.dtype, group.local_rank if group.world > 1 else None)
-    micro_batches(config, group.world)  # can the processes share a step?
-    group.connect(device)
-    with group.together(), contextlib.ExitStack() as exit_stack:
-        code = train(config, group, device, dtype, reason, say, exit_stack)
-    group.disconnect()
+    with before_the_loop(say):
+        say(config.table())
+        if config.plan:
+            if group.main:
+                say(plan.page(config, *micro_batches(config, group.world), find_data(config, prepare=False), group.world))
+            return
+        runlog.check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
+        if (config.tensorboard or config.profile) and configurator.utf8_path(config.out_dir) is None:
+            raise UserError(f'out_dir={config.out_dir}: not UTF-8, and the libraries behind --tensorboard and --profile open no other path')
+        device, dtype, reason = hardware.resolve(config.device, config.dtype, group.local_rank if group.world > 1 else None)
+        micro_batches(config, group.world)  # can the processes share a step?
+        group.connect(device)
+        with group.together(), contextlib.ExitStack() as exit_stack:
+            code = train(config, group, device, dtype, reason, say, exit_stack)
+        group.disconnect()
     if code:
         sys.exit(code)
+
+
+@contextlib.contextmanager
+def before_the_loop(say):
+    """A signal ends the program, and it says so, until the loop, which has handlers of its own, has something to save."""
+    for number in wanted_signals():
+        if number != signal.SIGINT:
+            signal.signal(number, lambda *_: sys.exit(75))
+    try:
+        yield
+    except SystemExit as over:
+        if over.code == 75:
+            say('interrupted before the first step: nothing to save')
+        raise
 
 
 def train(config, group, device, dtype, reason, say, exit_stack):

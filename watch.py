@@ -380,8 +380,14 @@ def schedule_panel(config):
 
 def draw(panels, heading='', kind='png'):
     """The panels as one picture, in the bytes of a PNG or SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except (ImportError, ValueError) as error:  # the package is missing, or MPLBACKEND names no backend
+        raise UserError(f'no picture: matplotlib: {error}')
+    epoch = os.environ.get('SOURCE_DATE_EPOCH') or '0'
+    if not epoch.isdecimal():  # matplotlib dates a drawing by it
+        raise UserError(f'SOURCE_DATE_EPOCH={epoch}: expected a number of seconds')
     wide, content = min(2, len(panels)), io.BytesIO()
     high = -(-len(panels) // wide)
     with matplotlib.rc_context(STYLE):

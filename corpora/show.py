@@ -106,7 +106,7 @@ def show(path, n=3, seed=1337, say=print, out=''):
     try:
         draw(counts, lengths, f'{name}: {total:,} train tokens', out)
     except OSError as error:
-        raise UserError(f'{out}: {error.strerror}: choose another --out')
+        raise UserError(f'{out}: {error.strerror}: start it in a directory that can be written')
     say(f'\npicture: {out}')
     return out
 

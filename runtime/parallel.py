@@ -214,7 +214,7 @@ def start(timeout):
     if missing := [key for key in ENVIRONMENT if key not in there]:
         raise UserError(f'the environment has RANK but no {", ".join(missing)}: start several processes by torchrun')
     numbers = {key: there[key] for key in ENVIRONMENT if key != 'MASTER_ADDR'}
-    if wrong := [f'{key}={value!r}' for key, value in numbers.items() if not value.isdigit()]:
+    if wrong := [f'{key}={value!r}' for key, value in numbers.items() if not value.isdecimal()]:
         raise UserError(f'the environment has {", ".join(wrong)}, expected numbers: start several processes by torchrun')
     rank, world, local_rank = (int(there[key]) for key in ENVIRONMENT[:3])
     if not rank < world:

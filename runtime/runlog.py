@@ -72,7 +72,7 @@ class RunLog:
         if active:
             with self.writing(''):
                 (self.out / 'checkpoints').mkdir(parents=True, exist_ok=True)
-                self.lock = open(self.out / 'lock', 'a+')
+                self.lock = open(self.out / 'lock', 'a+', encoding='utf-8', errors='replace')
             if fcntl and not locked(self.lock):
                 self.lock.seek(0)
                 raise UserError(f'{self.out}: another run is writing there ({self.lock.read().strip()}): stop it first, '
@@ -110,7 +110,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def failing(self):
-        """Around a run: an error is in its files, too, as far as they can still be written."""
+        """Around a run: an error is in its files, too, as far as they can still be written. Unlocks the directory at the end."""
         try:
             yield
         except Exception as error:
@@ -121,6 +121,9 @@ class RunLog:
                 if self.active:
                     self.append('log.txt', str(error))
             raise
+        finally:
+            if self.active:
+                self.lock.close()
 
     def config(self, values):
         if self.active:

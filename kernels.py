@@ -285,6 +285,86 @@ convolution.register_autograd(lambda ctx, grad: convolution_gradients(grad, *ctx
                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
+def document_groups(age):
+    """The documents of a batch by length, so that those of about one length are convolved together.
+
+    age (B, T) int64: the distance of each position from the start of its document; a document that began before the first
+    position counts as beginning there. -> [(index (n, L), inside (n, L) bool)], a pair for each power of two: where the n documents of at
+    most L positions lie in (B * T,), and which of the L positions belong to them. One wait for the host."""
+    B, T = age.shape
+    first = (age == 0).cpu()
+    first[:, 0] = True
+    begin = first.flatten().nonzero()[:, 0]  # (documents,)
+    length = torch.diff(begin, append=torch.tensor([B * T]))
+    exponent = torch.frexp((length - 1).float()).exponent  # length <= 2^exponent < 2 length
+    groups = []
+    for e in exponent.unique().tolist():
+        own, positions = exponent == e, torch.arange(min(2 ** e, T))
+        inside = positions < length[own, None]
+        index = torch.where(inside, begin[own, None] + positions, begin[own, None])
+        groups.append((index.to(age.device), inside.to(age.device)))
+    return groups
+
+
+def convolve_documents(u, h, groups):
+    flat, y = u.flatten(0, 1), torch.empty_like(u)
+    for index, inside in groups:
+        part = convolve(flat[index].masked_fill(~inside[..., None], 0), h[:index.size(1)])  # (n, L, C)
+        y.flatten(0, 1)[index[inside]] = part[inside]
+    return y
+
+
+def convolve_documents_gradients(grad, u, h, groups):
+    flat, flat_grad, du, dh = u.flatten(0, 1), grad.flatten(0, 1), torch.empty_like(u), torch.zeros_like(h)
+    for index, inside in groups:
+        L, (g, part) = index.size(1), (x[index].masked_fill(~inside[..., None], 0) for x in (flat_grad, flat))  # (n, L, C) each
+        part, own = convolve_gradients(g, part, h[:L])
+        du.flatten(0, 1)[index[inside]] = part[inside]
+        dh[:L] += own
+    return du, dh
+
+
+class DocumentConvolution(torch.autograd.Function):
+    """document_convolution in eager execution, with groups that all layers share."""
+
+    @staticmethod
+    def forward(ctx, u, h, groups):
+        ctx.save_for_backward(u, h)
+        ctx.groups = groups
+        return convolve_documents(u, h, groups)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *convolve_documents_gradients(grad.contiguous(), *ctx.saved_tensors, ctx.groups), None
+
+
+@custom_op('nanotrix::document_convolution', mutates_args=())
+def document_convolution_op(u: Tensor, h: Tensor, age: Tensor) -> Tensor:
+    """DocumentConvolution for torch.compile: the sizes of the groups depend on the data."""
+    return convolve_documents(u, h, document_groups(age))
+
+
+@custom_op('nanotrix::document_convolution_gradients', mutates_args=())
+def document_convolution_gradients(grad: Tensor, u: Tensor, h: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+    return convolve_documents_gradients(grad, u, h, document_groups(age))
+
+
+document_convolution_op.register_fake(lambda u, h, age: torch.empty_like(u))
+document_convolution_gradients.register_fake(lambda grad, u, h, age: (torch.empty_like(u), torch.empty_like(h)))
+document_convolution_op.register_autograd(
+    lambda ctx, grad: (*document_convolution_gradients(grad.contiguous(), *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def document_convolution(u, h, age, groups=None):
+    """causal_convolution within documents: y[:, t] = sum over s of h[t - s] u[:, s] for t - age[:, t] <= s <= t.
+
+    u (B, T, C) contiguous, h (T, C), fp32; age (B, T): see document_groups, which made `groups` (None: the compiler is tracing).
+    Exact: nothing of another document enters a transform. A document of n positions costs an FFT of fewer than 4n, so that rows of
+    short documents take less time than rows of one."""
+    return document_convolution_op(u, h, age) if groups is None else DocumentConvolution.apply(u, h, groups)
+
+
 def causal_convolution(u, h):
     """u (B, T, C), h (T, C), fp32 -> y (B, T, C): y[:, t] = sum over s <= t of h[t - s] u[:, s], by FFTs of at least 2T - 1, so that
     nothing wraps around."""
@@ -300,31 +380,39 @@ class ShortFilter(torch.autograd.Function):
     """short_filter without padded copies."""
 
     @staticmethod
-    def forward(ctx, z, w):
-        ctx.save_for_backward(z, w)
+    def forward(ctx, z, w, age):
+        ctx.save_for_backward(z, w, age)
         y = z * w[0]
         for j in range(1, min(len(w), z.size(1))):
-            y[:, j:].addcmul_(z[:, :-j], w[j])
+            y[:, j:].addcmul_(reached(z[:, :-j], j, age), w[j])
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        z, w = ctx.saved_tensors
+        z, w, age = ctx.saved_tensors
         dz, dw = grad * w[0], torch.zeros_like(w)
         dw[0] = (grad * z).sum((0, 1))
         for j in range(1, min(len(w), z.size(1))):
-            dz[:, :-j].addcmul_(grad[:, j:], w[j])
-            dw[j] = (grad[:, j:] * z[:, :-j]).sum((0, 1))
-        return dz, dw
+            dz[:, :-j].addcmul_(reached(grad[:, j:], j, age), w[j])
+            dw[j] = (grad[:, j:] * reached(z[:, :-j], j, age)).sum((0, 1))
+        return dz, dw, None
 
 
-def short_filter(z, w):
-    """z (B, T, C), w (n, C) -> sum over j of w[j] z[:, t - j], zeros before the start."""
+def reached(x, j, age):
+    """x (B, T - j, C) where the position t = j, j + 1, ... of its second dimension lies at least j behind the start of its
+    document, else 0; x itself if age is None."""
+    return x if age is None else x.masked_fill(age[:, j:, None] < j, 0)
+
+
+def short_filter(z, w, age=None):
+    """z (B, T, C), w (n, C) -> sum over j of w[j] z[:, t - j], zeros before the start; with age (B, T), the distance of each
+    position from the start of its document, zeros before that."""
     if not traced():
-        return ShortFilter.apply(z, w)
+        return ShortFilter.apply(z, w, age)
     n, T = w.size(0), z.size(1)
     z = F.pad(z, (0, 0, n - 1, 0))  # every tap sees T rows: inductor can't fuse sums over different numbers of them (torch 2.11)
-    return sum(w[j] * z[:, n - 1 - j:n - 1 - j + T] for j in range(n))
+    taps = [w[j] * z[:, n - 1 - j:n - 1 - j + T] for j in range(n)]
+    return sum(taps if age is None else (tap.masked_fill(age[..., None] < j, 0) for j, tap in enumerate(taps)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (Gather, Spread, autocast_dtype, causal_convolution, chunked_cross_entropy, embedding, fft_size, gated_hidden,
-                     grouped_linear, rms, short_filter, traced)
+from kernels import (Gather, Spread, autocast_dtype, causal_convolution, chunked_cross_entropy, document_convolution, document_groups,
+                     embedding, fft_size, gated_hidden, grouped_linear, rms, short_filter, traced)
 
 
 @dataclass
@@ -56,6 +57,8 @@ class GPTConfig:
     trix_router: str = 'signature'  # signature, or a baseline: hash (of the token, fixed) or first (always the first tiles)
     trix_cut: str = ''  # tiles cut from a dense FFN (export.py convert): its activation, gelu, relu2 or swiglu; no norm, gates from 1 on
     act_bits: int = 0  # 8: activations that enter a TriX tile are rounded to int8, per token (bitnet's always are)
+    document_mask: bool = False  # a token sees only its own document; a document ends with its end-of-text token
+    eot_id: int = -1  # document_mask: the id of the end-of-text token (train.py takes it from the data)
 
     def mixers(self):
         """The mixer of each layer, by name."""
@@ -81,6 +84,8 @@ class GPTConfig:
             found.append(f'act_bits={self.act_bits} must be 0 or 8')
         if found:
             return found
+        if not -1 <= self.eot_id < self.vocab_size:
+            found.append(f'eot_id={self.eot_id} is outside the vocabulary of {self.vocab_size} (-1: none)')
         if self.vocab_size > 2**20:
             found.append(f'vocab_size={self.vocab_size} is over 1,048,576, the most that a tokenizer may have')
         mixers = self.mixers()
@@ -251,6 +256,51 @@ def linear(config, n_in, n_out, last=False):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Document masks
+
+FLEX_DEVICES = {'cuda'}  # where a compiled model uses FlexAttention; elsewhere the mask is a tensor
+
+
+@dataclass
+class Documents:
+    """The documents in a batch of tokens (document_mask), found once a forward, for all layers.
+
+    A document ends with its end-of-text token. The next token begins a document, at learned position 0, and sees nothing before
+    it. The end-of-text token belongs to the old document, and its target, the first token of the next one, counts in the loss."""
+    age: torch.Tensor  # (B, T) int64: how far each token is behind the first token of its document
+    mask: torch.Tensor | BlockMask = None  # for attention: (B, 1, T, positions so far) bool, or for FlexAttention
+    groups: list = None  # for resonance in eager execution: document_groups(age)
+
+    def begun(self):
+        """(B, T) bool: whether the document of a token began before these T tokens (only with a cache)."""
+        return self.age > torch.arange(self.age.size(1), device=self.age.device)
+
+
+def document_ages(idx, eot_id, before):
+    """(B, T) int64: how many tokens of its own document stand before each token. before (B,): for the first one."""
+    T = idx.size(1)
+    positions = torch.arange(T, device=idx.device)
+    begin = torch.where(idx[:, :-1] == eot_id, positions[1:], -2**62)  # (B, T - 1)
+    return positions - torch.cat((-before[:, None], begin), 1).cummax(1).values
+
+
+def document_mask(age, start):
+    """age (B, T) of the tokens from position `start` on -> (B, 1, T, start + T) bool: the positions that each of them sees."""
+    T = age.size(1)
+    distance = start + torch.arange(T, device=age.device)[:, None] - torch.arange(start + T, device=age.device)
+    return ((distance >= 0) & (distance <= age[..., None]))[:, None]
+
+
+def flex_document_mask(age):
+    """document_mask as a BlockMask: FlexAttention skips blocks in which nothing is seen."""
+    B, T = age.shape
+
+    def sees(b, h, q, k):
+        return (k <= q) & (q - k <= age[b, q])
+    return create_block_mask(sees, B, None, T, T, device=age.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Mixers: (B, T, C) -> (B, T, C) across positions, causally
 
 class ShortCache:
@@ -260,12 +310,13 @@ class ShortCache:
         self.recent = None
 
     @torch.no_grad()
-    def filter(self, x, weight):
+    def filter(self, x, weight, age=None):
         if self.recent is None:  # not earlier: the device is known only now
             self.recent = x.new_zeros(len(x), len(weight) - 1, x.size(2))
         T, x = x.size(1), torch.cat((self.recent.type_as(x), x), 1)
         self.recent = x[:, T:].clone()
-        return short_filter(x, weight.type_as(x))[:, -T:]
+        age = age if age is None else F.pad(age, (len(weight) - 1, 0))
+        return short_filter(x, weight.type_as(x), age)[:, -T:]
 
 
 class KVCache:
@@ -324,7 +375,7 @@ class Attention(nn.Module):
         a, b = x.float().chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, documents=None):
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         k = self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, n_kv_head, T, hs)
@@ -334,14 +385,17 @@ class Attention(nn.Module):
             q, k = rms(q), rms(k)
         if self.rotary:
             q, k = self.rotate(q, start), self.rotate(k, start)
-        mask = None
+        mask, gqa = documents.mask if documents else None, self.n_kv_head != self.n_head
         if cache:
             k, v = cache.append(k, v)
-            if start and T > 1:  # a chunk that continues: row i sees start + i + 1 keys
+            if start and T > 1 and documents is None:  # a chunk that continues: row i sees start + i + 1 keys
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=start == 0, enable_gqa=self.n_kv_head != self.n_head)
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q.type_as(v), k.type_as(v), v, block_mask=mask, enable_gqa=gqa)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+                is_causal=start == 0 and documents is None, enable_gqa=gqa)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -402,8 +456,12 @@ class Resonance(nn.Module):
         re, im = rows[..., :n]  # (K, n, n) each
         return torch.cat((torch.cat((re, -im), 2), torch.cat((im, re), 2)), 1)
 
-    def convolve(self, u):  # (B, T, C) fp32 -> (B, T, C): h (*) u
+    def convolve(self, u, documents=None):
+        """u (B, T, C) fp32 -> (B, T, C): h (*) u, within documents if they are given. Those are convolved whole, whatever chunk_size."""
         B, T, C = u.shape
+        if documents:
+            h = real_product(self.powers(0, T), torch.complex(*self.amplitudes()))  # (T, C)
+            return document_convolution(u, h, documents.age, documents.groups)
         S, (re, im) = self.chunk(T), self.amplitudes()
         K, powers = len(self.nu), self.powers(0, S + 1)
         h = real_product(powers[:S], torch.complex(re, im))  # (S, C)
@@ -432,13 +490,13 @@ class Resonance(nn.Module):
         n, chunks = fft_size(2 * S - 1), -(-T // S)
         return C * chunks / T * (5 * n * math.log2(n) + (8 * K * (S + chunks) if S < T else 0))
 
-    def forward(self, x, cache=None):
-        z = self.in_proj(x)  # (B, T, 3C)
-        z = cache.short.filter(z, self.short) if cache else short_filter(z, self.short.type_as(z))
+    def forward(self, x, cache=None, documents=None):
+        z, age = self.in_proj(x), documents.age if documents else None  # (B, T, 3C)
+        z = cache.short.filter(z, self.short, age) if cache else short_filter(z, self.short.type_as(z), age)
         q, k, v = z.chunk(3, -1)
         with torch.autocast(x.device.type, enabled=False):  # half-precision FFTs fail or overflow
             u = k.float() * v.float()
-            y = cache.convolve(u) if cache else self.convolve(u)
+            y = cache.convolve(u, documents) if cache else self.convolve(u, documents)
             y = (q.float() * torch.addcmul(y, self.D, u)).type_as(z)
         return self.out_proj(y)
 
@@ -461,18 +519,26 @@ class ResonanceCache:
         self.state = torch.zeros(B, *magnitude.shape, dtype=self.log.dtype, device=nu.device)  # (B, K, C)
 
     @torch.no_grad()
-    def convolve(self, u):  # (B, T, C), the next positions -> their h (*) u
+    def convolve(self, u, documents=None):  # (B, T, C), the next positions -> their h (*) u, within documents if they are given
         if self.state is None:
             self.begin()
-        if u.size(1) == 1:
+        T = u.size(1)
+        if documents and T == 1:  # a document that begins: masked_fill, because a product would keep what is not finite
+            self.state.masked_fill_(documents.age[:, :, None] == 0, 0)
+        if T == 1:
             self.fresh = False
             self.state.mul_(self.log.exp()[:, None]).add_(u)
             return (torch.view_as_real(self.state) * self.weight).sum((1, 3))[:, None].float()
-        y = self.layer.convolve(u)
+        y = self.layer.convolve(u, documents)
         if not self.fresh:  # what came before these positions
             past = torch.view_as_complex(self.weight).conj() * self.state  # (B, K, C), a s
-            y = y + real_product(self.layer.powers(1, u.size(1)), past.to(torch.complex64))
+            past = real_product(self.layer.powers(1, T), past.to(torch.complex64))  # (B, T, C)
+            y = y + (past.masked_fill(~documents.begun()[..., None], 0) if documents else past)
         self.fresh = False
+        if documents:  # the state is that of the last document
+            inside = torch.arange(T - 1, -1, -1, device=u.device) <= documents.age[:, -1:]  # (B, T)
+            u = u.masked_fill(~inside[..., None], 0)
+            self.state.masked_fill_(~documents.begun()[:, -1, None, None], 0)
         for part in u.to(self.weight.dtype).split(1024, 1):
             steps = torch.arange(part.size(1), -1, -1, device=u.device, dtype=part.dtype)
             powers = (steps[:, None] * self.log).exp()  # (n + 1, K), lambda^n ... lambda^0
@@ -736,11 +802,15 @@ class Block(nn.Module):
         self.ffn_norm = NORMS[config.norm](config) if self.ffn else None
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, caches=(None, None)):
-        x = x + self.drop(self.mixer(self.mixer_norm(x), caches[0]))
+    def forward(self, x, caches=(None, None), documents=None):
+        x = x + self.drop(self.mixer(self.mixer_norm(x), caches[0], *[documents] * (documents is not None)))
         if self.ffn:
             y = self.ffn_norm(x)
-            x = x + self.drop(self.ffn(y, caches[1]) if caches[1] else self.ffn(y))
+            if documents and hasattr(self.ffn, 'new_cache'):  # one that looks at other positions
+                y = self.ffn(y, caches[1], documents)
+            else:
+                y = self.ffn(y, caches[1]) if caches[1] else self.ffn(y)
+            x = x + self.drop(y)
         return x
 
 
@@ -750,6 +820,7 @@ class Cache:
 
     def __init__(self, B, blocks):
         self.B, self.pos, self.short = B, 0, ShortCache()
+        self.age = None  # with document_mask (B,): tokens so far of the document that comes next
         self.layers = [[part.new_cache(B) if hasattr(part, 'new_cache') else None for part in (block.mixer, block.ffn)] for block in blocks]
 
 
@@ -819,7 +890,8 @@ class GPT(nn.Module):
 
     def features(self, idx, cache=None, last=False):
         """idx (B, T) -> (B, T or 1, C): what the head multiplies."""
-        x = self.through(self.embed(idx, cache), cache)
+        documents = self.documents(idx, cache) if self.config.document_mask else None
+        x = self.through(self.embed(idx, cache, documents), cache, documents)
         if cache:
             cache.pos += idx.size(1)
         if self.training and torch.is_grad_enabled():
@@ -827,28 +899,49 @@ class GPT(nn.Module):
                 trix.load += trix.counts
         return self.norm(x[:, -1:] if last else x)
 
-    def embed(self, idx, cache=None):  # (B, T) -> (B, T, C): what enters the blocks
+    def documents(self, idx, cache=None):
+        """The Documents of idx (B, T), which continues what the cache has seen."""
+        config, start = self.config, cache.pos if cache else 0
+        before = cache.age if start else idx.new_zeros(len(idx))
+        found = Documents(document_ages(idx, config.eot_id, before))
+        if cache:
+            cache.age = (found.age[:, -1] + 1).masked_fill(idx[:, -1] == config.eot_id, 0)
+        mixers = config.mixers()
+        if 'attention' in mixers:
+            flex = traced() and idx.device.type in FLEX_DEVICES and not cache and not config.dropout and config.n_embd // config.n_head >= 16
+            found.mask = flex_document_mask(found.age) if flex else document_mask(found.age, start)
+        if ('resonance' in mixers or config.ffn == 'resonance') and not traced() and not (cache and idx.size(1) == 1):
+            found.groups = document_groups(found.age)
+        return found
+
+    def embed(self, idx, cache=None, documents=None):  # (B, T) -> (B, T, C): what enters the blocks
         start, T = cache.pos if cache else 0, idx.size(1)
         assert start + T <= self.config.block_size, f'{start + T} positions, but block_size is {self.config.block_size}'
         assert not cache or len(idx) == cache.B, f'{len(idx)} sequences, but the cache was made for {cache.B}'
         x = embedding(idx, self.wte.weight) if traced() else self.wte(idx)  # (B, T, C)
-        if self.wpe:
+        age = documents.age if documents else None
+        if self.wpe and documents:  # positions restart with each document
+            x = x + (embedding(age, self.wpe.weight) if traced() else self.wpe(age))
+        elif self.wpe:
             x = x + self.wpe.weight[start:start + T]
         x = rms(x) if self.config.embed_norm else x
         if self.taps is not None:
-            x = cache.short.filter(x, self.taps) if cache else short_filter(x, self.taps.type_as(x))
+            x = cache.short.filter(x, self.taps, age) if cache else short_filter(x, self.taps.type_as(x), age)
         x = self.drop(x)
         if self.config.trix_router == 'hash':
             for trix in self.trix_layers():
                 trix.idx = idx
         return x
 
-    def through(self, x, cache):  # (B, T, C) -> (B, T, C): all blocks
+    def through(self, x, cache, documents=None):  # (B, T, C) -> (B, T, C): all blocks
         for i, block in enumerate(self.blocks):
+            caches = cache.layers[i] if cache else (None, None)
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, caches, documents, use_reentrant=False) if documents else checkpoint(block, x, use_reentrant=False)
+            elif documents:
+                x = block(x, caches, documents)
             else:
-                x = block(x, cache.layers[i]) if cache else block(x)
+                x = block(x, caches) if cache else block(x)
         return x
 
     def trix_layers(self):

@@ -109,9 +109,9 @@ def resume(config, data, world, say=print):
     if path == source and own and path.name < there[-1].name:
         raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
                         f'or from here in another directory by --out_dir={out}-2')
-    saved = state['config']
+    saved = {**vars(GPTConfig()), **state['config']}  # an older checkpoint lacks newer options
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
-    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size'} | {'optimizer'}  # chunk_size: how, not what is computed
+    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | {'optimizer'}  # chunk_size: how, not what is computed; eot_id comes from the tokenizer
     if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: that can\'t change on the way'
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)
@@ -147,6 +147,8 @@ def consequences(changed, saved, config, state):
                f'(at {old:,} tokens a step: {state["tokens"] + left * old:,})')
     if 'seed' in changed and state['windows']:
         yield 'another seed is another order of the data: windows of this epoch may come twice or not at all'
+    if changed.keys() & {'packing'} and state['windows']:
+        yield 'another packing makes other rows: texts of this epoch may come twice or not at all'
     try:
         old_rate, old_decay = schedule(step, SimpleNamespace(**saved))
     except AttributeError:  # of an older version, without some of the options
@@ -173,6 +175,8 @@ def model_config(state, path):
         raise UserError(f'{path}: its config has values of the wrong type')
     if problems := config.problems():
         raise UserError(*(f'{path}: {problem}' for problem in problems))
+    if config.document_mask and config.eot_id < 0:
+        raise UserError(f'{path}: document_mask=True without an eot_id, the id that ends a document: its config is broken')
     steps = state['config'].get('anneal_steps', 0)
     if config.ffn == 'trix' and isinstance(steps, int) and steps > 0:  # as many tiles as it was trained with by then
         trained = SimpleNamespace(anneal_steps=steps, trix_tiles=config.trix_tiles, trix_top_k=config.trix_top_k)

@@ -39,6 +39,7 @@ from runtime.interrupt import Interrupt, Overdue, wanted_signals
 from kernels import autocast
 from model import GPT, GPTConfig
 from optim import local_tensor, make_optimizers, set_rates
+from packing import PackedRows, eot_id_of
 from prepare import PrepareConfig
 from sample import sample_grid
 from settings import TrainConfig, micro_batches
@@ -104,6 +105,8 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     # With --verify one process of each machine reads everything; the others open what the main process has verified.
     verify = 'always' if config.verify and group.local_rank == 0 else 'once'
     data = group.first(lambda: find_data(config, verify=verify))
+    find_eot(config, data)
+    data = PackedRows(data) if config.packing == 'best_fit' else data
     origin, state = checkpoint.resume(config, data, group.world, say)
     group.same('data', data.fingerprint)
     group.same('checkpoint', str(origin))
@@ -422,6 +425,8 @@ def say_first_lines(run, first):
             f'{run.data.train_tokens:,} training tokens in {run.data.path}; {config.max_steps:,} steps of {config.batch_tokens:,} tokens '
             f'= {processes}{micro_steps} of {run.micro_batch_size} x {config.block_size}: '
             f'{run.total_tokens / run.data.train_tokens:.2f} epochs')
+    if config.packing == 'best_fit':
+        log.say(run.data.summary())
     if line := run.data.repeats(run.total_tokens):
         log.say(line)
     if not run.encoding:
@@ -519,6 +524,19 @@ def initial_model(config, data, origin, state, say):
         checkpoint.load_weights(model, other, path)
         say(f'weights from {path}')
     return model
+
+
+def find_eot(config, data):
+    """Put the id that ends a document in the data into the config, for document_mask. UserError if it is not known, or another one."""
+    if not config.document_mask:
+        return
+    found = eot_id_of(data)
+    if found is None:
+        raise UserError(f'document_mask=true: nothing in {data.path} says which id ends a document (it has no tokenizer.json): '
+                        'use --document_mask=false')
+    if config.eot_id not in (-1, found):
+        raise UserError(f'eot_id={config.eot_id}: in {data.path} a document ends with {found}: leave eot_id out')
+    config.eot_id = found
 
 
 def find_teacher(config, data, device):

@@ -48,7 +48,8 @@ def activations(config, kind, dtype):
     kind: 'cpu' or 'cuda', whose attention keeps no T x T weights for dropout, as the CPU's does: there dropout is left out.
     """
     config = config if kind == 'cpu' else replace(config, dropout=0.0)
-    fake, T = config.ffn != 'trix', config.block_size  # the sizes in TriX depend on the tokens
+    masked = config.document_mask and ('resonance' in config.mixers() or config.ffn == 'resonance')
+    fake, T = config.ffn != 'trix' and not masked, config.block_size  # the sizes in TriX, and of documents, depend on the tokens
     if not fake and config.mixers() == ['resonance'] * config.n_layer:
         T = min(T, 2 * config.chunk_size)
     elif not fake and not config.dropout:

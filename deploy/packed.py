@@ -276,12 +276,15 @@ class Step:
             for part in kv.tensors(None):
                 part[:, :, kv.pos:].zero_()
         self.idx, self.pos = torch.empty_like(idx), torch.zeros(1, dtype=torch.int64, device=idx.device)
+        self.age = torch.zeros_like(idx) if model.config.document_mask else None  # (B, 1), as in Documents
 
     def __call__(self, idx):
         size = self.model.config.block_size
         assert self.cache.pos < size, f'{self.cache.pos + 1} positions, but block_size is {size}'
         self.idx.copy_(idx)
         self.pos.fill_(self.cache.pos)
+        if self.age is not None:
+            self.age.copy_(self.model.documents(idx, self.cache).age)
         if self.graph:
             self.graph.replay()
         elif self.count != 3 or not idx.is_cuda:
@@ -308,11 +311,14 @@ class Step:
         model, config, pos = self.model, self.model.config, self.pos
         with torch.autocast(self.idx.device.type, enabled=False):
             x = model.wte(self.idx)
-            x = x + model.wpe.weight[pos] if model.wpe else x
+            x = x + model.wpe.weight[pos if self.age is None else self.age] if model.wpe else x
             x = rms(x) if config.embed_norm else x
             if model.taps is not None:
                 recent = torch.cat((self.cache.short.recent, x), 1)  # (B, taps, C), the oldest first
                 self.cache.short.recent.copy_(recent[:, 1:])
+                if self.age is not None:
+                    back = torch.arange(recent.size(1) - 1, -1, -1, device=x.device)
+                    recent = recent.masked_fill((back > self.age)[..., None], 0)
                 x = (recent * model.taps.flip(0)).sum(1, keepdim=True)
             for block, (kv, _) in zip(model.blocks, self.cache.layers):
                 x = x + self.attention(block.mixer, block.mixer_norm(x), kv)
@@ -331,8 +337,9 @@ class Step:
         keys, values = kv.tensors(k)
         keys.index_copy_(2, self.pos, k.type_as(keys))
         values.index_copy_(2, self.pos, v.type_as(values))
-        seen = torch.arange(keys.size(2), device=x.device) <= self.pos
-        y = F.scaled_dot_product_attention(q.type_as(keys), keys, values, attn_mask=seen[None, None, None],
+        back = self.pos - torch.arange(keys.size(2), device=x.device)[None]  # (1, block_size)
+        seen = back >= 0 if self.age is None else (back >= 0) & (back <= self.age)
+        y = F.scaled_dot_product_attention(q.type_as(keys), keys, values, attn_mask=seen[:, None, None],
                                            enable_gqa=mixer.n_head != mixer.n_kv_head)
         return mixer.o_proj(y.transpose(1, 2).reshape(B, 1, -1).type_as(x))
 
@@ -366,31 +373,37 @@ class PackedGPT(GPT):
         codes, scale = (head.codes, head.scale) if isinstance(head, Int8Head) else (head.weight, None)
         self.head = Head(at(self.norm.weight), at(getattr(self.norm, 'bias', None)), at(codes), at(scale), *codes.shape,
                          config.norm == 'layernorm', config.logit_softcap)
-        self.angles = [ctypes.c_void_p(at(table)) for table in ((mixer.cos, mixer.sin) if mixer.rotary else (None, None))]
+        self.angles = (mixer.cos, mixer.sin) if mixer.rotary else (None, None)
         return self
 
     def forward(self, idx, targets=None, cache=None, last=False, soft=None):
         if cache is None or targets is not None or idx.size(1) > 1 or not self.layers:
             return super().forward(idx, targets, cache, last, soft)
         if idx.device.type == 'cpu' and library() is not None and not self.by_steps:
-            return self.by_library(self.embed(idx, cache).float(), cache)
+            documents = self.documents(idx, cache) if self.config.document_mask else None
+            return self.by_library(self.embed(idx, cache, documents).float(), cache, documents)
         if cache.pos and (idx.is_cuda or self.by_steps):
             if not hasattr(cache, 'step'):
                 cache.step = Step(self, cache, idx)
             return cache.step(idx)
         return super().forward(idx, targets, cache, last, soft)
 
-    def by_library(self, x, cache):
+    def by_library(self, x, cache, documents=None):
         """x (B, 1, C), embeddings of the next tokens, which is written over -> logits (B, 1, vocab_size)"""
+        hs = self.layers[0].q.rows // self.layers[0].n_head
         if not hasattr(cache, 'native'):
             cache.native = [(Layer * len(self.layers))(*self.layers) for _ in x]  # of each sequence
-            for i, (kv, _) in enumerate(cache.layers):
-                k, v = kv.tensors(x.new_empty(len(x), self.layers[i].n_kv_head, 0, self.layers[i].q.rows // self.layers[i].n_head))
-                for b, layers in enumerate(cache.native):
-                    layers[i].keys, layers[i].values = at(k[b]), at(v[b])
+            cache.starts = [-1] * len(x)
+        starts = [0] * len(x) if documents is None else (cache.pos - documents.age[:, 0]).tolist()
         y = x.new_empty(len(x), 1, self.config.vocab_size)
-        for b, layers in enumerate(cache.native):
-            library().step(layers, len(layers), ctypes.byref(self.head), ctypes.c_void_p(at(x[b])), cache.pos, *self.angles,
+        for b, (layers, start) in enumerate(zip(cache.native, starts)):
+            if start != cache.starts[b]:  # another document: the library is shown what begins with its first position
+                cache.starts[b] = start
+                for i, (kv, _) in enumerate(cache.layers):
+                    k, v = kv.tensors(x.new_empty(len(x), self.layers[i].n_kv_head, 0, hs))
+                    layers[i].keys, layers[i].values = at(k[b], start * hs), at(v[b], start * hs)
+            angles = (ctypes.c_void_p(at(table, start * hs // 2)) for table in self.angles)
+            library().step(layers, len(layers), ctypes.byref(self.head), ctypes.c_void_p(at(x[b])), cache.pos - start, *angles,
                            ctypes.c_void_p(at(y[b])), torch.get_num_threads())
         cache.pos += 1
         for kv, _ in cache.layers:

@@ -186,3 +186,23 @@ def test_a_teacher_has_a_mask_of_its_own():
         logits = teacher(idx)
         expected = torch.nn.functional.kl_div(student(idx).log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction='none').sum(-1).mean()
         assert student(idx, idx, soft=teacher.soft_targets(idx, 1.0)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ---- packed
+
+@pytest.mark.parametrize('by_steps', [False, True], ids=['library', 'steps'])
+@pytest.mark.parametrize('changes', [dict(ffn='bitnet', n_kv_head=2), dict(ffn='relu2', linear='bitnet', positions='learned', embed_taps=3),
+                                     dict(ffn='trix', positions='none'), dict(mixer='resonance', ffn='trix', attention_every=2)], ids=str)
+@torch.no_grad()
+def test_packed_decoding_keeps_to_the_document(monkeypatch, changes, by_steps):
+    import packed as deployed
+    monkeypatch.setattr(deployed.PackedGPT, 'by_steps', by_steps)
+    monkeypatch.setitem(VARIANTS, 'changed', changes)
+    model, idx = build('changed', **MASK).eval(), packed()
+    other = deployed.build(model.config, {'packed': deployed.pack(model), 'embeddings': 'float32'}, 'here', torch.device('cpu'))
+    full = other(idx)
+    for parts in ([1] * T, [13] + [1] * (T - 13)):
+        cache = other.new_cache(len(idx))
+        got = torch.cat([other(part, cache=cache) for part in idx.split(parts, 1)], 1)
+        close(got, full, 0.02 if 'bitnet' in changes.values() else 1e-5)
+    close(full, model(idx), 0.02 if 'bitnet' in changes.values() else 1e-5)

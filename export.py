@@ -97,6 +97,14 @@ def parity(what, ours, theirs, source):
     return top, largest
 
 
+def without_mask(model):
+    """Leave the document mask out of what a model computes, as other programs do, and say so."""
+    if model.config.document_mask:
+        print('this model was trained with document_mask, and other programs do not reset at an end of text: '
+              'give them one document at a time, without an end-of-text token in front')
+        model.config.document_mask = False
+
+
 @torch.no_grad()
 def logits_of(model, ids):
     device = next(model.parameters()).device
@@ -222,6 +230,7 @@ def gguf(config):
     model, state, out = opened(config, 'model.gguf')
     kinds = write_gguf(out, model, state['tokenizer'], config.matrices, config.embeddings)
     print(f'{out}: {out.stat().st_size:,} bytes, {kinds}')
+    without_mask(model)
     compare_with_llama_cpp(out, model, state)
 
 
@@ -277,7 +286,8 @@ def write_gguf(path, model, tokenizer, matrices='', embeddings=''):
                            'rope_dimension_count': shape.n_embd // shape.n_head, 'rope_freq_base': 10_000.0, 'layer_norm_rms_eps': 1e-6,
                            'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'token_list': tokens,
                            'token_types': [gguf.TokenType[kind] for kind in kinds], 'token_merges': pairs, 'bos_token_id': end,
-                           'eos_token_id': end, 'add_bos_token': True}.items():  # a text starts with the end of one before it, as in training
+                           # A text starts with the end of the one before it, as in training, unless a mask hid that.
+                           'eos_token_id': end, 'add_bos_token': not shape.document_mask}.items():
             getattr(writer, f'add_{key}')(value)
         for name, (weight, kind) in tensors.items():
             kind = gguf.GGMLQuantizationType[kind]
@@ -390,6 +400,7 @@ def hf(config):
             (partial / 'tokenizer_config.json').write_text(json.dumps({
                 'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'bos_token': EOT, 'model_max_length': shape.block_size}) + '\n')
     print(f'{out}: {type(other).__name__}, {sum(file.stat().st_size for file in out.iterdir()):,} bytes')
+    without_mask(model)
     source, ids = real_text(state, shape)
     other = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with torch.no_grad():

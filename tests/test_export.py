@@ -179,6 +179,28 @@ def test_transformers_computes_the_same(name, tokenizer, tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ['hf']
 
 
+@pytest.mark.parametrize('name', ['llama, untied', 'gpt2'])
+@torch.no_grad()
+def test_a_document_mask_is_left_out_and_a_document_alone_has_the_same_logits(name, tokenizer, tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip('transformers', reason='a development requirement')
+    end = load_tokenizer(tokenizer).eot_token
+    model, state = trained(**THEIRS[name], document_mask=True, eot_id=end), {'config': {}, 'data': {}, 'tokenizer': tokenizer}
+    document = model(ids())
+    monkeypatch.setattr(export, 'load_model', lambda run, device: (model, state))
+    export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
+    said = capsys.readouterr().out
+    assert 'other programs do not reset at an end of text' in said and 'the same likeliest token for 100.00 %' in said.splitlines()[-1]
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    assert (other(ids()).logits.log_softmax(-1) - document.log_softmax(-1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('mask', [False, True])
+def test_a_gguf_text_starts_as_in_training(mask, tokenizer, tmp_path):
+    keys = dict(document_mask=True, eot_id=load_tokenizer(tokenizer).eot_token) if mask else {}
+    export.write_gguf(tmp_path / 'x.gguf', trained(**MODELS['llama'], **keys), tokenizer, 'F32', 'F32')
+    assert read(tmp_path / 'x.gguf')[0]['tokenizer.ggml.add_bos_token'] is not mask
+
+
 @pytest.mark.parametrize('name', ['llama, untied', 'bitnet', 'gpt2'])
 @torch.no_grad()
 def test_transformers_stops_where_a_text_ends(name, tokenizer, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ import numpy as np
 
 from configurator import UserError
 from data import TokenData
-from shards import ShardData
 from tokenizer import load_tokenizer
 
 SCANNED = 2**24  # tokens that are searched for the ends of documents at a time
@@ -84,7 +83,7 @@ class PackedRows(TokenData):
     """
 
     def __init__(self, data):
-        if isinstance(data, ShardData):
+        if data.meta.get('kind') == 'shards':
             raise UserError(f'--packing=best_fit: {data.path} holds shards, whose rows are fixed: use prepared token bins, or --packing=stream')
         vars(self).update(vars(data))
         self.eot = eot_id_of(data)

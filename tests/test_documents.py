@@ -195,7 +195,7 @@ def test_a_teacher_has_a_mask_of_its_own():
                                      dict(ffn='trix', positions='none'), dict(mixer='resonance', ffn='trix', attention_every=2)], ids=str)
 @torch.no_grad()
 def test_packed_decoding_keeps_to_the_document(monkeypatch, changes, by_steps):
-    import packed as deployed
+    from deploy import packed as deployed
     monkeypatch.setattr(deployed.PackedGPT, 'by_steps', by_steps)
     monkeypatch.setitem(VARIANTS, 'changed', changes)
     model, idx = build('changed', **MASK).eval(), packed()

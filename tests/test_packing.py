@@ -129,7 +129,7 @@ def test_validation_keeps_its_windows(tmp_path):
 
 
 def test_shards_are_refused(tmp_path):
-    import shards
+    from corpora import shards
     packed(tmp_path / 'd', realistic[:300])
     shards.pack(tmp_path / 'd', 33, tmp_path / 's')
     with pytest.raises(UserError, match='--packing=best_fit: .* holds shards, whose rows are fixed'):
@@ -177,7 +177,7 @@ def test_a_checkpoint_whose_mask_has_no_end_of_text_is_refused():
 
 
 def test_data_without_an_end_of_text_is_refused(tmp_path):
-    import shards
+    from corpora import shards
     rows = np.random.default_rng(0).integers(0, 50, (40, 33)).astype(np.uint16)
     (tmp_path / 'rows').mkdir()
     np.save(tmp_path / 'rows/a.npy', rows)

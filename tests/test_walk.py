@@ -23,7 +23,7 @@ import checkpoint
 import configurator
 import evaluate
 import export
-import packed
+from deploy import packed
 import prepare
 import sample
 import train

@@ -81,15 +81,17 @@ def test_llama_3s_files_have_ids_of_32_bits(names, tmp_path):
 @pytest.mark.parametrize('counts, ratio, train_counts, val_counts', [
     ((1000,), 0.1, [900], [100]), ((500, 500), 0.1, [500, 400], [100]), ((600, 300, 100), 0.1, [600, 300], [100]),
     ((600, 300, 100), 0.2, [600, 200], [100, 100])])
-def test_without_a_val_file_the_last_tokens_are_validation(names, tmp_path, capsys, counts, ratio, train_counts, val_counts):
+def test_without_a_val_file_the_last_tokens_are_validation(
+        names, tmp_path, capsys, counts, ratio, train_counts, val_counts):
     ids = np.arange(1000) % 251
     for k, part in enumerate(np.split(ids, np.cumsum(counts)[:-1])):
         with_header(tmp_path / 'theirs' / f'part_{k}.bin', part)
     data = link(f'--val_ratio={ratio}')
-    assert [len(part) for part in data.shards['train']] == train_counts and [len(part) for part in data.shards['val']] == val_counts
+    assert [len(part) for part in data.shards['train']] == train_counts
+    assert [len(part) for part in data.shards['val']] == val_counts
     assert [*whole(data, 'train'), *whole(data, 'val')] == ids.tolist()
-    said = capsys.readouterr().out
-    assert f'no file has val in its name: the last {sum(val_counts)} tokens are the validation split (--val_ratio={ratio})' in said
+    assert (f'no file has val in its name: the last {sum(val_counts)} tokens are the validation split '
+            f'(--val_ratio={ratio})') in capsys.readouterr().out
     other = json.loads((tmp_path / 'out' / 'meta.json').read_text())
     other['files']['train'][-1]['tokens'] -= 1
     (tmp_path / 'out' / 'meta.json').write_text(json.dumps(other))
@@ -104,24 +106,41 @@ def test_files_of_a_glob_are_those_it_names_and_test_files_are_left_out(names, t
     assert sorted(path.name for path in (tmp_path / 'out').glob('*.bin')) == ['a_train.bin', 'a_val.bin']
 
 
+def header(*arguments, **options):
+    """Makes train.bin with a header."""
+    return lambda folder: with_header(folder / 'train.bin', *arguments, **options)
+
+
+def content(raw):
+    return lambda folder: (folder / 'train.bin').write_bytes(raw)
+
+
+def single_token(folder):
+    (folder / 'val.bin').unlink()
+    raw(folder / 'x.bin', [1])
+
+
+IDS = counting(99)
+
+
 @pytest.mark.parametrize('make, message', [
-    (lambda path: with_header(path / 'train.bin', counting(99), count=100), 'train.bin: its header says 100 tokens, but 2 bytes are missing'),
-    (lambda path: with_header(path / 'train.bin', counting(99), count=98), 'train.bin: its header says 98 tokens, but 2 bytes are too many'),
-    (lambda path: with_header(path / 'train.bin', [], count=0), 'train.bin: its header says 0 tokens, expected some'),
-    (lambda path: with_header(path / 'train.bin', [1], count=-1), 'train.bin: its header says -1 tokens'),
-    (lambda path: with_header(path / 'train.bin', counting(99), version=2), 'train.bin: version 2 of the format 20240520, expected 1'),
-    (lambda path: with_header(path / 'train.bin', counting(99), magic=20240519), 'has the unknown magic number 20240519, expected 2024'),
-    (lambda path: with_header(path / 'train.bin', counting(99), magic=20240522), "questions with their answers (llm.c's evaluation"),
-    (lambda path: (path / 'train.bin').write_bytes(np.array([20240520], '<i4').tobytes()), 'train.bin: truncated, 4 bytes are less than'),
-    (lambda path: (path / 'train.bin').write_bytes(b'abc'), 'train.bin: 3 bytes, expected ids of 2 bytes each'),
-    (lambda path: (path / 'train.bin').write_bytes(b''), 'train.bin: 0 bytes, expected ids'),
-    (lambda path: raw(path / 'train.bin', [1, 2, 300]), 'train.bin: id 300 at position 2 is outside the vocabulary of 300: another tokenizer'),
-    (lambda path: (path / 'train.bin').symlink_to(path / 'gone'), 'train.bin: broken symbolic link to'),
-    (lambda path: (path / 'train.bin').mkdir(), 'train.bin: Is a directory'),
-    (lambda path: with_header(path / 'train.bin', counting(99), 20240801, 7, dtype='<u4'), 'ids of uint16 and uint32: name files of one'),
-    (lambda path: None, 'theirs: none of its .bin files is for training: val.bin'),
-    (lambda path: (path / 'val.bin').unlink(), 'theirs: no such file, and no directory or glob with .bin files of tokens or .parquet'),
-    (lambda path: (path / 'val.bin').rename(path / 'x.bin') and raw(path / 'x.bin', [1]), "x.bin: 1 token can't be both training and"),
+    (header(IDS, count=100), 'train.bin: its header says 100 tokens, but 2 bytes are missing'),
+    (header(IDS, count=98), 'train.bin: its header says 98 tokens, but 2 bytes are too many'),
+    (header([], count=0), 'train.bin: its header says 0 tokens, expected some'),
+    (header([1], count=-1), 'train.bin: its header says -1 tokens'),
+    (header(IDS, version=2), 'train.bin: version 2 of the format 20240520, expected 1'),
+    (header(IDS, magic=20240519), 'has the unknown magic number 20240519, expected 20240520 or'),
+    (header(IDS, magic=20240522), "questions with their answers (llm.c's evaluation"),
+    (content(np.array([20240520], '<i4').tobytes()), 'train.bin: truncated, 4 bytes are less than'),
+    (content(b'abc'), 'train.bin: 3 bytes, expected ids of 2 bytes each'),
+    (content(b''), 'train.bin: 0 bytes, expected ids'),
+    (content(bytes([1, 0, 44, 1])), 'train.bin: id 300 at position 1 is outside the vocabulary of 300: another'),
+    (lambda folder: (folder / 'train.bin').symlink_to(folder / 'gone'), 'train.bin: broken symbolic link to'),
+    (lambda folder: (folder / 'train.bin').mkdir(), 'train.bin: Is a directory'),
+    (header(IDS, 20240801, 7, dtype='<u4'), 'ids of uint16 and uint32: name files of one'),
+    (lambda folder: None, 'theirs: none of its .bin files is for training: val.bin'),
+    (lambda folder: (folder / 'val.bin').unlink(), 'theirs: no such file, and no directory or glob with .bin files'),
+    (single_token, "x.bin: 1 token can't be both training and validation"),
 ])
 def test_file_in_no_known_format_is_refused_in_one_line_and_nothing_is_left(names, tmp_path, make, message):
     raw(tmp_path / 'theirs' / 'val.bin', counting(100))
@@ -134,10 +153,10 @@ def test_file_in_no_known_format_is_refused_in_one_line_and_nothing_is_left(name
 
 def test_the_tokenizer_must_be_named_and_a_pickle_is_not_opened(names, tmp_path):
     raw(tmp_path / 'theirs' / 'train.bin', counting(1000))
-    with pytest.raises(UserError, match='theirs: name the tokenizer that made these tokens: --tokenizer=gpt2 or --tokenizer=FILE'):
+    with pytest.raises(UserError, match='theirs: name the tokenizer that made these tokens: --tokenizer=gpt2 or'):
         link(tokenizer='bpe')
     (tmp_path / 'theirs' / 'meta.pkl').write_bytes(b'cos\nsystem\n(S"touch opened"\ntR.')
-    with pytest.raises(UserError, match='Its meta.pkl is not read: opening a pickle can run any program. Prepare the text itself'):
+    with pytest.raises(UserError, match='Its meta.pkl is not read: opening a pickle can run any program'):
         link(tokenizer='bpe')
     assert not (tmp_path / 'opened').exists()
 
@@ -169,8 +188,10 @@ def test_linked_files_are_verified_packed_shown_and_read_again_when_they_change(
 def test_train_names_them_by_dataset(names, tmp_path, monkeypatch):
     with_header(tmp_path / 'theirs' / 'x_train_1.bin', counting(1000))
     with_header(tmp_path / 'theirs' / 'x_val_0.bin', counting(100))
-    monkeypatch.setattr(train.subprocess, 'run', lambda command: prepare.main(command[2:]) or type('', (), {'returncode': 0}))
-    config = train.load(['--dataset=bins:theirs', '--tokenizer=tokenizer.json', f'--vocab_size={VOCAB}', '--block_size=16'])
+    monkeypatch.setattr(train.subprocess, 'run',
+                        lambda command: prepare.main(command[2:]) or type('', (), {'returncode': 0}))
+    config = train.load(['--dataset=bins:theirs', '--tokenizer=tokenizer.json', f'--vocab_size={VOCAB}',
+                         '--block_size=16'])
     data = train.find_data(config)
     assert data.path == data_dir('bins:theirs', 'tokenizer.json') and data.train_tokens == 1000
     assert train.find_data(config).fingerprint == data.fingerprint
@@ -183,7 +204,8 @@ def test_nanochats_last_file_is_validation_even_of_a_part(names, tmp_path):
     pa = pytest.importorskip('pyarrow')
     import pyarrow.parquet as pq
     for k in range(3):
-        pq.write_table(pa.table({'text': [f'file {k} text {i} ' * 9 for i in range(20)]}), tmp_path / 'theirs' / f'shard_{k:05d}.parquet')
+        table = pa.table({'text': [f'file {k} text {i} ' * 9 for i in range(20)]})
+        pq.write_table(table, tmp_path / 'theirs' / f'shard_{k:05d}.parquet')
     data = link('--max_tokens=1000', '--num_proc=1')
     encoding = prepare.load_tokenizer('out')
     val, text = encoding.decode(whole(data, 'val').tolist()), encoding.decode(whole(data, 'train').tolist())
@@ -193,5 +215,5 @@ def test_nanochats_last_file_is_validation_even_of_a_part(names, tmp_path):
     assert TokenData('bpe', 16, 270).meta['documents']['val'] == 20
     for k in range(2):
         (tmp_path / 'theirs' / f'shard_{k:05d}.parquet').unlink()
-    with pytest.raises(UserError, match='theirs: one .parquet file, expected two at least, the last of which is validation'):
+    with pytest.raises(UserError, match='theirs: one .parquet file, expected two at least, the last of which is'):
         prepare.main(['--dataset=bins:theirs', '--vocab_size=270', '--out=other', '--num_proc=1'])

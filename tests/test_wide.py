@@ -1,6 +1,8 @@
 """Vocabularies over 65,536, and the kinds of tokenizers of Hugging Face that have them."""
+import hashlib
 import json
 import random
+import shutil
 import unicodedata
 from functools import cache
 
@@ -20,8 +22,10 @@ from data import TokenData
 from corpora.shards import open_data, pack, validate
 from test_tokenizer import CODE, TEXTS, sentences
 from tokenizer import from_file, id_dtype, load_tokenizer, normalized, token_bytes
+from workspace import Bins
 
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")
 FLAGS = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
 ACCENTS = ['e\u0301', '\u212b', 'a\u0300\u0327', '\u1100\u1161', 'ﬁ', '\u0301', '<think>\u0338', 'n\u0303\n\n']
 
@@ -31,7 +35,7 @@ def added(content, token, special):
 
 
 def byte_level(normalizer, ignore_merges, specials, texts=()):
-    """A byte-level BPE with the split of Llama-3, `specials` behind its tokens and then `texts`, added tokens that are text."""
+    """A byte-level BPE with the split of Llama-3. Behind its tokens come `specials`, then `texts`."""
     bpe = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     bpe.normalizer = normalizer
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), 'isolated'),
@@ -43,7 +47,8 @@ def byte_level(normalizer, ignore_merges, specials, texts=()):
     vocab = content['model']['vocab']
     if ignore_merges:  # a whole word that no merge makes
         vocab['Ġgradientwise'] = len(vocab)
-    content['added_tokens'] = [added(text, len(vocab) + i, text in specials) for i, text in enumerate([*specials, *texts])]
+    content['added_tokens'] = [added(text, len(vocab) + i, text in specials)
+                               for i, text in enumerate([*specials, *texts])]
     return content
 
 
@@ -59,11 +64,12 @@ def qwen():
 
 @cache
 def gemma(high=None):
-    """A BPE of SentencePiece with byte fallback. Runs of line ends and a tag are added tokens that are text. high: its last id."""
+    """A BPE of SentencePiece with byte fallback. Line ends and a tag are added as text. high: its last id."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Replace(' ', '▁')
     bpe.pre_tokenizer = pre_tokenizers.Split(Regex('▁*[^▁]*'), 'isolated')
-    bpe.train_from_iterator([CODE, *sentences(100)], trainers.BpeTrainer(vocab_size=600, limit_alphabet=80, show_progress=False))
+    bpe.train_from_iterator([CODE, *sentences(100)], trainers.BpeTrainer(
+        vocab_size=600, limit_alphabet=80, show_progress=False))
     trained = json.loads(bpe.to_str())['model']
     tokens = ['<pad>', '<eos>', '<bos>', '<unk>', *(f'<0x{byte:02X}>' for byte in range(256)), '<table>', '\n\n',
               *sorted({*trained['vocab']} - {'\n\n'}, key=lambda token: (len(token) == 1, trained['vocab'][token]))]
@@ -75,10 +81,11 @@ def gemma(high=None):
         'added_tokens': [added(text, vocab[text], text[:1] == '<' and text != '<table>')
                          for text in ('<pad>', '<eos>', '<bos>', '<unk>', '<table>', '\n\n', '▁▁')],
         'normalizer': {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'},
-        'pre_tokenizer': {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False},
+        'pre_tokenizer': {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious',
+                          'invert': False},
         'post_processor': None, 'decoder': None,
-        'model': {'type': 'BPE', 'dropout': None, 'unk_token': '<unk>', 'continuing_subword_prefix': None, 'end_of_word_suffix': None,
-                  'fuse_unk': True, 'byte_fallback': True, 'ignore_merges': False, 'vocab': vocab,
+        'model': {'type': 'BPE', 'dropout': None, 'unk_token': '<unk>', 'continuing_subword_prefix': None,
+                  'end_of_word_suffix': None, 'fuse_unk': True, 'byte_fallback': True, 'vocab': vocab,
                   'merges': [merge if isinstance(merge, list) else merge.split(' ') for merge in trained['merges']]}}
 
 
@@ -93,8 +100,10 @@ def saved(content, path):
 @pytest.mark.parametrize('kind', KINDS)
 def test_ids_are_those_of_the_library_and_the_text_comes_back(tmp_path, kind):
     content = KINDS[kind]()
-    theirs, ours = Tokenizer.from_str(json.dumps(content)), load_tokenizer(from_file(saved(content, tmp_path / 'tokenizer.json')))
-    differing = [token['content'] for token in content['added_tokens'] if token['special']] + ['▁', '<0x']  # on purpose: text
+    theirs = Tokenizer.from_str(json.dumps(content))
+    ours = load_tokenizer(from_file(saved(content, tmp_path / 'tokenizer.json')))
+    # These are text for us, on purpose.
+    differing = [token['content'] for token in content['added_tokens'] if token['special']] + ['▁', '<0x']
 
     def check(text):
         if any(sign in text for sign in differing):
@@ -107,7 +116,8 @@ def test_ids_are_those_of_the_library_and_the_text_comes_back(tmp_path, kind):
             assert unicodedata.normalize('NFC', ours.decode(ids)) == normalized(ours, text)
         else:
             assert unicodedata.normalize('NFC', text) == normalized(ours, text) == ours.decode(ids)
-    for text in (CODE[:20_000], *ACCENTS, 'a\n\n\nb <table>\n\n<table> c', ' gradientwise', '<think>x</think>', '   a    b  '):
+    for text in (CODE[:20_000], *ACCENTS, 'a\n\n\nb <table>\n\n<table> c', ' gradientwise', '<think>x</think>',
+                 '   a    b  '):
         check(text)
 
     @settings(max_examples=60, deadline=None)
@@ -127,12 +137,19 @@ def test_nfc_of_a_text_in_slices_is_that_of_the_whole(tmp_path, monkeypatch):
         assert ours.normalize(text) == whole == ours.decode(ours.encode_ordinary(text))
 
 
+def normalizer(value):
+    return lambda content: content.update(normalizer=value)
+
+
+def ambiguous(content):
+    content['added_tokens'].append(added('Ġé', 9999, False))
+    content['model']['vocab']['Ġé'] = 9999
+
+
 @pytest.mark.parametrize('edit, message', [
-    (lambda content: content.update(normalizer={'type': 'NFD'}), 'NFD before the BPE, which can change a text: expected no normalizer '
-                                                                 'but NFC'),
-    (lambda content: content.update(normalizer={'type': 'Sequence', 'normalizers': [{'type': 'NFC'}, {'type': 'Lowercase'}]}), 'NFC'),
-    (lambda content: content['added_tokens'].append(added('Ġé', 9999, False)) or content['model']['vocab'].update({'Ġé': 9999}),
-     "the added token 'Ġé' is in the vocabulary, too, where it stands for other bytes"),
+    (normalizer({'type': 'NFD'}), 'NFD before the BPE, which can change a text: expected no normalizer but NFC'),
+    (normalizer({'type': 'Sequence', 'normalizers': [{'type': 'NFC'}, {'type': 'Lowercase'}]}), 'NFC'),
+    (ambiguous, "the added token 'Ġé' is in the vocabulary, too, where it stands for other bytes"),
 ])
 def test_what_cannot_be_encoded_exactly_is_refused_by_name(tmp_path, edit, message):
     content = json.loads(json.dumps(qwen()))
@@ -160,7 +177,8 @@ def wide(tmp_path_factory):
     file = saved(gemma(70_000), folder / 'tokenizer.json')
     for i in range(30):
         (folder / f'{i:02d}.txt').write_text('\n\n'.join(draw.choice(sentences(20)) for _ in range(10)))
-    prepare.main([f'--dataset=text:{folder}/*.txt', f'--tokenizer={file}', '--val_ratio=0.3', '--num_proc=1', f'--out={folder}/out'])
+    prepare.main([f'--dataset=text:{folder}/*.txt', f'--tokenizer={file}', '--val_ratio=0.3', '--num_proc=1',
+                  f'--out={folder}/out'])
     return file, folder / 'out'
 
 
@@ -177,13 +195,12 @@ def test_bins_of_a_large_vocabulary_hold_32_bits_and_every_document(wide, capsys
         documents |= {encoding.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]}
     assert documents == {path.read_text() for path in out.parent.glob('*.txt')}
     found = validate(out)
-    assert (found['dtype'], found['tokens']) == ('uint32', sum(entry['tokens'] for part in meta['files'].values() for entry in part))
+    tokens = sum(entry['tokens'] for part in meta['files'].values() for entry in part)
+    assert (found['dtype'], found['tokens']) == ('uint32', tokens)
     assert 'uint32' in capsys.readouterr().out
 
 
 def test_ids_beyond_16_bits_reach_a_batch(wide, tmp_path):
-    import hashlib
-    import shutil
     out = tmp_path / 'out'
     shutil.copytree(wide[1], out)
     ids, meta = np.fromfile(out / 'train.bin', '<u4'), json.loads((out / 'meta.json').read_text())
@@ -197,25 +214,43 @@ def test_ids_beyond_16_bits_reach_a_batch(wide, tmp_path):
     assert (x[0] == ids[:16]).all() and (y[0] == ids[1:17]).all()
     rows = pack(out, 32, tmp_path / 'rows', say=lambda line: None)
     loader = open_data(tmp_path / 'rows', 31, 70_001)
-    assert rows['files']['train'][0]['max_id'] == 70_000 and (loader.gather('train', np.array([0]))[0][0] == ids[:31]).all()
+    assert rows['files']['train'][0]['max_id'] == 70_000
+    assert (loader.gather('train', np.array([0]))[0][0] == ids[:31]).all()
+
+
+def test_bins_of_32_bits_go_on_behind_what_a_killed_preparation_has_recorded(tmp_path):
+    lengths = np.ones(70_001, np.int32)
+    bins = Bins(tmp_path, 'train', lengths, [])
+    bins.append(np.array([70_000, 1, 2], '<u4'))
+    entries = json.loads(json.dumps(bins.sync()))
+    bins.append(np.array([3, 4], '<u4'))  # never recorded
+    bins.file.close()
+    bins = Bins(tmp_path, 'train', lengths, entries)
+    bins.append(np.array([69_999], '<u4'))
+    entry, = bins.close()
+    ids = np.fromfile(tmp_path / 'train.bin', '<u4')
+    assert ids.tolist() == [70_000, 1, 2, 69_999]
+    assert (entry['tokens'], entry['max_id'], entry['sha256']) == (4, 70_000, hashlib.sha256(ids.tobytes()).hexdigest())
 
 
 def test_a_model_with_a_large_vocabulary_trains_and_samples(wide, tmp_path, capsys):
-    train.main([f'--dataset={wide[1]}', '--vocab_size=70001', '--block_size=16', '--n_layer=1', '--n_head=2', '--n_embd=8', '--device=cpu',
-                '--batch_size=2', '--max_steps=2', '--eval_interval=2', '--eval_tokens=32', '--sample_interval=0', '--compile=false',
-                f'--out_dir={tmp_path}/run'])
+    train.main([f'--dataset={wide[1]}', '--vocab_size=70001', '--block_size=16', '--n_layer=1', '--n_head=2',
+                '--n_embd=8', '--device=cpu', '--batch_size=2', '--max_steps=2', '--eval_interval=2', '--eval_tokens=32',
+                '--sample_interval=0', '--compile=false', f'--out_dir={tmp_path}/run'])
     _, state = checkpoint.find(tmp_path / 'run')
     assert state['step'] == 2 and state['model']['wte.weight'].shape == (70_001, 8)
     capsys.readouterr()
-    sample.main([f'{tmp_path}/run', '--prompt=the of', '--num=1', '--max_new_tokens=4', '--temperature=0', '--device=cpu'])
+    sample.main([f'{tmp_path}/run', '--prompt=the of', '--num=1', '--max_new_tokens=4', '--temperature=0',
+                 '--device=cpu'])
     assert 'the of' in capsys.readouterr().out
 
 
 def test_normalization_is_said_and_written_down(tmp_path, capsys):
     for i in range(12):
         (tmp_path / f'{i}.txt').write_text(f're\u0301sume\u0301 {i} ' * 30)
-    prepare.main([f'--dataset=text:{tmp_path}/*.txt', f"--tokenizer={saved(qwen(), tmp_path / 'q.json')}", '--val_ratio=0.4',
-                  '--num_proc=1', f'--out={tmp_path}/out'])
+    file = saved(qwen(), tmp_path / 'q.json')
+    prepare.main([f'--dataset=text:{tmp_path}/*.txt', f'--tokenizer={file}', '--val_ratio=0.4', '--num_proc=1',
+                  f'--out={tmp_path}/out'])
     assert 'this tokenizer changes text to the Unicode form NFC: so is the text that is learned' in capsys.readouterr().out
     meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
     assert meta['normalizer'] == 'NFC' and 'dtype' not in meta
@@ -236,6 +271,6 @@ def test_a_bpe_of_more_than_65536_tokens_can_be_trained():
 
 
 def test_plan_counts_four_bytes_a_token(tmp_path):
-    config = train.load(['--dataset=fineweb_edu', '--vocab_size=70000', f'--out_dir={tmp_path}', '--max_steps=1000', '--batch_size=10',
-                         '--block_size=100'])
+    config = train.load(['--dataset=fineweb_edu', '--vocab_size=70000', f'--out_dir={tmp_path}', '--max_steps=1000',
+                         '--batch_size=10', '--block_size=100'])
     assert '4.0 MB of data are to be prepared' in plan.disk_lines(config, None)[0]

@@ -14,6 +14,7 @@ import verification
 from configurator import UserError
 from data import TokenData
 from corpora.shards import open_data, split, validate
+from runs import arguments, finish
 from test_data import VOCAB, counting, edit_meta, write
 
 
@@ -179,4 +180,16 @@ def test_long_verification_says_what_it_does(path, monkeypatch, capsys):
     monkeypatch.setattr(verification, 'LONG', 4400)
     TokenData(path, 16, VOCAB)
     TokenData(path, 16, VOCAB, verify='always')
-    assert capsys.readouterr().out == (f'{path}: verifying 0.0 GB of tokens, once\n{path}: verifying 0.0 GB of tokens\n')
+    once, again = capsys.readouterr().out.splitlines()
+    assert (once, again) == (f'{path}: verifying 0.0 GB of tokens, once', f'{path}: verifying 0.0 GB of tokens')
+
+
+def test_run_with_verify_ends_where_a_byte_has_changed_unseen(corpus, tmp_path):
+    copy = shutil.copytree(corpus, tmp_path / 'tokens')
+    TokenData(copy, 16, 300)
+    flip(copy / 'train.bin')
+    words = arguments(copy, tmp_path / 'run', '--max_steps=1', '--warmup_steps=1', '--sample_interval=0')
+    assert finish(words)[0] == 0
+    code, said = finish([*words, '--verify'])
+    assert code == 2, said
+    assert 'train.bin: damaged, its sha256 is not the one in meta.json' in said.splitlines()[-1]

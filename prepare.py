@@ -453,9 +453,10 @@ def encode_corpus(corpus, work, config):
     """
     done = read_json(work / 'state.json') if (work / 'state.json').exists() else {}
     encoding = load_tokenizer(work)
-    lengths, eot = token_bytes(encoding), encoding.eot_token
+    lengths, dtype, eot = token_bytes(encoding), id_dtype(encoding.n_vocab), encoding.eot_token
     counts = Counter(dict.fromkeys(('read', 'unreadable', 'empty', 'duplicates', 'train', 'val'), 0) | done.get('counts', {}))
-    bins = {split: Bins(work, split, lengths, done.get('files', {}).get(split, [])) for split in ('train', 'val')}
+    entries = done.get('files', {})
+    bins = {split: Bins(work, split, lengths, dtype, entries.get(split, [])) for split in ('train', 'val')}
     number, position = done.get('batches', 0), done.get('position', (0, None))
     if number:
         print(f"going on behind {position[0]:,} documents, {bins['train'].tokens:,} train tokens", flush=True)

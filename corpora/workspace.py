@@ -2,7 +2,7 @@
 A directory in the making: made whole or not at all, by one process at a time, and where it left off if that was killed.
 
     with workspace(out, request) as work:   # None: `out` has become what is asked for while we waited for another process
-        bins = Bins(work, 'train', lengths, entries=[])
+        bins = Bins(work, 'train', lengths, dtype, entries=[])
         bins.append(ids)
         write_json(work / 'meta.json', {**request, 'files': {'train': bins.close(), ...}, ...})
         publish(work, out)
@@ -18,7 +18,6 @@ from datetime import datetime, timezone
 
 from configurator import UserError, read_json
 from files import fsync, write_json
-from tokenizer import id_dtype
 
 BIN_TOKENS = 10**9  # tokens of a file: 2 or 4 GB
 
@@ -162,12 +161,12 @@ class Bins:
     then train.bin, or train-00000-of-00002.bin ... where there are several.
     """
 
-    def __init__(self, folder, split, lengths, entries):
+    def __init__(self, folder, split, lengths, dtype, entries):
         """
-        lengths: (n_vocab,) bytes of each token. entries: of what is there already. What lies behind it in the files is the
-        work of a killed preparation, and goes.
+        lengths: (n_vocab,) bytes of each token. dtype: of an id. entries: of what is there already. What lies behind it in
+        the files is the work of a killed preparation, and goes.
         """
-        self.dtype = id_dtype(len(lengths))
+        self.dtype = dtype
         self.folder, self.split, self.lengths, self.entries = folder, split, lengths, [dict(entry) for entry in entries]
         for file in folder.glob(f'{split}*.bin'):  # killed while it gave them their last names
             number = re.fullmatch(rf'{split}(?:-(\d+)(?:-of-\d+)?)?', file.stem)[1] or 0

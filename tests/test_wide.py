@@ -20,9 +20,9 @@ import train
 from configurator import UserError
 from data import TokenData
 from corpora.shards import open_data, pack, validate
+from corpora.workspace import Bins
 from test_tokenizer import CODE, TEXTS, sentences
 from tokenizer import from_file, id_dtype, load_tokenizer, normalized, token_bytes
-from workspace import Bins
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
@@ -220,12 +220,12 @@ def test_ids_beyond_16_bits_reach_a_batch(wide, tmp_path):
 
 def test_bins_of_32_bits_go_on_behind_what_a_killed_preparation_has_recorded(tmp_path):
     lengths = np.ones(70_001, np.int32)
-    bins = Bins(tmp_path, 'train', lengths, [])
+    bins = Bins(tmp_path, 'train', lengths, np.dtype('<u4'), [])
     bins.append(np.array([70_000, 1, 2], '<u4'))
     entries = json.loads(json.dumps(bins.sync()))
     bins.append(np.array([3, 4], '<u4'))  # never recorded
     bins.file.close()
-    bins = Bins(tmp_path, 'train', lengths, entries)
+    bins = Bins(tmp_path, 'train', lengths, np.dtype('<u4'), entries)
     bins.append(np.array([69_999], '<u4'))
     entry, = bins.close()
     ids = np.fromfile(tmp_path / 'train.bin', '<u4')

@@ -736,7 +736,7 @@ def test_words_are_counted_with_every_line_for_word_level_perplexity():
 
 
 def test_corpora_without_a_download_start_without_the_large_libraries():
-    code = ('import sys, types, corpus\n'
+    code = ('import sys, types\nfrom corpora import corpus\n'
             'corpus.open_corpus(types.SimpleNamespace(dataset="pylib"))\n'
             'print({"torch", "datasets", "pyarrow", "numpy"} & set(sys.modules))')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == 'set()\n'

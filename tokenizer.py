@@ -30,6 +30,7 @@ ENDS = (EOT, '</s>', '<|end_of_text|>', '<eos>')  # names of the end of a text i
 # is one group that tiktoken's fancy-regex leaves to the automaton of the library below it.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 FASTER = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"""
+LONGEST_WORD = 4096  # bytes of a word that a BPE is trained on: the time of a merge grows with the length of a word
 LONG_WORDS = 6_000_000  # bytes of different words of more than 40 characters that a BPE is trained on: see `affordable`
 # Characters that a library gets at a time: Hugging Face's takes about 150 bytes of memory for each, tiktoken's stack overflows in a
 # run of a million spaces.
@@ -47,9 +48,13 @@ HARD += f'a{SPACE}b{SPACE}{SPACE}{SPACE.join(BYTES)}  '
 
 
 def train_bpe(texts, vocab_size):
-    """The content of a byte-level BPE trained on str's: its ranks are the 256 bytes and then the tokens as they were merged."""
+    """
+    The content of a byte-level BPE trained on str's: its ranks are the 256 bytes and then the tokens as they were merged. Words
+    of more than LONGEST_WORD bytes, as in a genome on one line, are cut for the training.
+    """
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.FixedLength(LONGEST_WORD)])
     bpe.train_from_iterator(affordable(texts), trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=sorted(BYTE_OF), show_progress=False))
     vocab = bpe.get_vocab()

@@ -303,6 +303,28 @@ def test_trained_tokenizer_is_bytes_first_then_merges_and_the_end_last():
         assert any(token[:k] in tokens[:i] and token[k:] in tokens[:i] for k in range(1, len(token)))
 
 
+def test_training_on_ordinary_words_makes_the_merges_of_the_library_alone():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator([CODE, *sentences(100)], trainers.BpeTrainer(
+        vocab_size=999, min_frequency=2, initial_alphabet=sorted(tokenizer.BYTE_OF), show_progress=False))
+    vocab = bpe.get_vocab()
+    merged = [base64.b64encode(tokenizer.spelled(token)).decode() for token in sorted(vocab, key=vocab.get)[256:]]
+    assert train_bpe([CODE, *sentences(100)], 1000)['ranks'][256:] == merged
+
+
+def test_training_cuts_words_that_would_make_it_slow(monkeypatch):
+    """A genome on one line is one word: the time of each merge grows with the length of the words that it is in."""
+    words = [''.join(random.Random(i).choices('ACGT', k=64)) for i in range(40)]
+    line = ''.join(words)
+    expected = train_bpe(words, 300)['ranks']
+    assert train_bpe([line], 300)['ranks'] != expected  # it is shorter than LONGEST_WORD
+    monkeypatch.setattr(tokenizer, 'LONGEST_WORD', 64)
+    content = train_bpe([line], 300)
+    assert content['ranks'] == expected
+    check_round_trip(load_tokenizer(content), line)
+
+
 def test_vocabulary_that_a_corpus_cannot_fill_is_refused_with_the_largest_that_it_can():
     with pytest.raises(UserError, match='^--vocab_size=60000: this corpus makes at most [0-9]+ tokens') as error:
         train_bpe(sentences(100), 60000)

@@ -34,7 +34,7 @@ def find(file):
 def read_items(file, count=0):
     """[(context, 4 endings, label)] of the first `count` lines of a file (0: all). UserError names the first that is no item."""
     try:
-        items = parse(file.read_bytes().splitlines(), file, count)
+        items = parse(file.read_bytes().rstrip().splitlines(), file, count)  # blank lines at the end are no items
     except OSError as error:
         raise UserError(f'{file}: {error.strerror}: expected the hellaswag_val.jsonl of {URL}')
     if len(items) < max(1, count):
@@ -52,7 +52,7 @@ def download(file):
             content = source.read()
     except (OSError, HTTPException) as error:
         raise UserError(f"can't download {URL} ({error}): bring that file here and give --hellaswag=FILE")
-    if (found := len(parse(content.splitlines(), URL))) != ITEMS:
+    if (found := len(parse(content.rstrip().splitlines(), URL))) != ITEMS:
         raise UserError(f'{URL}: {found:,} items have arrived, expected {ITEMS:,}: try again, or give --hellaswag=FILE')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -385,6 +385,16 @@ def test_an_empty_file_and_too_few_items_are_refused(tmp_path):
     assert len(read_items(file, 2)) == 2 and len(read_items(file)) == 3
 
 
+@pytest.mark.parametrize('start, line_end, end', [
+    (b'', b'\n', b''), (b'', b'\n', b'\n\n'), (b'', b'\n', b'\n \t\n\n'), (b'', b'\r\n', b'\r\n'), (b'', b'\r\n', b'\r\n\r\n'),
+    (b'\xef\xbb\xbf', b'\n', b'\n'), (b'\xef\xbb\xbf', b'\r\n', b'\r\n\r\n')])
+def test_items_are_read_with_any_line_ends_blank_last_lines_and_a_mark_of_utf_8(tmp_path, start, line_end, end):
+    file = tmp_path / 'items.jsonl'
+    file.write_bytes(start + line_end.join([json.dumps(item).encode() for item in items_of(3)]) + end)
+    assert read_items(file) == [parse_one(item) for item in items_of(3)]
+    assert refused(read_items, file, 4) == f'{file}: 3 items in it, --items=4 asks for more'
+
+
 def test_the_ending_is_what_lies_behind_the_tokens_of_the_context(wiki):
     encoding = load_tokenizer(wiki)
     items = [('The bird ', ['sang', 'a', 'b c', 'd'], 0), ('', ['x', 'y', 'z', 'w'], 1)]

@@ -163,9 +163,7 @@ class TokenData:
             ends = np.cumsum([len(shard) for shard in self.shards[split]]).tolist()
             self.starts[split], totals[split] = [0, *ends[:-1]], ends[-1] if ends else 0
             if totals[split] < block_size + 1:
-                raise UserError(f'{self.path}: the {split} split has {totals[split]} tokens, fewer than one window of block_size '
-                                f'+ 1 = {block_size + 1}: a smaller --block_size, or prepare more text'
-                                + (' or a larger --val_ratio' if split == 'val' else ''))
+                raise UserError(self.too_short(split, totals[split]))
         self.train_tokens = totals['train']
         self.n_windows = (totals['train'] - 1) // block_size
         self.n_val_windows = (totals['val'] - 1) // block_size
@@ -174,6 +172,23 @@ class TokenData:
         self.bins = {part.name: BinFile(part.sha256, self.dtype, part.offset) for part in both}
         if verify != 'never':
             self.verify(reread=verify == 'always')
+
+    def too_short(self, split, tokens):
+        """Says that a split has no window, how much text a window is where meta.json tells, and what to do."""
+        window = self.block_size + 1
+        val_ratio = self.meta.get('val_ratio', 0)  # 0: not known, None: the corpus has splits of its own
+        files = self.meta['files']['train'] + self.meta['files']['val']
+        all_bytes, all_tokens = (sum(file.get(key, 0) for file in files) for key in ('bytes', 'tokens'))
+        window_kb = window * all_bytes / max(1, all_tokens) / 1000
+        size = f', about {window_kb:,.1f} kB of text' if all_bytes else ''
+        shorter = f'--block_size={tokens - 1} or less' if tokens > 1 else 'a smaller --block_size'
+        more = 'prepare more text'
+        if all_bytes and val_ratio:
+            share = val_ratio if split == 'val' else 1 - val_ratio
+            more += f' (about {window_kb / share:,.1f} kB)'
+        ratio = ', or a larger --val_ratio' if split == 'val' and val_ratio is not None else ''
+        return (f'{self.path}: the {split} split has {tokens} tokens, fewer than one window of block_size + 1 = {window}{size}: '
+                f'{shorter}, {more}{ratio}')
 
     def verify(self, reread):
         """Read the bins that are not on record, or all of them (reread) -> {name: what verification.scan found}."""

@@ -19,7 +19,8 @@ Rows of ids that are ready made (.npy, .pt):
 
 Documents are read as a stream: exact duplicates go out, the hash of a document's text decides whether it is train or val, the
 train documents of the first 64 MB make the byte-level BPE, and processes encode. All of it is written in .NAME.tmp beside the
-result and renamed to it when it is whole. A preparation that was killed goes on from its last finished part.
+result and renamed to it when it is whole. A preparation that was killed goes on from its last finished part. A corpus so small
+that the hash comes nowhere near val_ratio is split by position: its last part is val.
 """
 import hashlib
 import multiprocessing
@@ -46,6 +47,7 @@ from configurator import UserError, load, read_json, run
 from files import fsync, write_json
 from corpora.corpus import DATASETS, SourceMissing, count_words, open_corpus
 from data import VERSION, data_dir
+from splitting import Cut, find_cut, is_lopsided
 from tokenizer import MAX_VOCAB, id_dtype, load_tokenizer, normalizer_of, token_bytes
 from verification import remember, unverified
 from corpora.workspace import Bins, Seen, compare, is_prepared, now, publish, workspace
@@ -308,15 +310,18 @@ def make_tokenizer(config):
 def build(config, corpus, content, request, work, start):
     """Everything that a prepared directory holds, meta.json last, in the directory `work`; what is there already is used."""
     print(f'{config.dataset}: reading', flush=True)
+    cut = Cut(*read_json(work / 'split.json')['cut']) if (work / 'split.json').exists() else None
+    hash_only = corpus.own_splits or config.shard  # shards need not know of each other
     if not (work / 'tokenizer.json').exists():
-        sample, size, share = read_sample(corpus, config, 4 * BATCH if content else SAMPLE)
-        if not content:
-            print(f'tokenizer: training {config.vocab_size} tokens on {len(sample):,} documents', flush=True)
-            content = tokenizer.train_bpe(sample, config.vocab_size)
-        check_room(load_tokenizer(content), sample, size / share if share else 0, config, work)
+        sample = read_sample(corpus, config, 4 * BATCH if content and hash_only else SAMPLE, cut)
+        if not (cut or hash_only) and sample.is_whole and is_lopsided(sample.sizes, config.val_ratio):
+            cut = split_by_position(corpus, config, sample.documents, sample.sizes, work)
+            sample = read_sample(corpus, config, SAMPLE, cut)
+        if not sample.train:
+            raise UserError(empty_split(config, corpus, {'train': 0, 'val': sample.documents}))
+        write_tokenizer(content, sample, config, work)
         del sample
-        write_json(work / 'tokenizer.json', content)
-    facts = {}
+    facts = {'split': 'position'} if cut else {}
     encoding = load_tokenizer(work)
     if (dtype := id_dtype(encoding.n_vocab)).itemsize > 2:
         facts['dtype'] = dtype.name
@@ -326,14 +331,17 @@ def build(config, corpus, content, request, work, start):
         print(f'this tokenizer changes text to the Unicode form {normalizer}: so is the text that is learned', flush=True)
     print(f'encoding, after {time.time() - start:.1f} s', flush=True)
     try:
-        counts, files = encode_corpus(corpus, work, config)
+        counts, files = encode_corpus(corpus, work, config, cut)
     except sqlite3.Error as error:
         raise UserError(f"{work / 'seen.sqlite'}: {error}: make room on the disk and try again, or remove {work} and start again")
     if not counts['train'] or not counts['val']:
-        empty, other = ('val', 'larger') if counts['train'] else ('train', 'smaller')
+        documents = counts['train'] + counts['val']
+        sizes = {split: sum(file['bytes'] for file in files[split]) for split in files}
+        # The hash suits the whole corpus, but what --max_tokens takes of it is in one split.
+        if not (cut or hash_only) and split_by_position(corpus, config, documents, sizes, work):
+            return build(config, corpus, content, request, work, start)
         shutil.rmtree(work)
-        raise UserError(f"{config.dataset}: none of {counts['train'] + counts['val']} documents fell into the {empty} split: "
-                        f'more documents, or a {other} --val_ratio')
+        raise UserError(empty_split(config, corpus, counts))
     extra = {}
     if (text := corpus.test()) is not None:
         (work / 'test.txt').write_bytes(text.encode())
@@ -344,6 +352,47 @@ def build(config, corpus, content, request, work, start):
     write_json(work / 'meta.json', {
         **request, **facts, 'eot_id': encoding.eot_token, 'documents': counts, 'files': files, **extra,
         'created': now(), 'seconds': round(time.time() - start, 1)})
+
+
+def write_tokenizer(content, sample, config, work):
+    """tokenizer.json: the content that is given, or a BPE trained on the sample. Raises UserError where the bins have no room."""
+    if not content:
+        print(f'tokenizer: training {config.vocab_size} tokens on {len(sample.train):,} documents', flush=True)
+        content = tokenizer.train_bpe(sample.train, config.vocab_size)
+    size = sum(sample.sizes.values()) / sample.share if sample.share else 0
+    check_room(load_tokenizer(content), sample.train, size, config, work)
+    write_json(work / 'tokenizer.json', content)
+
+
+def split_by_position(corpus, config, documents, sizes, work):
+    """
+    The Cut for a corpus of whose documents the hash put `sizes` bytes into each split. It goes on record in split.json, and what
+    was made by the hash is removed. None where the corpus is not small.
+    """
+    cut = find_cut(corpus, config, SAMPLE)
+    if cut is None:
+        return None
+    share = sizes['val'] / max(1, sum(sizes.values()))
+    part = {0: 'none', 1: 'all'}.get(share, f'{share:.1%} of the text')
+    noun = 'document' if documents == 1 else 'documents'
+    print(f'split by position: of {documents} {noun} the hash put {part} into val; now val is the last part of the text', flush=True)
+    (work / 'state.json').unlink(missing_ok=True)  # first: it describes the other files
+    for path in work.iterdir():
+        if path.name != 'request.json':
+            path.unlink()
+    write_json(work / 'split.json', {'cut': cut})
+    return cut
+
+
+def empty_split(config, corpus, counts):
+    """Why a split is empty, and what helps."""
+    empty, other = ('val', 'larger') if counts['train'] else ('train', 'smaller')
+    line = f"{config.dataset}: none of {counts['train'] + counts['val']} documents fell into the {empty} split: "
+    if config.shard:
+        return f'{line}a corpus so small needs no --shard'
+    if corpus.own_splits:
+        return f'{line}read more documents (--max_documents, --max_tokens)'
+    return f'{line}more documents, or a {other} --val_ratio'
 
 
 def hashes_of(files):
@@ -371,12 +420,13 @@ class Batch(NamedTuple):
     texts: dict  # {'train': [str], 'val': [str]}
 
 
-def batches(corpus, config, is_new, shard=(0, 1), number=0, position=(0, None)):
+def batches(corpus, config, is_new, cut=None, shard=(0, 1), number=0, position=(0, None)):
     """
     The documents of the corpus from `position` on as Batch after Batch: those of the shard, sorted into train and val.
 
     Which split and which shard a document belongs to depends on nothing but its text and the seed: no document changes sides
     when the corpus grows or comes in another order, duplicates meet in one shard, and shards need not know of each other.
+    A `cut` splits a small corpus by position instead.
     is_new(digest, number): whether no document had this digest before.
     """
     key, (i, n) = str(config.seed).encode()[:64], shard
@@ -400,7 +450,9 @@ def batches(corpus, config, is_new, shard=(0, 1), number=0, position=(0, None)):
             counts['duplicates'] += 1
             continue
         is_val = int.from_bytes(digest[:8], 'little') < config.val_ratio * 2**64
-        texts[document.split or ('val' if is_val else 'train')].append(text)
+        parts = cut.split(read, text) if cut else {document.split or ('val' if is_val else 'train'): text}
+        for split, part in parts.items():
+            texts[split].append(part)
         size += len(data)
         if size >= BATCH:
             yield Batch(number, (read, at), counts, texts)
@@ -408,23 +460,30 @@ def batches(corpus, config, is_new, shard=(0, 1), number=0, position=(0, None)):
     yield Batch(number, (read, at), counts, texts)
 
 
-def read_sample(corpus, config, enough):
-    """
-    The train documents of the first `enough` bytes of text, the same for every shard, how many bytes there were, and what share of
-    the corpus they are (None: unknown).
-    """
-    seen, sample, size, share = set(), [], 0, None
-    for batch in batches(corpus, config, lambda digest, _: digest not in seen and not seen.add(digest)):
-        sample += batch.texts['train']
-        size += sum(len(text.encode()) for texts in batch.texts.values() for text in texts)
+class Sample(NamedTuple):
+    """The beginning of a corpus."""
+    train: list  # texts of the train documents
+    documents: int  # of both splits
+    sizes: dict  # {split: bytes of text}
+    share: float | None  # of the corpus, None: unknown
+    is_whole: bool  # the corpus ends here
+
+
+def read_sample(corpus, config, enough, cut=None):
+    """The Sample of the first `enough` bytes of text, the same for every shard. Raises UserError where there is no text."""
+    seen, train, documents, sizes, share, is_whole = set(), [], 0, {'train': 0, 'val': 0}, None, True
+    for batch in batches(corpus, config, lambda digest, _: digest not in seen and not seen.add(digest), cut):
+        train += batch.texts['train']
+        for split, texts in batch.texts.items():
+            documents += len(texts)
+            sizes[split] += sum(len(text.encode()) for text in texts)
         share = corpus.progress(batch.position[1])
-        if size >= enough and sample:
+        is_whole = sum(sizes.values()) < enough
+        if not is_whole and train:
             break
-    if not size:
+    if not documents:
         raise UserError(f'{config.dataset}: the corpus is empty, no document has any text')
-    if not sample:
-        raise UserError(f'{config.dataset}: no text for the train split: more documents, or a smaller --val_ratio')
-    return sample, size, share
+    return Sample(train, documents, sizes, share, is_whole)
 
 
 def check_room(encoding, sample, size, config, work):
@@ -444,7 +503,7 @@ def check_room(encoding, sample, size, config, work):
                         f'choose another --out, or prepare less with --max_tokens or --max_documents')
 
 
-def encode_corpus(corpus, work, config):
+def encode_corpus(corpus, work, config, cut=None):
     """
     Write the bins of both splits. Returns the documents counted and the files described, as meta.json has them.
 
@@ -460,19 +519,21 @@ def encode_corpus(corpus, work, config):
     number, position = done.get('batches', 0), done.get('position', (0, None))
     if number:
         print(f"going on behind {position[0]:,} documents, {bins['train'].tokens:,} train tokens", flush=True)
+    budgets = token_budgets(config, cut)
     say = progress(corpus, config, position[1], bins)
     with Seen(work / 'seen.sqlite', number) as seen:
-        stream = batches(corpus, config, seen.is_new, shard_of(config), number, position)
+        stream = batches(corpus, config, seen.is_new, cut, shard_of(config), number, position)
         for batch, ids in encoded(stream, work, config.num_proc or min(os.cpu_count(), 16)):
-            room = config.max_tokens - bins['train'].tokens
-            if full := config.max_tokens and len(ids['train']) >= room:
-                ids['train'] = ids['train'][:room]
-                ids['train'][-1] = eot  # the document that reaches max_tokens is cut, and ends
+            for split, budget in budgets.items():
+                room = budget - bins[split].tokens
+                if len(ids[split]) >= room:
+                    ids[split] = ids[split][:room]
+                    ids[split][-1:] = eot  # the document that reaches the budget is cut, and ends
             counts.update(batch.counts)
             for split, bin in bins.items():
                 bin.append(ids[split])
                 counts[split] += int((ids[split] == eot).sum())
-            if full:
+            if budgets and all(bins[split].tokens == budget for split, budget in budgets.items()):
                 break
             if (batch.number + 1) % PART == 0:
                 files = {split: bin.sync() for split, bin in bins.items()}
@@ -481,6 +542,14 @@ def encode_corpus(corpus, work, config):
                     'batches': batch.number + 1, 'position': batch.position, 'counts': counts, 'files': files})
             say(batch.position, counts)
     return counts, {split: bin.close() for split, bin in bins.items()}
+
+
+def token_budgets(config, cut):
+    """{split: tokens after which it ends}. By position val follows all of train, so that it needs a budget, too."""
+    if not config.max_tokens:
+        return {}
+    val = {'val': max(2, round(config.max_tokens * config.val_ratio / (1 - config.val_ratio)))} if cut else {}
+    return {'train': config.max_tokens, **val}
 
 
 def progress(corpus, config, position, bins):

@@ -113,7 +113,8 @@ def clear(work):
 
 def publish(work, out):
     """The finished directory under its name. From meta.json on, this is all that a killed preparation has left to do."""
-    for file in (*work.glob('seen.sqlite*'), *work.glob('.*.tmp'), work / 'state.json', work / 'request.json'):
+    made_for_work = ('state.json', 'split.json', 'request.json')
+    for file in (*work.glob('seen.sqlite*'), *work.glob('.*.tmp'), *(work / name for name in made_for_work)):
         file.unlink(missing_ok=True)
     fsync(work)
     work.rename(out.resolve())

@@ -187,8 +187,8 @@ class TokenData:
             share = val_ratio if split == 'val' else 1 - val_ratio
             more += f' (about {window_kb / share:,.1f} kB)'
         ratio = ', or a larger --val_ratio' if split == 'val' and val_ratio is not None else ''
-        return (f'{self.path}: the {split} split has {tokens} tokens, fewer than one window of block_size + 1 = {window}{size}: '
-                f'{shorter}, {more}{ratio}')
+        return (f'{self.path}: the {split} split has {tokens} tokens, fewer than one window of block_size + 1 = {window}'
+                f'{size}: {shorter}, {more}{ratio}')
 
     def verify(self, reread):
         """Read the bins that are not on record, or all of them (reread) -> {name: what verification.scan found}."""

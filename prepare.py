@@ -19,8 +19,8 @@ Rows of ids that are ready made (.npy, .pt):
 
 Documents are read as a stream: exact duplicates go out, the hash of a document's text decides whether it is train or val, the
 train documents of the first 64 MB make the byte-level BPE, and processes encode. All of it is written in .NAME.tmp beside the
-result and renamed to it when it is whole. A preparation that was killed goes on from its last finished part. A corpus so small
-that the hash comes nowhere near val_ratio is split by position: its last part is val.
+result and renamed to it when it is whole. A preparation that was killed goes on from its last finished part.
+A corpus so small that the hash comes nowhere near val_ratio is split by position: its last part is val.
 """
 import hashlib
 import multiprocessing
@@ -47,7 +47,7 @@ from configurator import UserError, load, read_json, run
 from files import fsync, write_json
 from corpora.corpus import DATASETS, SourceMissing, count_words, open_corpus
 from data import VERSION, data_dir
-from splitting import Cut, find_cut, is_lopsided
+from corpora.splitting import Cut, find_cut, is_lopsided
 from tokenizer import MAX_VOCAB, id_dtype, load_tokenizer, normalizer_of, token_bytes
 from verification import remember, unverified
 from corpora.workspace import Bins, Seen, compare, is_prepared, now, publish, workspace
@@ -355,7 +355,7 @@ def build(config, corpus, content, request, work, start):
 
 
 def write_tokenizer(content, sample, config, work):
-    """tokenizer.json: the content that is given, or a BPE trained on the sample. Raises UserError where the bins have no room."""
+    """Writes tokenizer.json: `content`, or a BPE trained on the sample. Raises UserError where the disk is too small."""
     if not content:
         print(f'tokenizer: training {config.vocab_size} tokens on {len(sample.train):,} documents', flush=True)
         content = tokenizer.train_bpe(sample.train, config.vocab_size)
@@ -366,8 +366,8 @@ def write_tokenizer(content, sample, config, work):
 
 def split_by_position(corpus, config, documents, sizes, work):
     """
-    The Cut for a corpus of whose documents the hash put `sizes` bytes into each split. It goes on record in split.json, and what
-    was made by the hash is removed. None where the corpus is not small.
+    The Cut of a small corpus, written to split.json, None where the corpus is not small. Removes what was made by the hash,
+    which put `sizes` bytes of so many documents into the splits.
     """
     cut = find_cut(corpus, config, SAMPLE)
     if cut is None:
@@ -375,7 +375,8 @@ def split_by_position(corpus, config, documents, sizes, work):
     share = sizes['val'] / max(1, sum(sizes.values()))
     part = {0: 'none', 1: 'all'}.get(share, f'{share:.1%} of the text')
     noun = 'document' if documents == 1 else 'documents'
-    print(f'split by position: of {documents} {noun} the hash put {part} into val; now val is the last part of the text', flush=True)
+    print(f'split by position: of {documents} {noun} the hash put {part} into val; now val is the last part of the text',
+          flush=True)
     (work / 'state.json').unlink(missing_ok=True)  # first: it describes the other files
     for path in work.iterdir():
         if path.name != 'request.json':
@@ -470,7 +471,7 @@ class Sample(NamedTuple):
 
 
 def read_sample(corpus, config, enough, cut=None):
-    """The Sample of the first `enough` bytes of text, the same for every shard. Raises UserError where there is no text."""
+    """The first `enough` bytes of text, the same for every shard. Raises UserError where there is no text."""
     seen, train, documents, sizes, share, is_whole = set(), [], 0, {'train': 0, 'val': 0}, None, True
     for batch in batches(corpus, config, lambda digest, _: digest not in seen and not seen.add(digest), cut):
         train += batch.texts['train']

@@ -1,5 +1,5 @@
 """
-Train and val of a small corpus by position: val is its last part. Imported by prepare.py:
+Train and val of a small corpus by position: val is its last part. Used by prepare.py:
 
     if is_lopsided(sizes, val_ratio):               # of what the hash of the documents' texts puts into each split
         cut = find_cut(corpus, config, limit)       # None: the corpus is not small
@@ -17,7 +17,7 @@ LINE_END = re.compile('\r\n|[\n\r\u2028]')
 
 
 def is_lopsided(sizes, val_ratio):
-    """Whether a split is empty, or val has less than half or more than one and a half of its share. sizes: {split: bytes}"""
+    """Whether a split is empty, or val has less than 0.5 or more than 1.5 of its share. sizes: {split: bytes}"""
     share = sizes['val'] / (sizes['train'] + sizes['val'])
     return share in (0, 1) or not 0.5 * val_ratio <= share <= 1.5 * val_ratio
 
@@ -35,8 +35,9 @@ class Cut(NamedTuple):
 
 def find_cut(corpus, config, limit):
     """
-    The Cut that leaves about val_ratio of the text to val: between documents where that comes near it, else at the end of a line,
-    else at any character. None where the corpus has `limit` bytes of text or more. Raises UserError for a single character.
+    The Cut that leaves about val_ratio of the text to val: between documents where that comes near it, else at the end of
+    a line, else at any character. None where the corpus has `limit` bytes of text or more. Raises UserError where the
+    corpus is a single character.
     """
     numbers, total = {}, 0  # {text: number of the first document that has it}
     for number, document in enumerate(islice(corpus.documents(), config.max_documents or None), 1):

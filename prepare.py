@@ -45,7 +45,7 @@ from corpora import linked
 import tokenizer
 from configurator import UserError, load, read_json, run
 from files import fsync, write_json
-from corpora.corpus import DATASETS, SourceMissing, count_words, open_corpus
+from corpora.corpus import DATASETS, SourceMissing, count_words, encoding_name, open_corpus
 from data import VERSION, data_dir
 from corpora.splitting import Cut, find_cut, is_lopsided
 from tokenizer import MAX_VOCAB, id_dtype, load_tokenizer, normalizer_of, token_bytes
@@ -65,6 +65,8 @@ class PrepareConfig:
     min_score: float = 3.0  # fineweb_edu: educational score (0 to 5) that a document needs
     text_field: str = 'text'  # of .jsonl and .parquet
     bad_text: str = 'refuse'  # what isn't UTF-8 or JSON: refuse, skip, or replace (by U+FFFD; lines that aren't JSON are skipped)
+    bad_rows: float = 0.01  # share of the rows that may be without a text (or a score): they are left out, more is refused
+    encoding: str = 'utf-8'  # of .txt and .jsonl without a mark, as Python names it: cp1252, gb18030, shift_jis, utf-16-le ...
     tokenizer: str = 'bpe'  # bpe (trained on the corpus), gpt2, or a tokenizer.json, ours or one of Hugging Face
     vocab_size: int = 8192  # bpe: tokens, the end-of-text token included
     val_ratio: float = 0.05  # share of the documents that is kept for validation (wikitext* have splits of their own)
@@ -84,6 +86,10 @@ class PrepareConfig:
             yield f'--source={self.source}: --dataset={self.dataset} has none (files of your own: --dataset=text:{self.source})'
         if self.bad_text not in ('refuse', 'skip', 'replace'):
             yield f'--bad_text={self.bad_text}: expected refuse, skip or replace'
+        if not 0 <= self.bad_rows <= 1:
+            yield f'--bad_rows={self.bad_rows}: expected a share from 0 to 1'
+        if not encoding_name(self.encoding):
+            yield f"--encoding={self.encoding}: unknown, expected an encoding of Python's, as cp1252, gb18030, shift_jis or utf-16-le"
         if not 257 <= self.vocab_size <= MAX_VOCAB:
             yield f'--vocab_size={self.vocab_size}: expected 257 (bytes and end of text) to {MAX_VOCAB}'
         if not 0 < self.val_ratio < 1:
@@ -140,7 +146,7 @@ class PathConfig:
 
 def directory(config):
     """Where the preparation that `config` asks for goes, unless --out names another place."""
-    ignored = {'dataset', 'tokenizer', 'vocab_size', 'max_tokens', 'shard', 'out', 'num_proc'}  # named otherwise, or without effect
+    ignored = {'dataset', 'tokenizer', 'vocab_size', 'max_tokens', 'shard', 'out', 'num_proc', 'bad_rows'}  # named otherwise, or without effect
     options = {field.name: getattr(config, field.name) for field in fields(PrepareConfig)
                if field.name not in ignored and getattr(config, field.name) != field.default}
     return data_dir(config.dataset, config.tokenizer, max_tokens=config.max_tokens, vocab_size=config.vocab_size, **options)
@@ -273,6 +279,8 @@ def make_request(config, corpus, label, vocab_size):
     request = {'version': VERSION, 'source': corpus.source, 'filter': filters, 'seed': config.seed,
                'val_ratio': None if corpus.own_splits else config.val_ratio, 'max_tokens': config.max_tokens,
                'max_documents': config.max_documents, 'bad_text': config.bad_text, 'tokenizer': label, 'vocab_size': vocab_size}
+    if (encoding := encoding_name(config.encoding)) != 'utf-8':
+        request['encoding'] = encoding
     return request | {'inputs': corpus.inputs} if corpus.inputs else request
 
 
@@ -309,7 +317,7 @@ def make_tokenizer(config):
 
 def build(config, corpus, content, request, work, start):
     """Everything that a prepared directory holds, meta.json last, in the directory `work`; what is there already is used."""
-    print(f'{config.dataset}: reading', flush=True)
+    print(f'{config.dataset}: {corpus.contents()}', flush=True)
     cut = Cut(*read_json(work / 'split.json')['cut']) if (work / 'split.json').exists() else None
     hash_only = corpus.own_splits or config.shard  # shards need not know of each other
     if not (work / 'tokenizer.json').exists():

@@ -27,6 +27,7 @@ import tokenize
 import types
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,9 +49,33 @@ PIECE, PATIENCE, LONGEST = 8 * 1024, 64 * 1024, 128 * 1024  # bytes of a .txt do
 LONGEST_LINE = 2**26  # bytes
 LONGEST_ARTICLE = 2**20  # characters after which a file without titles is cut, at a line end
 CHECKED = 1000  # up to so many files are all opened before the first is read
+HEAD = 64 * 1024  # bytes from which is told what a file holds
 GO_ON = ' (--bad_text=skip or replace goes on)'
 RETRIES = 5  # times that a fault of the network is waited out, for 1, 2, 4, 8 and 16 s; documents that arrive start the count anew
 HOPELESS = 15  # seconds: where not one row has come so long after the start there is no network, and nothing more to wait for
+
+KINDS = {'.txt': 'txt', '.text': 'txt', '.md': 'txt', '.rst': 'txt', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl',
+         '.parquet': 'parquet'}  # of files by their endings; .gz and .zst may follow, except behind .parquet
+REMEDIES = {
+    'a table: write it as .jsonl or .parquet with the text in one column, or name it .txt to train on it as it is':
+        '.csv .tsv .xls .xlsx .ods',
+    'markup: extract its text to a .txt file, or name it .txt to train on the markup too': '.html .htm .xhtml .xml .svg',
+    'no plain text: extract its text to a .txt file': '.pdf .epub .doc .docx .odt .rtf .ppt .pptx .ipynb',
+    'an archive: unpack it (only .gz and .zst of single files are read)': '.zip .tar .tgz .7z .rar .bz2 .xz',
+    'no text: leave it out': '.png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .mp3 .wav .flac .ogg .mp4 .mkv .avi .mov .webm '
+                             '.exe .dll .so .o .pyc .jar .pkl .db .sqlite .arrow .safetensors .gguf',
+    'no text: rows of token ids are read by --dataset=shards:DIR (.npy, .pt) or --dataset=bins:PATH (.bin)': '.npy .pt .bin'}
+NOT_TEXT = {ending: remedy for remedy, endings in REMEDIES.items() for ending in endings.split()}
+MAGIC = {  # the first bytes of what is no text. PRINTABLE ones could begin a text, too
+    b'\x1f\x8b': 'gzip: give it the ending .gz', b'\x28\xb5\x2f\xfd': 'zstd: give it the ending .zst',
+    b'PK\x03\x04': 'zip (or .docx, .epub, ...): unpack it, or extract its text', b'%PDF-': 'PDF: extract its text to a .txt file',
+    b'\x89PNG': 'PNG: leave it out', b'\xff\xd8\xff': 'JPEG: leave it out', b'\x7fELF': 'a program: leave it out',
+    b'\xfd7zXZ': 'xz: unpack it', b'7z\xbc\xaf': '7-zip: unpack it', b'\x93NUMPY': 'an array of NumPy: leave it out'}
+PRINTABLE_MAGIC = {b'PAR1': 'Parquet: give it the ending .parquet', b'BZh': 'bzip2: unpack it', b'GIF8': 'GIF: leave it out'}
+MARKS = {codecs.BOM_UTF8: 'utf-8', codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',  # before those of UTF-16
+         codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+JSON_START = re.compile(rb'\s*(\[\s*)*\{\s*("[^"\n]*"\s*:|\})')
+MARKUP_START = re.compile(rb'\s*<(!doctype html|html|\?xml)', re.IGNORECASE)
 
 
 class SourceMissing(UserError):
@@ -74,6 +99,29 @@ class Corpus:
     test: Callable = lambda: None  # the whole raw test split where there is one, as one str
     inputs: str | None = None  # stamp() of the source files, where there are any on this machine
     check: Callable = lambda: None  # opens the source files, as far as that is quick. Raises UserError
+    contents: Callable = lambda: 'reading'  # one line: how many files of each kind are read, and which were left out
+
+
+class Reading(NamedTuple):
+    """How the files of a corpus are read."""
+    field: str = 'text'  # the column of the text
+    bad_text: str = 'refuse'
+    encoding: str = 'utf-8'  # of files without a mark that says another one
+    scores: tuple = ()  # the columns of a score, one of which must be there
+
+
+def reading_of(config, scores=()):
+    return Reading(config.text_field, config.bad_text, encoding_name(config.encoding), scores)
+
+
+def encoding_name(name):
+    """The one name of an encoding of text: UTF8 -> utf-8. '' for what is none."""
+    try:
+        'a'.encode(name)  # LookupError for what is no text, as base64
+        name = codecs.lookup(name).name.removesuffix('-sig')
+    except (LookupError, ValueError):
+        return ''
+    return '' if name in ('idna', 'punycode', 'unicode-escape', 'raw-unicode-escape') else name  # those are not of files
 
 
 def open_corpus(config, check=True):
@@ -178,17 +226,8 @@ def c_docstrings(name):
 # Files: text:PATH, and --source=PATH for the corpora that are downloaded otherwise
 
 def text_corpus(config, path):
-    files, field = find_files(path, ('txt', 'jsonl', 'parquet')), config.text_field
-    source = {'dataset': config.dataset} | sizes(files)
-    if any(kind(file) in ('jsonl', 'parquet') for file in files):
-        source['text_field'] = field
-
-    def documents(position=None):
-        for row, dropped, end in file_rows(files, field, config.bad_text, position):
-            yield Document(row and row[field], dropped, None, end)
-
-    return Corpus(source, '', documents, partial(file_progress, files), inputs=stamp(files),
-                  check=partial(check_files, files, field, config.bad_text))
+    files, left_out = find_files(path, ('txt', 'jsonl', 'parquet'))
+    return files_corpus(config, files, left_out)
 
 
 def nanochat_corpus(config, path):
@@ -196,64 +235,168 @@ def nanochat_corpus(config, path):
     The .parquet files of nanochat: the last one by name is validation (nanochat/dataset.py in github.com/karpathy/nanochat).
     It is read first, so that --max_tokens leaves it whole.
     """
-    files, field = find_files(path, ('parquet',)), config.text_field
+    files, left_out = find_files(path, ('parquet',))
     if len(files) < 2:
         raise UserError(f'{path}: one .parquet file, expected two at least, the last of which is validation '
                         f'(--dataset=text:{path} splits the documents of a single one)')
-    files = [files[-1], *files[:-1]]
+    return files_corpus(config, [files[-1], *files[:-1]], left_out, own_splits=True)
+
+
+def files_corpus(config, files, left_out, own_splits=False):
+    """own_splits: the first file is validation."""
+    reading, bad_rows = reading_of(config), BadRows(config.bad_rows)
+    source = {'dataset': config.dataset} | sizes(files)
+    if any(kind(file) in ('jsonl', 'parquet') for file in files):
+        source['text_field'] = reading.field
 
     def documents(position=None):
-        for row, dropped, end in file_rows(files, field, config.bad_text, position):
-            yield Document(row and row[field], dropped, 'train' if end[0] else 'val', end)
+        rows = file_rows(files, reading, position)
+        for row, dropped, end in bad_rows.counted(rows, position, reading, partial(place, files)):
+            split = ('train' if end[0] else 'val') if own_splits else None
+            yield Document(text_of(row, dropped, reading), dropped, split, end)
 
-    source = {'dataset': config.dataset, 'text_field': field} | sizes(files)
-    return Corpus(source, '', documents, partial(file_progress, files), own_splits=True, inputs=stamp(files),
-                  check=partial(check_files, files, field, config.bad_text))
+    return Corpus(source, '', documents, partial(file_progress, files, reading), own_splits, inputs=stamp(files),
+                  check=partial(check_files, files, reading), contents=partial(contents, files, left_out, reading))
 
 
 def find_files(path, kinds):
-    """The files of these kinds at a path, in a directory and its subdirectories, or of a glob, sorted. Raises UserError."""
-    path = os.path.expanduser(path)
+    """
+    (the files of these kinds at a path, in a directory and its subdirectories, or of a glob, sorted; how many files with which
+    endings are left out). Files are listed, not opened. Raises UserError.
+    """
+    path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
-        files = [file for file in Path(path).rglob('*') if kind(file) in kinds]
-    else:  # what is named is read as plain text if its ending says nothing else
+        found = list(Path(path).rglob('*'))
+        files = [file for file in found if kind(file) in kinds]
+        left_out = [file for file in found if kind(file) not in kinds and file.is_file()]
+    else:  # what is named is read even if its ending says nothing: `kind_of` looks at the content
         found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
         files = [file for file in map(Path, found) if (kind(file) or 'txt') in kinds]
+        readable_files = [file for file in files if ending(file)[0] not in NOT_TEXT]
+        if readable_files:  # otherwise they were meant, and `kind_of` says what to do
+            left_out = [file for file in files if ending(file)[0] in NOT_TEXT and file.is_file()]
+            files = readable_files
     for file in files:
         if not file.exists():
             raise UserError(f'{file}: broken symbolic link to {os.readlink(file)}')
     files = sorted(file for file in files if file.is_file())
+    left_out = Counter(''.join(ending(file)) or '(no ending)' for file in left_out)
     if not files:
         endings = ', '.join(f'.{kind}' for kind in kinds)
-        raise SourceMissing(f'{path}: no such file, and no directory or glob with {endings} files (.gz or .zst too, except .parquet)')
-    return files
+        raise SourceMissing(f'{path}: no such file, and no directory or glob with {endings} files (.gz or .zst too, except .parquet)'
+                            + (f'; left out: {counted(left_out)}' if left_out else ''))
+    return files, left_out
+
+
+def ending(path):
+    """a/B.JSONL.gz -> ('.jsonl', '.gz')"""
+    name = Path(path.name.lower())
+    return (Path(name.stem).suffix, name.suffix) if name.suffix in ('.gz', '.zst') else (name.suffix, '')
 
 
 def kind(path):
     """'txt', 'jsonl' or 'parquet' by the ending, '' for any other."""
-    match = re.search(r'\.(?:(txt|jsonl)(?:\.gz|\.zst)?|(parquet))$', path.name)
-    return match[match.lastindex] if match else ''
+    kind, packed = KINDS.get(ending(path)[0], ''), ending(path)[1]
+    return '' if kind == 'parquet' and packed else kind
+
+
+def kind_of(path, encoding):
+    """'txt', 'jsonl' or 'parquet' by the ending, or by the content where the ending doesn't say. Raises UserError for other content."""
+    name = ending(path)[0]
+    if name in NOT_TEXT:
+        raise UserError(f'{path}: {NOT_TEXT[name]}')
+    if kind(path) == 'parquet':
+        return 'parquet'
+    with readable(lambda: path), uncompressed(path) as (file, _):
+        data = file.read(HEAD)
+    head = check_plain(path, data, encoding)
+    if kind(path) and name != '.json':
+        return kind(path)
+    if starts_with_object(head, is_cut=len(data) == HEAD):
+        return 'jsonl'
+    if head.strip() and name == '.json' or JSON_START.match(head):
+        raise UserError(f"{path}: JSON without an object on its first line: convert it to one object a line "
+                        "(an array by jq -c '.[]', objects by jq -c .)")
+    if MARKUP_START.match(head):
+        raise UserError(f"{path}: {NOT_TEXT['.html']}")
+    return kind(path) or 'txt'
+
+
+def check_plain(path, data, encoding):
+    """The first bytes of a file as UTF-8, without a mark. Raises UserError where they are no text."""
+    is_utf8 = b'\0' not in data and not_utf8_at(data) is None
+    for magic, content in (MAGIC if is_utf8 else MAGIC | PRINTABLE_MAGIC).items():
+        if data.startswith(magic):
+            raise UserError(f'{path}: its content is {content}')
+    encoding = encoding_of(path, data, encoding)
+    if encoding == 'utf-8' and (wide := wide_encoding(data)):
+        raise UserError(f'{path}: every other byte is NUL: likely {wide} without a mark, which --encoding={wide} reads')
+    if encoding != 'utf-8':
+        data = codecs.getincrementaldecoder(encoding)('replace').decode(data).encode('utf-8', 'replace')
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if data.count(0) > len(data) / 100:
+        raise UserError(f'{path}: binary content, with a NUL at byte {data.index(0)}: leave it out')
+    return data
+
+
+def starts_with_object(head, is_cut):
+    """Whether the first line is a JSON object. is_cut: `head` is not the whole file, and may end inside that line."""
+    line, *rest = head.lstrip().split(b'\n', 1)
+    if is_cut and not rest:
+        return line.startswith(b'{') and JSON_START.match(line) is not None
+    try:
+        return isinstance(json.loads(line.decode(errors='replace')), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def contents(files, left_out, reading):
+    """In one line: how many files of which endings are read, those that are read as something else, and what is left out."""
+    labels = Counter()
+    for file in files:
+        label = ''.join(ending(file)) or '(no ending)'
+        if not kind(file):
+            label += f' as .{kind_of(file, reading.encoding)}' if len(files) < CHECKED else ' by their content'
+        labels[label] += 1
+    line = f"reading {counted(labels, ' and ')} {'file' if len(files) == 1 else 'files'}"
+    return line + (f'; left out: {counted(left_out)}' if left_out else '')
+
+
+def counted(labels, last=', '):
+    """Counter -> '12 .txt, 3 .md and 1 .rst' for last=' and '."""
+    *others, final = [f'{count:,} {label}' for label, count in labels.most_common(12)]
+    if len(labels) > 12:
+        final += f' and {len(labels) - 12} more endings'
+    return last.join(filter(None, (', '.join(others), final)))
 
 
 def sizes(files):
     return {'files': len(files), 'bytes': sum(file.stat().st_size for file in files)}
 
 
-def check_files(files, field, bad_text, one_of=()):
-    """Opens the files (of many the first ones). Raises UserError for a broken one, or one without the field or all of `one_of`."""
+def check_files(files, reading):
+    """Opens the files (of many the first ones). Raises UserError for a broken one, or one without the text or a score."""
     checked, without_text = files if len(files) < CHECKED else files[:10], []
     for file in checked:
-        if kind(file) == 'parquet':
-            with open_parquet(file, field) as parquet_file:
+        kind = kind_of(file, reading.encoding)
+        if kind == 'parquet':
+            with open_parquet(file, reading) as parquet_file:
                 names = parquet_file.schema_arrow.names
-        else:  # the first line is refused by itself, but with bad_text='skip' in any number of files the first may be a bad one
-            head = list(islice(READERS[kind(file)](file, field, bad_text), 1 if bad_text == 'refuse' else 100))
-            names = next((row for row, _, _ in head if row), ())
-            without_text += [file] if head and all(dropped == 'not_json' for _, dropped, _ in head) else []
-        if names:
-            check_names(file, names, one_of)
-    if without_text == checked:
-        raise UserError(f'{checked[0]}: none of its first lines has a text in a field {field!r}, which --text_field names')
+        else:
+            head = []
+            for row, dropped, _ in islice(READERS[kind](file, reading), 100):
+                head.append((row, dropped))
+                if dropped in ('', 'replaced'):
+                    break
+            names = list(next((row for row, _ in reversed(head) if row), ()))
+            if head and all(dropped == 'not_json' or row and reading.field not in row for row, dropped in head):
+                without_text.append((file, names))
+        if names and reading.field in names:
+            check_names(file, names, reading.scores)
+    if len(without_text) == len(checked):
+        file, names = without_text[0]
+        raise UserError(f'{file}: none of its first lines has a text in a field {reading.field!r}, which --text_field names' +
+                        (f", but the last of them has: {', '.join(names)[:200]}" if names else ''))
 
 
 def check_names(where, names, one_of):
@@ -261,34 +404,85 @@ def check_names(where, names, one_of):
         raise UserError(f"{where}: no column {' or '.join(map(repr, one_of))}, it has: {', '.join(names)}")
 
 
-def file_rows(files, field, bad_text, start=None, text=None):
+def file_rows(files, reading, start=None, text=None):
     """
-    (row, dropped, position) of the files in turn. A row is {field: str, ...}, or None if it was dropped. `text` reads what isn't
-    .jsonl or .parquet, by default `pieces`. Position: [index of the file, position in it].
+    (row, dropped, position) of the files in turn. row[reading.field] is a str, unless the row was dropped. `text` reads what isn't
+    .jsonl or .parquet, by default `pieces`. Position: [index of the file, position in it], and what BadRows adds.
     """
-    number, inner = start or (0, None)
+    number, inner = (start or (0, None))[:2]
+    if not isinstance(number, int):
+        raise UserError('the unfinished preparation is one of an earlier version: remove its directory, .NAME.tmp, and start again')
     while number < len(files):
-        read = READERS[kind(files[number])]
-        read = text or read if read is pieces else read
-        for row, dropped, end in read(files[number], field, bad_text, inner):
+        kind = kind_of(files[number], reading.encoding)
+        read = text if text and kind == 'txt' else READERS[kind]
+        for row, dropped, end in read(files[number], reading, inner):
             yield row, dropped, [number, end]
         number, inner = number + 1, None
 
 
-def file_progress(files, position):
-    number, inner = position or (0, 0)
+def text_of(row, dropped, reading):
+    return row[reading.field] if dropped in ('', 'replaced') else None
+
+
+def place(files, position):
+    """'a.jsonl:3' or 'a.parquet: row 3'"""
+    number, inner = position[:2]
+    return f'{files[number]}:{inner[1]}' if isinstance(inner, list) else f'{files[number]}: row {inner}'
+
+
+class BadRows:
+    """
+    Rows without a text, or without a score where one is needed: they are left out, and the first is named. More than a share of
+    `limit` of the rows read so far is a UserError, once 1,000 rows are read and at the end.
+    """
+    def __init__(self, limit):
+        self.limit, self.is_named = limit, False
+
+    def counted(self, rows, start, reading, place):
+        """The (row, dropped, position) with the numbers of rows and of bad rows so far added to the position."""
+        count, bad = start[2:] if start and len(start) == 4 else (0, 0)  # earlier versions didn't count
+        position = start
+        for row, dropped, position in rows:
+            count += 1
+            if dropped == 'unreadable':
+                bad += 1
+                if not self.is_named:
+                    self.is_named = True
+                    print(f'{place(position)}: {missing(row, reading)}: such rows are left out, up to a share of '
+                          f'--bad_rows={self.limit:g}', flush=True)
+            if count == 1000 or count > 1000 and dropped == 'unreadable':
+                self.judge(count, bad, reading, place(position))
+            yield row, dropped, [*position[:2], count, bad]
+        if bad:
+            self.judge(count, bad, reading, place(position))
+
+    def judge(self, count, bad, reading, where):
+        if bad > self.limit * count:
+            score = ' or no score' if reading.scores else ''
+            raise UserError(f'{where}: {bad:,} of {count:,} rows up to here have no text in a field {reading.field!r}{score}, more than '
+                            f'--bad_rows={self.limit:g} allows: name another --text_field or allow more')
+
+
+def missing(row, reading):
+    if not row or not isinstance(row.get(reading.field), str):
+        return f'no text in a field {reading.field!r}'
+    return ' and '.join(f'{name} is {row[name]!r}' for name in reading.scores if name in row) + ', expected a number'
+
+
+def file_progress(files, reading, position):
+    number, inner = (position or (0, 0))[:2]
     size = [file.stat().st_size for file in files]
-    inside = (inner[0] if isinstance(inner, list) else inner) / max(1, extent(files[number]))
+    inside = (inner[0] if isinstance(inner, list) else inner) / max(1, extent(files[number], reading.encoding))
     return (sum(size[:number]) + min(1, inside) * size[number]) / max(1, sum(size))
 
 
 @cache
-def extent(path):
+def extent(path, encoding='utf-8'):
     """What positions in a file go up to: rows of .parquet, otherwise bytes, of a compressed file guessed from its beginning."""
     if kind(path) == 'parquet':
         with open_parquet(path) as file:
             return file.metadata.num_rows
-    with opened(path) as (file, raw):
+    with opened(path, Reading(bad_text='replace', encoding=encoding)) as (file, raw):
         return len(file.read(2**22)) / max(1, raw.tell()) * path.stat().st_size
 
 
@@ -302,14 +496,24 @@ def readable(where):
 
 
 @contextmanager
-def opened(path, offset=0):
-    """A buffered binary file of the uncompressed content, at this byte of it, and the file as it is on the disk."""
+def uncompressed(path):
+    """A buffered binary file of the uncompressed content, and the file as it is on the disk."""
     with open(path, 'rb') as raw:
-        file = raw
-        if path.suffix == '.gz':
+        file, packed = raw, ending(path)[1]
+        if packed == '.gz':
             file = GzipFile(fileobj=raw)
-        elif path.suffix == '.zst':  # pyarrow always reads it, Python itself only from 3.14 on
+        elif packed == '.zst':  # pyarrow always reads it, Python itself only from 3.14 on
             file = io.BufferedReader(installed('pyarrow').input_stream(raw, compression='zstd'))
+        yield file, raw
+
+
+@contextmanager
+def opened(path, reading, offset=0):
+    """A buffered binary file of the uncompressed content as UTF-8, at this byte of it, and the file as it is on the disk."""
+    with uncompressed(path) as (file, raw):
+        encoding = encoding_of(path, file.peek(4), reading.encoding)
+        if encoding != 'utf-8':
+            file = io.BufferedReader(Utf8(file, path, encoding, reading.bad_text), 2**16)
         if file.seekable():
             file.seek(offset)
         else:
@@ -318,14 +522,57 @@ def opened(path, offset=0):
         yield file, raw
 
 
-def pieces(path, field='text', bad_text='refuse', start=0):
+def encoding_of(path, data, encoding):
+    """The encoding that the mark at the beginning of a file names, `encoding` where there is none."""
+    for mark, marked in MARKS.items():
+        if data.startswith(mark):
+            return marked
+    if encoding in ('utf-16', 'utf-32') and data:
+        raise UserError(f'{path}: no mark says which byte comes first: --encoding={encoding}-le (on most machines) or {encoding}-be')
+    return encoding
+
+
+class Utf8(io.RawIOBase):
+    """
+    The text of a binary file in another encoding, as UTF-8. What can't be decoded is a UserError with bad_text='refuse', otherwise
+    a byte that is no UTF-8: the readers do with it what they do with such bytes.
+    """
+    def __init__(self, file, path, encoding, bad_text):
+        self.file, self.path, self.encoding, self.bad_text = file, path, encoding, bad_text
+        self.decoder = codecs.getincrementaldecoder(encoding)('strict' if bad_text == 'refuse' else 'bad_byte')
+        self.read_bytes, self.ready, self.ended = 0, b'', False
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.ready and not self.ended:
+            pending = len(self.decoder.getstate()[0])
+            data = self.file.read(2**16)
+            self.ended = not data
+            try:
+                text = self.decoder.decode(data, self.ended)
+            except UnicodeDecodeError as error:
+                raise UserError(f'{self.path}: not {self.encoding} at byte {self.read_bytes - pending + error.start}{GO_ON}')
+            self.read_bytes += len(data)
+            self.ready = text.encode('utf-8', 'bad_byte')
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
+
+
+# What an encoding can't decode becomes a surrogate, which UTF-8 can't encode, and that becomes a byte which is no UTF-8.
+codecs.register_error('bad_byte', lambda error: (b'\xff' if isinstance(error, UnicodeEncodeError) else '\udcff', error.end))
+
+
+def pieces(path, reading=Reading(), start=0):
     """
     ({field: str}, dropped, end in bytes): documents of a .txt file, which joined are the file: cut at the first blank line after
     8 KB, at the first line end after 8 KB where 64 KB have no such blank line, and at 128 KB where no line ends. So text that is
     appended to the file changes the last document alone. Raises UserError where it isn't UTF-8, if bad_text is 'refuse'.
     """
     blank_line, offset = re.compile(rb'\n[ \t\r]*\n'), start or 0
-    with readable(lambda: f'{path}: after byte {offset}' if offset else path), opened(path, offset) as (file, _):
+    with readable(lambda: f'{path}: after byte {offset}' if offset else path), opened(path, reading, offset) as (file, _):
         text = b'' if offset else file.read(3)
         if text == codecs.BOM_UTF8:
             offset, text = 3, b''
@@ -336,96 +583,172 @@ def pieces(path, field='text', bad_text='refuse', start=0):
                 end = len(text)
             else:
                 end = text.find(b'\n', PIECE) + 1 or len(text)
-            final, dropped = end < LONGEST, ''  # not final: may end inside a character
-            try:
-                document, end = codecs.utf_8_decode(text[:end], 'strict', final)
-            except UnicodeDecodeError as error:
-                if bad_text == 'refuse':
-                    raise UserError(f'{path}: not UTF-8 at byte {offset + error.start}{GO_ON}')
-                document, end = codecs.utf_8_decode(text[:end], 'replace', final)
-                dropped = 'bad_text' if bad_text == 'skip' else 'replaced'
+            document, dropped, end = plain_text(text[:end], reading, path, offset, final=end < LONGEST)
             offset, text = offset + end, text[end:]
-            yield kept({field: document}, dropped), dropped, offset
+            yield kept({reading.field: document}, dropped), dropped, offset
 
 
-def lines(path, start=None):
+def lines(path, reading, start=None):
     """(bytes, [offset behind the line, its number]) of a file's lines. Raises UserError for a damaged file or a huge line."""
     offset, number = start or (0, 0)
-    with readable(lambda: f'{path}:{number + 1}'), opened(path, offset) as (file, _):
+    with readable(lambda: f'{path}:{number + 1}'), opened(path, reading, offset) as (file, _):
         while line := file.readline(LONGEST_LINE + 1):
             offset, number = offset + len(line), number + 1
             if len(line) > LONGEST_LINE:
                 raise UserError(f'{path}:{number}: longer than {LONGEST_LINE >> 20} MB: is this a file with one document a line?')
-            yield line, [offset, number]
+            yield line.removeprefix(codecs.BOM_UTF8), [offset, number]
 
 
-def text_lines(path, field, bad_text='refuse', start=None):
-    for line, end in lines(path, start):
-        text, dropped = decoded(line, bad_text, f'{path}:{end[1]}')
-        yield kept({field: text}, dropped), dropped, end
+def text_lines(path, reading, start=None):
+    for line, end in lines(path, reading, start):
+        text, dropped, _ = plain_text(line, reading, f'{path}:{end[1]}')
+        yield kept({reading.field: text}, dropped), dropped, end
 
 
-def jsonl(path, field, bad_text='refuse', start=None):
+def plain_text(data, reading, where, offset=0, final=True):
     """
-    ({field: str, ...}, '', position) of the lines of a .jsonl file, or (None, why, position): 'unreadable' (the text is null),
-    'bad_text' or 'not_json'; with bad_text='refuse' the last two are a UserError with the number of the line.
+    (text or None, why it was dropped or 'replaced', bytes used). final=False: data may end inside a character. A NUL is no text
+    either. Raises UserError if bad_text is 'refuse'.
     """
-    for line, end in lines(path, start):
-        if line.isspace():
+    is_strict = reading.bad_text == 'refuse'
+    try:
+        text, used = codecs.utf_8_decode(data, 'strict', final)
+        if '\0' not in text:
+            return text, '', used
+        problem = f'binary content, a NUL at byte {offset + data.index(0)}'
+    except UnicodeDecodeError as error:
+        problem = f'not UTF-8 at byte {offset + error.start}' + (encoding_hint(data) if is_strict else '')
+    if is_strict:
+        raise UserError(f'{where}: {problem}{GO_ON}')
+    text, used = codecs.utf_8_decode(data, 'replace', final)
+    return (None, 'bad_text', used) if reading.bad_text == 'skip' else (text.replace('\0', '\ufffd'), 'replaced', used)
+
+
+def not_utf8_at(data, final=False):
+    """Index of the first byte that is no UTF-8, or None. final=False: data may end inside a character."""
+    try:
+        codecs.utf_8_decode(data, 'strict', final)
+    except UnicodeDecodeError as error:
+        return error.start
+
+
+def wide_encoding(data):
+    """The UTF-16 or UTF-32 that data without a mark is in, '' for neither: of Latin letters one or three bytes are NUL."""
+    for encoding, width in (('utf-32-le', 4), ('utf-32-be', 4), ('utf-16-le', 2), ('utf-16-be', 2)):
+        whole = data[:len(data) - len(data) % width]
+        nuls = [whole[k::width].count(0) for k in range(width)]
+        low, high = (nuls[0], nuls[-1]) if encoding.endswith('le') else (nuls[-1], nuls[0])
+        if width == 4 and nuls[1 if encoding.endswith('be') else 2] != high:
+            continue
+        if high > max(1, len(whole) / width / 20) and not low:
+            try:
+                codecs.getincrementaldecoder(encoding)().decode(whole)
+                return encoding
+            except UnicodeDecodeError:
+                pass
+    return ''
+
+
+def encoding_hint(data):
+    """How text that is not UTF-8 may be read, for an error."""
+    guess = likely_encoding(data[:HEAD])
+    return f', perhaps {guess}, which --encoding={guess} reads' if guess else ' (--encoding=NAME reads other encodings)'
+
+
+def likely_encoding(data):
+    """A guess at the encoding of text that is not UTF-8, '' where there is none, and where damaged UTF-8 is likelier."""
+    def share(encoding, expected):
+        """Of the characters beyond ASCII, how many are expected ones."""
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(data)
+        except UnicodeDecodeError:
+            return 0
+        others = re.sub('[\0-\x7f]+', '', text)
+        return len(re.findall(expected, others)) / max(1, len(others))
+
+    high, letters = len(re.findall(rb'[\x80-\xff]', data)), len(re.findall(rb'[A-Za-z]', data))
+    if len(re.sub('[\0-\x7f]+', '', data.decode(errors='ignore')).encode()) > 0.8 * high:
+        return ''
+    kana, hangul, hanzi = '[\u3040-\u30ff]', '[\uac00-\ud7a3]', '[\u4e00-\u9fff\u3000-\u301f\uff00-\uff1f]'
+    for encoding in ('shift_jis', 'cp932', 'euc_jp'):
+        if share(encoding, kana) > 0.3:
+            return encoding
+    if high > letters:
+        for encoding, expected, least in (('euc_kr', hangul, 0.9), ('gb2312', hanzi, 0.9), ('big5', hanzi, 0.9), ('gb18030', hanzi, 0.9),
+                                          ('cp1251', '[а-яё]', 0.6), ('koi8_r', '[а-яё]', 0.6)):
+            if share(encoding, expected) > least:
+                return 'gb18030' if encoding == 'gb2312' else encoding  # which it is a part of
+    elif share('cp1252', '[À-ÖØ-öø-ÿŒœŠšŽž€‘’“”–—…«»¡¿£§©°·]') > 0.9:
+        return 'cp1252'
+    return ''
+
+
+def jsonl(path, reading, start=None):
+    """
+    (row, '', position) of the lines of a .jsonl file, where row[field] is a str, or (row or None, why, position): 'unreadable' (no
+    text in the field), 'bad_text' or 'not_json'; with bad_text='refuse' the last two are a UserError with the number of the line.
+    """
+    for line, end in lines(path, reading, start):
+        if line.isspace() or not line:
             continue
         try:
-            text, dropped = (line.decode(), '') if bad_text != 'replace' else decoded(line, bad_text, path)
-            row = json.loads(text.removeprefix('\ufeff'))
-            names = list(row) if isinstance(row, dict) else []
-            if field not in names or not isinstance(row[field], (str, types.NoneType)):
-                raise ValueError(f'no text in a field {field!r}, which --text_field names' +
-                                 (f", but it has {', '.join(names)[:200]}" if names else ''))
-            if row[field] is None:
-                row, dropped = None, 'unreadable'
-            else:
-                try:
-                    row[field].encode()
-                except UnicodeEncodeError:  # json lets half a pair of surrogates pass
-                    if bad_text != 'replace':
-                        raise
-                    row[field], dropped = SURROGATE.sub('\ufffd', row[field]), 'replaced'
+            strict = reading.bad_text != 'replace'
+            text, dropped = (line.decode(), '') if strict else decoded(line, reading.bad_text, path)
+            row = json.loads(text)
+            value = row.get(reading.field) if isinstance(row, dict) else row
+            if not isinstance(row, dict) or not isinstance(value, (str, types.NoneType)):
+                names = f", but it has {', '.join(row)[:200]}" if isinstance(row, dict) else ''
+                raise ValueError(f'no text in a field {reading.field!r}, which --text_field names{names}')
+            if value is None:
+                dropped = 'unreadable'
+            elif SURROGATE.search(value):  # json lets half a pair of surrogates pass
+                if strict:
+                    value.encode()
+                row[reading.field], dropped = SURROGATE.sub('\ufffd', value), 'replaced'
+        except UnicodeDecodeError as error:
+            if reading.bad_text == 'refuse':
+                raise UserError(f'{path}:{end[1]}: not UTF-8 at byte {error.start} of the line{encoding_hint(line)}{GO_ON}')
+            row, dropped = None, 'bad_text'
         except (ValueError, RecursionError) as error:
-            if bad_text == 'refuse':
+            if reading.bad_text == 'refuse':
                 raise UserError(f'{path}:{end[1]}: broken line: {error}{GO_ON}')
             row, dropped = None, 'bad_text' if isinstance(error, UnicodeError) else 'not_json'
         yield row, dropped, end
 
 
-def parquet(path, field, bad_text='refuse', start=0):
-    """({field: str} or None, dropped, rows up to here) of a .parquet file. Row groups before `start` are not read."""
+def parquet(path, reading, start=0):
+    """(row or None, dropped, rows up to here) of a .parquet file: the text and score columns. Row groups before `start` are not read."""
     pa, done, start = installed('pyarrow'), 0, start or 0
-    with open_parquet(path, field) as file:
+    with open_parquet(path, reading) as file:
+        scores = [name for name in reading.scores if name in file.schema_arrow.names]
         try:
             for group in range(file.num_row_groups):
                 if (size := file.metadata.row_group(group).num_rows) <= start - done:
                     done += size
                     continue
-                for batch in file.iter_batches(32, row_groups=[group], columns=[field], use_threads=False):
-                    texts = batch.column(field).cast(pa.large_binary()).to_pylist()  # so that a broken one can be told
-                    for data in texts:
+                for batch in file.iter_batches(32, row_groups=[group], columns=[reading.field, *scores], use_threads=False):
+                    texts = batch.column(reading.field).cast(pa.large_binary()).to_pylist()  # so that a broken one can be told
+                    values = [batch.column(name).to_pylist() for name in scores]
+                    for data, *row_scores in zip(texts, *values):
                         done += 1
                         if done > start:
-                            text, dropped = decoded(data, bad_text, f'{path}: row {done}')
-                            yield kept({field: text}, dropped), dropped, done
+                            text, dropped = decoded(data, reading.bad_text, f'{path}: row {done}')
+                            row = {reading.field: text, **dict(zip(scores, row_scores))}
+                            yield kept(row, dropped), dropped, done
         except (OSError, pa.ArrowException) as error:
             raise UserError(f'{path}: row {done + 1}: damaged: {error}')
 
 
 @contextmanager
-def open_parquet(path, field=None):
-    """pyarrow's ParquetFile. Raises UserError, also where `field` is no column of text."""
+def open_parquet(path, reading=None):
+    """pyarrow's ParquetFile. Raises UserError, with `reading` also where its field is no column of text."""
     pa, pq = installed('pyarrow'), installed('pyarrow.parquet')
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)  # no whole row group
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or f'no .parquet file: {error}'}")
     with file:
-        names = file.schema_arrow.names
+        names, field = file.schema_arrow.names, reading and reading.field
         if field and names.count(field) != 1:
             raise UserError(f"{path}: no column {field!r}, which --text_field names, but it has: {', '.join(names)}")
         if field and (column := file.schema_arrow.field(field).type) not in (pa.string(), pa.large_string()):
@@ -461,56 +784,65 @@ def installed(name):
 
 def fineweb_corpus(config):
     """The documents with an educational score of at least min_score: streamed, or from downloaded files at config.source."""
-    field, scores, inputs = config.text_field, ('int_score', 'score'), None
+    reading, bad_rows, inputs = reading_of(config, ('int_score', 'score')), BadRows(config.bad_rows), None
     source = {'dataset': config.dataset, 'min_score': config.min_score}
+    check, contents_line = partial(installed, 'datasets'), lambda: 'reading'
     if config.source:
-        files = find_files(config.source, ('jsonl', 'parquet'))
+        files, left_out = find_files(config.source, ('jsonl', 'parquet'))
         source |= {'source': config.source, **sizes(files)}
         inputs = stamp(files)
-        stream = local(config.dataset, files, field, scores)
+        rows, progress, where = partial(file_rows, files, reading), partial(file_progress, files, reading), partial(place, files)
+        check, contents_line = partial(check_files, files, reading), partial(contents, files, left_out, reading)
     else:
         source |= {'subset': config.subset}
-        stream = hub(config.dataset, FINEWEB, config.subset, 'train', field, scores)
+        stream = Stream(config.dataset, FINEWEB, config.subset, 'train', reading)
+        rows, progress, where = stream.rows, stream.progress, stream.place
+
+    def scored(rows):
+        for row, dropped, end in rows:
+            if dropped in ('', 'replaced'):
+                score = score_of(row)
+                dropped = 'unreadable' if score is None else dropped if score >= config.min_score else 'low_score'  # nan, too
+            yield row, dropped, end
 
     def documents(position=None):
-        for row, dropped, end in stream.rows(position):
-            if row:
-                score = row.get('int_score')  # the rounded score, by which the published subsets are cut
-                score = row.get('score') if score is None else score
-                if not isinstance(score, (int, float)):
-                    dropped = 'unreadable'
-                elif not score >= config.min_score:  # nan too
-                    dropped = 'low_score'
-            yield Document(None if dropped else row[field], dropped, None, end)
+        for row, dropped, end in bad_rows.counted(scored(rows(position)), position, reading, where):
+            yield Document(text_of(row, dropped, reading), dropped, None, end)
 
-    return Corpus(source, f'educational score >= {config.min_score:g}', documents, stream.progress, inputs=inputs,
-                  check=partial(installed, 'datasets'))
+    return Corpus(source, f'educational score >= {config.min_score:g}', documents, progress, inputs=inputs, check=check,
+                  contents=contents_line)
+
+
+def score_of(row):
+    """The rounded score, by which the published subsets are cut, or the exact one where there is none. None: it is no number."""
+    score = row.get('int_score')
+    score = row.get('score') if score is None else score
+    try:
+        return None if isinstance(score, bool) else float(score)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def wikitext_corpus(config):
     """WikiText's articles in its own splits: streamed, or from files at config.source (.parquet, .jsonl, .txt, wiki.train.raw)."""
-    subset, field = SUBSETS[config.dataset], config.text_field
-    source, inputs = {'dataset': config.dataset, 'subset': subset}, None
+    subset, reading = SUBSETS[config.dataset], reading_of(config)
+    source, inputs, check = {'dataset': config.dataset, 'subset': subset}, None, partial(installed, 'datasets')
     if config.source:
-        files, tables = wikitext_files(config.source, subset), {}
-        for split, found in files.items():
-            if kind(found[0]) in ('jsonl', 'parquet'):
-                tables[split] = local(config.dataset, found, field)
-            else:
-                check_files(found, field, config.bad_text)
+        files = wikitext_files(config.source, subset)
+        rows = {split: partial(file_rows, found, reading, text=text_lines) for split, found in files.items()}
+        tables = {split for split, found in files.items() if kind(found[0]) in ('jsonl', 'parquet')}
         everything = [file for found in files.values() for file in found]
         source |= {'source': config.source, **sizes(everything)}
-        inputs = stamp(everything)
+        inputs, check = stamp(everything), lambda: [check_files(found, reading) for found in files.values()]
     else:
         names = {'train': 'train', 'val': 'validation', 'test': 'test'}
-        tables = {split: hub(config.dataset, WIKITEXT, subset, name, field) for split, name in names.items()}
+        rows = {split: Stream(config.dataset, WIKITEXT, subset, name, reading).rows for split, name in names.items()}
+        tables = set(rows)
 
     def split_lines(split, start=None):
-        is_table = split in tables  # where '' is an empty line
-        rows = tables[split].rows(start) if is_table else file_rows(files[split], field, config.bad_text, start, text=text_lines)
-        for row, dropped, end in rows:
-            line = row[field] if row else ''  # null, or dropped for bad_text
-            yield line + '\n' * (is_table and not line.endswith('\n')), dropped, end
+        for row, dropped, end in rows[split](start):
+            line = text_of(row, dropped, reading) or ''  # null, or dropped for bad_text
+            yield line + '\n' * (split in tables and not line.endswith('\n')), dropped, end  # where '' is an empty line
 
     def documents(position=None):
         split, start = position or ('train', None)
@@ -520,7 +852,7 @@ def wikitext_corpus(config):
             start = None
 
     return Corpus(source, '', documents, own_splits=True, test=lambda: ''.join(line for line, *_ in split_lines('test')),
-                  inputs=inputs, check=partial(installed, 'datasets') if tables else lambda: None)
+                  inputs=inputs, check=check)
 
 
 def wikitext_files(folder, subset):
@@ -529,7 +861,7 @@ def wikitext_files(folder, subset):
     inner = os.path.join(folder, subset)  # as a download of the whole repository has it
     folder = inner if os.path.isdir(inner) else folder
     files = {'train': [], 'val': [], 'test': []}
-    for file in find_files(f'{glob.escape(folder)}/*', ('txt', 'jsonl', 'parquet')):
+    for file in find_files(f'{glob.escape(folder)}/*', ('txt', 'jsonl', 'parquet'))[0]:
         split = re.search(r'(?:^|[._-])(train|val|test)', file.name)
         if split:
             files[split[1]].append(file)
@@ -570,36 +902,16 @@ def count_words(text):
 
 # Through the library of Hugging Face
 
-def hub(name, repository, subset, split, field, one_of=()):
-    return Stream(name, f'{repository} {subset} from the Hugging Face Hub', field, one_of,
-                  {'path': repository, 'name': subset, 'split': split},
-                  'Without a network: --source=PATH of downloaded .parquet files of it, --dataset=text:PATH or --dataset=pylib')
-
-
-def local(name, files, field, one_of=()):
-    """The same from files on this machine, .parquet or .jsonl (.gz, .zst). Raises UserError."""
-    kinds, folder = sorted({kind(file) for file in files}), files[0].parent
-    if len(kinds) > 1:
-        raise UserError(f"{folder}: {' and '.join(kinds)} files: name those of one kind, as in --source='{folder}/*.parquet'")
-    try:
-        check_files(files, field, 'refuse', one_of)
-    except UserError as error:
-        raise UserError(str(error).removesuffix(GO_ON))  # the library doesn't
-    if any(file.suffix == '.zst' for file in files):
-        installed('zstandard')
-    where = files[0] if len(files) == 1 else f'the files of --source, {folder}'
-    builder, total = ('json', 0) if kinds == ['jsonl'] else ('parquet', sum(map(extent, files)))
-    paths = [glob.escape(str(file.absolute())) for file in files]
-    return Stream(name, where, field, one_of, {'path': builder, 'data_files': paths, 'split': 'train'},
-                  'Look at them, or download them again', total)
-
-
 class Stream:
-    """The rows of datasets.load_dataset(**arguments, streaming=True). `total`: how many there are, 0: what the library says."""
+    """The rows of a data set of the Hugging Face Hub."""
 
-    def __init__(self, name, where, field, one_of, arguments, remedy, total=0):
-        self.name, self.where, self.field, self.one_of = name, where, field, one_of
-        self.arguments, self.remedy, self.total = arguments, remedy, total
+    def __init__(self, name, repository, subset, split, reading):
+        self.name, self.where, self.reading = name, f'{repository} {subset} from the Hugging Face Hub', reading
+        self.arguments = {'path': repository, 'name': subset, 'split': split}
+        self.total = 0  # rows, as far as the library says
+
+    def place(self, position):
+        return f'{self.where}: row {position[1]:,}'
 
     def rows(self, start=None):
         """
@@ -607,7 +919,7 @@ class Stream:
         hopeless is a UserError. Position: the state of datasets' IterableDataset, which opens the right file at once but passes
         over the rows before it in that file, and the number of rows.
         """
-        position, failures, begin, arrived = start or [None, 0], 0, time.monotonic(), False
+        position, failures, begin, arrived = (start or [None, 0])[:2], 0, time.monotonic(), False
         while True:
             try:
                 rows = self.open()
@@ -615,10 +927,10 @@ class Stream:
                     rows.load_state_dict(position[0])
                 for row in rows:
                     if not arrived:
-                        for wanted in ((self.field,), self.one_of):
+                        for wanted in ((self.reading.field,), self.reading.scores):
                             check_names(f'{self.name}: {self.where}', row, wanted)
                     position, arrived, failures = [rows.state_dict(), position[1] + 1], True, 0
-                    yield (row, '', position) if isinstance(row[self.field], str) else (None, 'unreadable', position)
+                    yield row, '' if isinstance(row[self.reading.field], str) else 'unreadable', position
                 return
             except UserError:
                 raise
@@ -629,7 +941,8 @@ class Stream:
                 hopeless = failures > RETRIES or not arrived and time.monotonic() - begin > HOPELESS
                 if hopeless or offline or not is_transient(error):
                     raise UserError(f"{self.name}: can't read {self.where} behind row {position[1]:,}, tried {failures} time"
-                                    f"{'s' * (failures > 1)} ({offline}{reason}). {self.remedy}") from error
+                                    f"{'s' * (failures > 1)} ({offline}{reason}). Without a network: --source=PATH of downloaded .parquet "
+                                    'files of it, --dataset=text:PATH or --dataset=pylib') from error
                 print(f'{self.name}: {reason}: trying again in {2**(failures - 1)} s', file=sys.stderr, flush=True)
                 time.sleep(2**(failures - 1))
 
@@ -639,7 +952,7 @@ class Stream:
         for library in (datasets, hub):
             library.utils.logging.set_verbosity(logging.CRITICAL)  # faults are told in our own lines
         datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1  # not 20 of them in silence
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # for files of this machine too it would call a server, and wait for it
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call another server, and wait for it
         rows = datasets.load_dataset(**self.arguments, streaming=True)
         known = (rows.info.splits or {}).get(self.arguments['split']) if rows.info else None
         self.total = self.total or known and known.num_examples or 0

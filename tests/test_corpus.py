@@ -30,7 +30,8 @@ LOAD_DATASET = datasets.load_dataset
 
 
 def config(dataset, **changes):
-    options = {'source': '', 'subset': 'sample-10BT', 'text_field': 'text', 'min_score': 3.0, 'bad_text': 'refuse'} | changes
+    options = {'source': '', 'subset': 'sample-10BT', 'text_field': 'text', 'min_score': 3.0, 'bad_text': 'refuse', 'encoding': 'utf-8',
+               'bad_rows': 1.0} | changes
     return SimpleNamespace(dataset=str(dataset), **options | {'source': str(options['source'])})
 
 
@@ -82,22 +83,13 @@ def without_positions(documents):
     return [document[:3] for document in documents]
 
 
-def goes_on_behind_every_document(of, streamed=False):
-    """
-    The documents, after going on behind each of them. streamed: a position holds a state of the library, which need not be the same
-    for the same place; so what is read decides, now and then also behind the first document of a reading that itself went on.
-    """
+def goes_on_behind_every_document(of):
+    """The documents, after going on behind each of them."""
     documents = list(of.documents())
     assert all(isinstance(document, Document) for document in documents)
     assert all((document.text is None) == (document.dropped not in ('', 'replaced')) for document in documents)
     for k, document in enumerate(documents):
-        rest = list(of.documents(stored(document)))
-        if streamed:
-            assert without_positions(rest) == without_positions(documents[k + 1:])
-            for again in rest[:1] if k % 3 == 0 else ():
-                assert without_positions(of.documents(stored(again))) == without_positions(documents[k + 2:])
-        else:
-            assert rest == documents[k + 1:]
+        assert list(of.documents(stored(document))) == documents[k + 1:]
     progress = [of.progress(position) for position in (None, *(document.position for document in documents))]
     if progress[0] is not None:
         assert progress == sorted(progress) and 0 <= progress[0] <= progress[-1] <= 1
@@ -147,7 +139,7 @@ def test_text_reads_files_directories_and_globs_in_order(tmp_path):
     write_jsonl(tmp_path / 'b' / 'c.jsonl.gz', ['three'])
     (tmp_path / 'b' / 'd.txt.zst').write_bytes(compressed(b'four', '.zst'))
     write_parquet(tmp_path / 'd.parquet', ['five'])
-    assert texts(opened(tmp_path)) == ['one', 'two', 'b/a.txt', 'three', 'four', 'c.txt', 'five']
+    assert texts(opened(tmp_path)) == ['one', 'two', 'b/a.txt', 'three', 'four', 'b/z.md', 'c.txt', 'five']
     assert texts(opened(tmp_path / 'b' / 'z.md')) == ['b/z.md']
     assert texts(opened(f'{tmp_path}/**/*.txt')) == ['b/a.txt', 'c.txt']
     (tmp_path / 'a.jsonl').write_text('\ufeff{"body": "x"}\n\n{"body": "y", "text": 1}')
@@ -229,9 +221,9 @@ def test_bad_text_is_dropped_or_replaced_and_counted(odd_files):
         return [document[:2] for document in opened(odd_files / name, bad_text=bad_text).documents()]
 
     assert read('b.jsonl', 'skip') == [('a', ''), (None, 'not_json'), ('', ''), (None, 'unreadable'), (None, 'not_json'),
-                                       (None, 'bad_text'), (None, 'bad_text'), (None, 'not_json'), ('🙂', '')]
+                                       (None, 'bad_text'), (None, 'bad_text'), (None, 'unreadable'), ('🙂', '')]
     assert read('b.jsonl', 'replace') == [('a', ''), (None, 'not_json'), ('', ''), (None, 'unreadable'), (None, 'not_json'),
-                                          ('\ufffd', 'replaced'), ('\ufffdx', 'replaced'), (None, 'not_json'), ('🙂', '')]
+                                          ('\ufffd', 'replaced'), ('\ufffdx', 'replaced'), (None, 'unreadable'), ('🙂', '')]
     parquet = [('one', ''), (None, 'unreadable'), ('two', ''), (None, 'bad_text'), ('', ''), ('three', ''), (None, 'unreadable')]
     assert read('c.parquet', 'skip') == parquet * 6
     assert read('c.parquet', 'replace') == [*parquet[:3], ('\ufffd', 'replaced'), *parquet[4:]] * 6
@@ -281,7 +273,8 @@ def test_memory_stays_bounded_for_one_large_row_group(tmp_path):
     with pq.ParquetWriter(tmp_path / 'a.parquet', schema, compression='none', use_dictionary=False) as writer:
         writer.write_table(pa.table({'text': [f'{i}' + 'x' * 4000 for i in range(25_000)]}, schema), row_group_size=10**6)
     code = ('import pyarrow, sys, types, corpus\n'
-            'of = corpus.open_corpus(types.SimpleNamespace(dataset=sys.argv[1], text_field="text", bad_text="refuse"))\n'
+            'of = corpus.open_corpus(types.SimpleNamespace(dataset=sys.argv[1], text_field="text", bad_text="refuse",\n'
+            '                                             encoding="utf-8", bad_rows=1))\n'
             'print(sum(len(document.text) for document in of.documents()), pyarrow.default_memory_pool().max_memory())')
     command = [sys.executable, '-c', code, f'text:{tmp_path}/a.parquet']
     length, peak = map(int, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
@@ -297,7 +290,7 @@ def test_memory_stays_bounded_for_one_large_row_group(tmp_path):
     ('text:{tmp}/links/gone.jsonl.gz', {}, '{tmp}/links/gone.jsonl.gz: broken symbolic link'),
     ('text:{tmp}/list.jsonl', {}, "{tmp}/list.jsonl:1: broken line: no text in a field 'text', which --text_field"),
     ('text:{tmp}/many.jsonl', {'text_field': 'body'},
-     "{tmp}/many.jsonl:1: broken line: no text in a field 'body', which --text_field names, but it has text, id"),
+     "{tmp}/many.jsonl: none of its first lines has a text in a field 'body', which --text_field names, but the last of them has: te"),
     ('text:{tmp}/many.jsonl', {'text_field': 'body', 'bad_text': 'skip'},
      "{tmp}/many.jsonl: none of its first lines has a text in"),
     ('text:{tmp}/surrogate.jsonl', {}, '{tmp}/surrogate.jsonl:1: broken line: '),
@@ -307,14 +300,12 @@ def test_memory_stays_bounded_for_one_large_row_group(tmp_path):
     ('text:{tmp}/a.parquet', {'text_field': 'id'},
      "{tmp}/a.parquet: column 'id', which --text_field names, holds int64, expected st"),
     ('text:{tmp}/no.txt.gz', {}, '{tmp}/no.txt.gz: damaged or cut off: '),
-    ('text:{tmp}/no.jsonl.zst', {}, '{tmp}/no.jsonl.zst:1: damaged or cut off: '),
+    ('text:{tmp}/no.jsonl.zst', {}, '{tmp}/no.jsonl.zst: damaged or cut off: '),
     ('fineweb_edu', {'source': '{tmp}/empty'}, '{tmp}/empty: no such file, and no directory or glob with .jsonl, .parquet files'),
     ('fineweb_edu', {'source': '{tmp}/many.jsonl'}, "{tmp}/many.jsonl: no column 'int_score' or 'score', it has: text, id"),
     ('fineweb_edu', {'source': '{tmp}/a.parquet'}, "{tmp}/a.parquet: no column 'int_score' or 'score', it has: text, id"),
     ('fineweb_edu', {'source': '{tmp}/list.jsonl'},
      "{tmp}/list.jsonl:1: broken line: no text in a field 'text', which --text_field"),
-    ('fineweb_edu', {'source': '{tmp}/both'},
-     "{tmp}/both: jsonl and parquet files: name those of one kind, as in --source='{tmp}/both/*.parquet'"),
     ('fineweb_edu', {'source': '{tmp}/score.parquet'},
      "{tmp}/score.parquet: no column 'text', which --text_field names, but it has: score"),
     ('wikitext2', {'source': '{tmp}/wiki'},
@@ -322,7 +313,7 @@ def test_memory_stays_bounded_for_one_large_row_group(tmp_path):
     ('wikitext2', {'source': '{tmp}/twice'}, '{tmp}/twice: the val split is there twice: valid.txt, validation.jsonl'),
 ])
 def test_what_cannot_be_read_is_refused_in_one_line_before_anything_is_read(tmp_path, dataset, changes, message):
-    for folder in ('empty', 'links', 'wiki', 'twice', 'both'):
+    for folder in ('empty', 'links', 'wiki', 'twice'):
         (tmp_path / folder).mkdir()
     (tmp_path / 'links' / 'gone.jsonl.gz').symlink_to('/nowhere/x')
     for name in ('wiki/wiki.train.raw', 'wiki/wiki.valid.raw', 'twice/train.txt', 'twice/valid.txt', 'twice/test.txt'):
@@ -334,8 +325,6 @@ def test_what_cannot_be_read_is_refused_in_one_line_before_anything_is_read(tmp_
     for name in ('no.parquet', 'no.txt.gz', 'no.jsonl.zst'):
         (tmp_path / name).write_text('neither the one nor the other')
     write_parquet(tmp_path / 'a.parquet', ['x'], id=[1])
-    write_parquet(tmp_path / 'both' / 'a.parquet', ['x'], score=[4.0])
-    write_jsonl(tmp_path / 'both' / 'a.jsonl', ['x'], score=4.0)
     pq.write_table(pa.table({'score': [1.0]}), tmp_path / 'score.parquet')
     changes = {key: value.format(tmp=tmp_path) for key, value in changes.items()}
     assert refused(dataset.format(tmp=tmp_path), read=False, **changes).startswith(message.format(tmp=tmp_path))
@@ -344,7 +333,7 @@ def test_what_cannot_be_read_is_refused_in_one_line_before_anything_is_read(tmp_
 def test_faults_in_the_middle_name_the_file_and_the_line_or_row(tmp_path, odd_files):
     (tmp_path / 'latin.txt').write_bytes(b'\xef\xbb\xbf' + b'line\n' * 4000 + b'abc\xe9def')
     assert refused(f'text:{tmp_path}/latin.txt') == (
-        f'{tmp_path}/latin.txt: not UTF-8 at byte 20006 (--bad_text=skip or replace goes on)')
+        f'{tmp_path}/latin.txt: not UTF-8 at byte 20006, perhaps cp1252, which --encoding=cp1252 reads (--bad_text=skip or replace goes on)')
     assert refused(f'text:{odd_files}/b.jsonl').startswith(f'{odd_files}/b.jsonl:3: broken line: Expecting')
     assert refused(f'text:{odd_files}/c.parquet').startswith(f'{odd_files}/c.parquet: row 4: not UTF-8 at byte 0')
     for number in (1, 2):  # the position at which reading went on doesn't matter
@@ -437,10 +426,8 @@ def test_fineweb_keeps_what_has_the_score(fineweb):
 
 @pytest.mark.parametrize('ending', ['', '.gz', '.zst'])
 def test_fineweb_as_jsonl_keeps_the_same(tmp_path, ending):
-    if ending == '.zst':
-        pytest.importorskip('zstandard')
     of = open_corpus(config('fineweb_edu', source=write_fineweb_jsonl(tmp_path / 'rows', ending, files=2, size=300)))
-    assert pairs(of) == fineweb_expected(600) and of.progress(None) is None
+    assert pairs(of) == fineweb_expected(600) and of.progress(None) == 0
 
 
 def test_int_score_decides_and_score_where_there_is_none(tmp_path):
@@ -459,18 +446,18 @@ def test_int_score_decides_and_score_where_there_is_none(tmp_path):
 
 def test_fineweb_goes_on_behind_every_document_of_parquet_files(tmp_path):
     of = open_corpus(config('fineweb_edu', source=write_fineweb(tmp_path / 'files', 2, 10, 4)))
-    documents = goes_on_behind_every_document(of, streamed=True)
+    documents = goes_on_behind_every_document(of)
     assert [document[:2] for document in documents] == fineweb_expected(20)
-    assert of.progress(None) == 0 and [of.progress(stored(document)) for document in documents] == [k / 20 for k in range(1, 21)]
+    assert [of.progress(stored(document)) for document in documents] == pytest.approx([k / 20 for k in range(1, 21)], abs=0.01)
 
 
 def test_fineweb_goes_on_behind_every_document_of_jsonl_files(tmp_path):
     of = open_corpus(config('fineweb_edu', source=write_fineweb_jsonl(tmp_path / 'rows', '.gz', files=2, size=7)))
-    documents = goes_on_behind_every_document(of, streamed=True)
-    assert [document[:2] for document in documents] == fineweb_expected(14) and of.progress(stored(documents[9])) is None
+    documents = goes_on_behind_every_document(of)
+    assert [document[:2] for document in documents] == fineweb_expected(14) and 0.5 < of.progress(stored(documents[9])) < 1
 
 
-def test_files_are_read_by_their_names_whatever_these_are(tmp_path, capfd):
+def test_files_are_read_by_their_names_whatever_these_are(tmp_path):
     folder = write_fineweb(tmp_path / 'of [2024] {a,b}', 2, 20, 7)
     (folder / '000_00000.parquet').rename(folder / 'test [*].parquet')  # sorted behind the other one
     (tmp_path / 'links').mkdir()
@@ -478,7 +465,6 @@ def test_files_are_read_by_their_names_whatever_these_are(tmp_path, capfd):
     assert pairs(open_corpus(config('fineweb_edu', source=folder))) == fineweb_expected(40)[20:] + fineweb_expected(20)
     assert pairs(open_corpus(config('fineweb_edu', source=tmp_path / 'links'))) == fineweb_expected(40)[20:]
     assert pairs(open_corpus(config('fineweb_edu', source=tmp_path / 'l*' / '*.parquet'))) == fineweb_expected(40)[20:]
-    assert capfd.readouterr() == ('', '')  # the library is silent
 
 
 def test_files_of_this_machine_are_read_without_asking_the_network(fineweb, monkeypatch):
@@ -488,20 +474,13 @@ def test_files_of_this_machine_are_read_without_asking_the_network(fineweb, monk
     assert len(pairs(open_corpus(config('fineweb_edu', source=fineweb)))) == 600 and asked == []
 
 
-def test_a_damaged_file_of_a_source_is_one_line_that_says_where(tmp_path, capfd):
-    datasets.utils.logging.set_verbosity_warning()  # as the library has it
-    folder = write_fineweb_jsonl(tmp_path / 'rows', '.gz', files=2, size=40)
+def test_a_damaged_file_of_a_source_is_one_line_that_says_where(tmp_path):
+    folder = write_fineweb_jsonl(tmp_path / 'rows', '.gz', files=2, size=2000)
     (folder / '1.jsonl.gz').write_bytes((folder / '1.jsonl.gz').read_bytes()[:-100])
-    message = refused('fineweb_edu', source=folder)
-    assert message.startswith(f"fineweb_edu: can't read the files of --source, {folder} behind row 40, tried 1 time (EOFError: ")
-    assert message.endswith('. Look at them, or download them again')
-    assert refused('fineweb_edu', source=folder / '1.jsonl.gz').startswith(
-        f"fineweb_edu: can't read {folder}/1.jsonl.gz behind row 0, tried 1 time (EOFError: ")
+    assert re.match(rf'{folder}/1.jsonl.gz:19\d\d: damaged or cut off', refused('fineweb_edu', source=folder))
     (tmp_path / 'a.jsonl').write_text('{"text": ')
     message = refused('fineweb_edu', source=tmp_path / 'a.jsonl', read=False)
     assert message.startswith(f'{tmp_path}/a.jsonl:1: broken line: Expecting value')
-    assert 'bad_text' not in message  # it would not help
-    assert capfd.readouterr() == ('', '') and datasets.utils.logging.get_verbosity() == logging.CRITICAL
 
 
 @pytest.fixture
@@ -524,9 +503,7 @@ def hub(fineweb, monkeypatch):
                 fault(row['text'])
                 yield row
 
-    def load_dataset(path, name=None, split=None, streaming=False, data_files=None):
-        if data_files:  # of --source
-            return LOAD_DATASET(path, data_files=data_files, split=split, streaming=streaming)
+    def load_dataset(path, name=None, split=None, streaming=False):
         state.asked.append((path, name, split, streaming))
         fault(len(state.asked))
         return Rows(LOAD_DATASET(state.kind, data_files=state.files[split], split='train', streaming=True))
@@ -554,7 +531,8 @@ def test_fineweb_is_streamed_and_goes_on_behind_any_document(hub, tmp_path, capf
     documents = list(of.documents())
     assert [document[:2] for document in documents] == expected
     assert pairs(of, stored(documents[321])) == expected[322:]
-    assert capfd.readouterr() == ('', '')
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 1 and 'row 11: int_score is None and score is None' in out and err == ''  # nothing of the library
 
 
 def test_progress_of_a_stream_is_the_share_of_the_rows_that_the_hub_names(hub):
@@ -623,12 +601,10 @@ def test_columns_that_are_missing_on_the_hub_are_named(hub, fineweb):
 def test_libraries_that_are_missing_are_one_line(fineweb, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     wiki = wikitext_folder(tmp_path / 'wiki', 'parquet')
-    for dataset, source in (('fineweb_edu', ''), ('fineweb_edu', fineweb), ('wikitext2', ''), ('wikitext2', wiki)):
-        assert 'pip install datasets' in refused(dataset, source=source, read=False)
-    assert len(texts(open_corpus(config('wikitext2', source=wikitext_folder(tmp_path / 'raw', 'raw'))))) == 6  # which needs neither
-    monkeypatch.setitem(sys.modules, 'zstandard', None)
-    rows = write_fineweb_jsonl(tmp_path / 'rows', '.zst', size=5)
-    assert 'pip install zstandard' in refused('fineweb_edu', source=rows, read=False)
+    for dataset in ('fineweb_edu', 'wikitext2'):
+        assert 'pip install datasets' in refused(dataset, read=False)
+    assert len(texts(open_corpus(config('fineweb_edu', source=fineweb)))) == 600  # files on this machine need it not
+    assert len(texts(open_corpus(config('wikitext2', source=wiki)))) == 6
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     assert 'pip install pyarrow' in refused('fineweb_edu', source=fineweb, read=False)
 
@@ -661,7 +637,7 @@ def wikitext_folder(folder, form):
 @pytest.mark.parametrize('form', ['raw', 'txt.gz', 'jsonl', 'parquet'])
 def test_wikitext_lines_are_joined_to_articles_without_losing_any_text(tmp_path, form):
     of = open_corpus(config('wikitext2', source=wikitext_folder(tmp_path / 'wiki', form)))
-    documents = goes_on_behind_every_document(of, streamed=form in ('jsonl', 'parquet'))
+    documents = goes_on_behind_every_document(of)
     expected = [article.replace('One', split) for split in ('train', 'valid') for article in ARTICLES]
     if form == 'parquet':  # whose '' is an empty line
         expected = [re.sub('^ \n', '\n', article, flags=re.MULTILINE) for article in expected]
@@ -685,7 +661,7 @@ def test_wikitext_as_downloaded_is_the_published_text(tmp_path):
     text = {split: ''.join(row or '\n' for row in rows) for split, rows in lines.items()}
     for source in (tmp_path, folder):
         of = open_corpus(config('wikitext2', source=source))
-        documents = goes_on_behind_every_document(of, streamed=True)
+        documents = goes_on_behind_every_document(of)
         assert [document.split for document in documents] == ['train', 'train', 'val'] and of.own_splits
         assert documents[0].text + documents[1].text == text['train'] and documents[1].text.startswith(' = Du Fu = \n')
         assert documents[2].text == text['validation'] and of.test() == text['test']
@@ -710,7 +686,7 @@ def test_bad_text_in_wikitext_is_refused_or_replaced(tmp_path):
     folder = wikitext_folder(tmp_path / 'wiki', 'raw')
     (folder / 'wiki.valid.raw').write_bytes(b'one \n two \xe9 \n')
     message = refused('wikitext2', source=folder)
-    assert message == f'{folder}/wiki.valid.raw: not UTF-8 at byte 10 (--bad_text=skip or replace goes on)'
+    assert message == f'{folder}/wiki.valid.raw: not UTF-8 at byte 10, perhaps cp1252, which --encoding=cp1252 reads (--bad_text=skip or replace goes on)'
     (folder / 'wiki.train.raw').write_bytes(''.join(ARTICLES).encode().replace(b'Text', b'T\xe9xt'))
     for choice, line, first in (('replace', ' two \ufffd \n', ARTICLES[0].replace('Text', 'T\ufffdxt')),
                                 ('skip', '', ARTICLES[0].replace(' Text of one . \n', ''))):

@@ -272,7 +272,7 @@ def test_memory_stays_bounded_for_one_large_row_group(tmp_path):
     schema = pa.schema([('text', pa.string())])
     with pq.ParquetWriter(tmp_path / 'a.parquet', schema, compression='none', use_dictionary=False) as writer:
         writer.write_table(pa.table({'text': [f'{i}' + 'x' * 4000 for i in range(25_000)]}, schema), row_group_size=10**6)
-    code = ('import pyarrow, sys, types, corpus\n'
+    code = ('import pyarrow, sys, types\nfrom corpora import corpus\n'
             'of = corpus.open_corpus(types.SimpleNamespace(dataset=sys.argv[1], text_field="text", bad_text="refuse",\n'
             '                                             encoding="utf-8", bad_rows=1))\n'
             'print(sum(len(document.text) for document in of.documents()), pyarrow.default_memory_pool().max_memory())')

@@ -246,7 +246,8 @@ def files_corpus(config, files, left_out, own_splits=False):
     """own_splits: the first file is validation."""
     reading, bad_rows = reading_of(config), BadRows(config.bad_rows)
     source = {'dataset': config.dataset} | sizes(files)
-    if any(kind(file) in ('jsonl', 'parquet') for file in files):
+    other = {kind(file) for file in files} - {'txt'}
+    if other - {''} or other and reading.field != 'text':  # '': the content decides, which is not looked at here
         source['text_field'] = reading.field
 
     def documents(position=None):
@@ -284,7 +285,7 @@ def find_files(path, kinds):
     if not files:
         endings = ', '.join(f'.{kind}' for kind in kinds)
         raise SourceMissing(f'{path}: no such file, and no directory or glob with {endings} files (.gz or .zst too, except .parquet)'
-                            + (f'; left out: {counted(left_out)}' if left_out else ''))
+                            + (f'; left out: {listed(left_out)}' if left_out else ''))
     return files, left_out
 
 
@@ -307,23 +308,24 @@ def kind_of(path, encoding):
         raise UserError(f'{path}: {NOT_TEXT[name]}')
     if kind(path) == 'parquet':
         return 'parquet'
-    with readable(lambda: path), uncompressed(path) as (file, _):
-        data = file.read(HEAD)
-    head = check_plain(path, data, encoding)
+    head, is_cut = read_head(path, encoding)
     if kind(path) and name != '.json':
         return kind(path)
-    if starts_with_object(head, is_cut=len(data) == HEAD):
+    if starts_with_object(head, is_cut):
         return 'jsonl'
     if head.strip() and name == '.json' or JSON_START.match(head):
         raise UserError(f"{path}: JSON without an object on its first line: convert it to one object a line "
-                        "(an array by jq -c '.[]', objects by jq -c .)")
+                        "(an array by jq -c '.[]', objects by jq -c .), or leave it out")
     if MARKUP_START.match(head):
         raise UserError(f"{path}: {NOT_TEXT['.html']}")
     return kind(path) or 'txt'
 
 
-def check_plain(path, data, encoding):
-    """The first bytes of a file as UTF-8, without a mark. Raises UserError where they are no text."""
+def read_head(path, encoding):
+    """The beginning of a file as UTF-8, without a mark, and whether there is more. Raises UserError where it is no text."""
+    with readable(lambda: path), uncompressed(path) as (file, _):
+        data = file.read(HEAD)
+    is_cut = len(data) == HEAD
     is_utf8 = b'\0' not in data and not_utf8_at(data) is None
     for magic, content in (MAGIC if is_utf8 else MAGIC | PRINTABLE_MAGIC).items():
         if data.startswith(magic):
@@ -336,7 +338,7 @@ def check_plain(path, data, encoding):
     data = data.removeprefix(codecs.BOM_UTF8)
     if data.count(0) > len(data) / 100:
         raise UserError(f'{path}: binary content, with a NUL at byte {data.index(0)}: leave it out')
-    return data
+    return data, is_cut
 
 
 def starts_with_object(head, is_cut):
@@ -355,18 +357,22 @@ def contents(files, left_out, reading):
     labels = Counter()
     for file in files:
         label = ''.join(ending(file)) or '(no ending)'
-        if not kind(file):
-            label += f' as .{kind_of(file, reading.encoding)}' if len(files) < CHECKED else ' by their content'
+        if len(files) >= CHECKED:
+            label += '' if kind(file) else ' by their content'
+        elif not kind(file):
+            label += f' as .{kind_of(file, reading.encoding)}'
+        elif kind(file) == 'txt' and starts_with_object(*read_head(file, reading.encoding)):
+            label += ' as text (it looks like JSON: .jsonl is read by its fields)'
         labels[label] += 1
-    line = f"reading {counted(labels, ' and ')} {'file' if len(files) == 1 else 'files'}"
-    return line + (f'; left out: {counted(left_out)}' if left_out else '')
+    line = f"reading {listed(labels, ' and ')} {'file' if len(files) == 1 else 'files'}"
+    return line + (f'; left out: {listed(left_out)}' if left_out else '')
 
 
-def counted(labels, last=', '):
+def listed(counts, last=', '):
     """Counter -> '12 .txt, 3 .md and 1 .rst' for last=' and '."""
-    *others, final = [f'{count:,} {label}' for label, count in labels.most_common(12)]
-    if len(labels) > 12:
-        final += f' and {len(labels) - 12} more endings'
+    *others, final = [f'{count:,} {label}' for label, count in counts.most_common(12)]
+    if len(counts) > 12:
+        final += f' and {len(counts) - 12} more endings'
     return last.join(filter(None, (', '.join(others), final)))
 
 
@@ -410,11 +416,14 @@ def file_rows(files, reading, start=None, text=None):
     .jsonl or .parquet, by default `pieces`. Position: [index of the file, position in it], and what BadRows adds.
     """
     number, inner = (start or (0, None))[:2]
+    outdated = UserError('the unfinished preparation is of an earlier version: remove its directory, .NAME.tmp, and start again')
     if not isinstance(number, int):
-        raise UserError('the unfinished preparation is one of an earlier version: remove its directory, .NAME.tmp, and start again')
+        raise outdated
     while number < len(files):
         kind = kind_of(files[number], reading.encoding)
         read = text if text and kind == 'txt' else READERS[kind]
+        if inner is not None and isinstance(inner, list) != (read in (jsonl, text_lines)):
+            raise outdated
         for row, dropped, end in read(files[number], reading, inner):
             yield row, dropped, [number, end]
         number, inner = number + 1, None
@@ -457,7 +466,7 @@ class BadRows:
             self.judge(count, bad, reading, place(position))
 
     def judge(self, count, bad, reading, where):
-        if bad > self.limit * count:
+        if bad / count > self.limit:
             score = ' or no score' if reading.scores else ''
             raise UserError(f'{where}: {bad:,} of {count:,} rows up to here have no text in a field {reading.field!r}{score}, more than '
                             f'--bad_rows={self.limit:g} allows: name another --text_field or allow more')
@@ -466,7 +475,8 @@ class BadRows:
 def missing(row, reading):
     if not row or not isinstance(row.get(reading.field), str):
         return f'no text in a field {reading.field!r}'
-    return ' and '.join(f'{name} is {row[name]!r}' for name in reading.scores if name in row) + ', expected a number'
+    scores = ' and '.join(f'{name} is {row[name]!r}'[:100] for name in reading.scores if name in row)
+    return f"{scores or 'no score'}, expected a number"
 
 
 def file_progress(files, reading, position):
@@ -720,7 +730,7 @@ def parquet(path, reading, start=0):
     """(row or None, dropped, rows up to here) of a .parquet file: the text and score columns. Row groups before `start` are not read."""
     pa, done, start = installed('pyarrow'), 0, start or 0
     with open_parquet(path, reading) as file:
-        scores = [name for name in reading.scores if name in file.schema_arrow.names]
+        scores = [name for name in reading.scores if file.schema_arrow.names.count(name) == 1]
         try:
             for group in range(file.num_row_groups):
                 if (size := file.metadata.row_group(group).num_rows) <= start - done:
@@ -735,7 +745,7 @@ def parquet(path, reading, start=0):
                             text, dropped = decoded(data, reading.bad_text, f'{path}: row {done}')
                             row = {reading.field: text, **dict(zip(scores, row_scores))}
                             yield kept(row, dropped), dropped, done
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last one of a score
             raise UserError(f'{path}: row {done + 1}: damaged: {error}')
 
 

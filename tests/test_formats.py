@@ -82,6 +82,25 @@ def test_directories_read_every_ending_they_know_and_say_what_they_leave_out(tmp
     assert [document.text for document in of.documents()].count('left, out') == 2
 
 
+def test_text_that_holds_json_is_read_as_its_ending_says_and_this_is_said(tmp_path):
+    of = opened(written(tmp_path / 'a.txt', ROWS))
+    assert ''.join(document.text for document in of.documents()) == ROWS.decode()
+    assert of.contents() == 'reading 1 .txt as text (it looks like JSON: .jsonl is read by its fields) file'
+
+
+def test_the_text_field_is_part_of_what_is_prepared_where_the_content_decides(tmp_path):
+    written(tmp_path / 'a', b'{"body": "x"}\n')
+    assert opened(tmp_path / 'a', text_field='body').source['text_field'] == 'body'
+    assert 'text_field' not in opened(written(tmp_path / 'b', b'prose')).source  # as it was before content was looked at
+
+
+@pytest.mark.parametrize('position', [[0, 4], [{'examples_iterable': 1}, 4]])
+def test_a_position_of_an_earlier_version_is_one_line(tmp_path, position):
+    of = opened(written(tmp_path / 'a', ROWS))
+    with pytest.raises(UserError, match='of an earlier version: remove its directory'):
+        list(of.documents(position))
+
+
 def test_listing_prints_nothing_and_opens_nothing(tmp_path, capsys, monkeypatch):
     written(tmp_path / 'a.json', b'[1]')
     written(tmp_path / 'b.txt', b'\0')
@@ -216,6 +235,8 @@ def test_what_the_named_encoding_cannot_decode_is_bad_text_with_its_place_in_the
         data = 'ab'.encode(encoding) + '漢'.encode(encoding)[-2:] * 70_000
         path = written(tmp_path / 'c.txt', data + b'\xff')
         assert f'not {encoding} at byte {len(data)} ' in refused(path, encoding=encoding)
+        mended = ''.join(document.text for document in goes_on_behind_every_document(opened(path, encoding=encoding, bad_text='replace')))
+        assert mended == 'ab' + '漢' * 70_000 + '\ufffd'
 
 
 @settings(max_examples=60, deadline=None)
@@ -327,6 +348,14 @@ def test_scores_may_be_strings_and_what_is_no_number_is_named(tmp_path, capsys, 
         row['score'] = 'high'
     with pytest.raises(UserError, match='200 of 200 rows up to here have no text in a field .text. or no score'):
         list(fineweb(tmp_path / name, rows).documents())
+
+
+def test_a_score_that_is_no_text_is_one_line(tmp_path):
+    scores = pa.array([b'4.0', b'\xff'], pa.binary())
+    broken = pa.Array.from_buffers(pa.string(), 2, scores.buffers())
+    pq.write_table(pa.table({'text': ['a', 'b'], 'score': broken}), tmp_path / 'a.parquet')
+    with pytest.raises(UserError, match=r"a.parquet: row \d: damaged: 'utf-8' codec can't decode"):
+        list(open_corpus(config('fineweb_edu', source=str(tmp_path))).documents())
 
 
 def test_files_of_both_kinds_are_read_together(tmp_path):

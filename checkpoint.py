@@ -111,7 +111,8 @@ def resume(config, data, world, say=print):
                         f'or from here in another directory by --out_dir={out}-2')
     saved = {**vars(GPTConfig()), **state['config']}  # an older checkpoint lacks newer options
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
-    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | {'optimizer'}  # chunk_size: how, not what is computed; eot_id comes from the tokenizer
+    # chunk_size is how, not what is computed; eot_id comes from the tokenizer.
+    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | {'optimizer'}
     if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: that can\'t change on the way'
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)

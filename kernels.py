@@ -317,10 +317,11 @@ def convolve_documents(u, h, groups):
 def convolve_documents_gradients(grad, u, h, groups):
     flat, flat_grad, du, dh = u.flatten(0, 1), grad.flatten(0, 1), torch.empty_like(u), torch.zeros_like(h)
     for index, inside in groups:
-        L, (g, part) = index.size(1), (x[index].masked_fill(~inside[..., None], 0) for x in (flat_grad, flat))  # (n, L, C) each
-        part, own = convolve_gradients(g, part, h[:L])
-        du.flatten(0, 1)[index[inside]] = part[inside]
-        dh[:L] += own
+        L, outside = index.size(1), ~inside[..., None]
+        g, part = (x[index].masked_fill(outside, 0) for x in (flat_grad, flat))  # (n, L, C) each
+        part_gradient, h_gradient = convolve_gradients(g, part, h[:L])
+        du.flatten(0, 1)[index[inside]] = part_gradient[inside]
+        dh[:L] += h_gradient
     return du, dh
 
 

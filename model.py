@@ -457,7 +457,7 @@ class Resonance(nn.Module):
         return torch.cat((torch.cat((re, -im), 2), torch.cat((im, re), 2)), 1)
 
     def convolve(self, u, documents=None):
-        """u (B, T, C) fp32 -> (B, T, C): h (*) u, within documents if they are given. Those are convolved whole, whatever chunk_size."""
+        """u (B, T, C) fp32 -> (B, T, C): h (*) u. Within documents, if they are given: those are convolved whole, not in chunks."""
         B, T, C = u.shape
         if documents:
             h = real_product(self.powers(0, T), torch.complex(*self.amplitudes()))  # (T, C)
@@ -519,7 +519,7 @@ class ResonanceCache:
         self.state = torch.zeros(B, *magnitude.shape, dtype=self.log.dtype, device=nu.device)  # (B, K, C)
 
     @torch.no_grad()
-    def convolve(self, u, documents=None):  # (B, T, C), the next positions -> their h (*) u, within documents if they are given
+    def convolve(self, u, documents=None):  # (B, T, C), the next positions -> their h (*) u, within documents
         if self.state is None:
             self.begin()
         T = u.size(1)
@@ -908,7 +908,8 @@ class GPT(nn.Module):
             cache.age = (found.age[:, -1] + 1).masked_fill(idx[:, -1] == config.eot_id, 0)
         mixers = config.mixers()
         if 'attention' in mixers:
-            flex = traced() and idx.device.type in FLEX_DEVICES and not cache and not config.dropout and config.n_embd // config.n_head >= 16
+            can_flex = not cache and not config.dropout and config.n_embd // config.n_head >= 16
+            flex = traced() and idx.device.type in FLEX_DEVICES and can_flex
             found.mask = flex_document_mask(found.age) if flex else document_mask(found.age, start)
         if ('resonance' in mixers or config.ffn == 'resonance') and not traced() and not (cache and idx.size(1) == 1):
             found.groups = document_groups(found.age)
@@ -937,7 +938,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             caches = cache.layers[i] if cache else (None, None)
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, caches, documents, use_reentrant=False) if documents else checkpoint(block, x, use_reentrant=False)
+                arguments = (x, caches, documents) if documents else (x,)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             elif documents:
                 x = block(x, caches, documents)
             else:

@@ -60,7 +60,8 @@ def best_fit(lengths, capacity):
             count = min(end - begin, used * each)
             row_of[order[begin:begin + count]] = np.repeat(free[:used], each)[:count]
             last = count - (used - 1) * each
-            for left, own in ((room - each * length, free[:used - 1]), (room - last * length, free[used - 1:used]), (room, free[used:])):
+            full, partial, untouched = np.split(free, [used - 1, used])
+            for left, own in ((room - each * length, full), (room - last * length, partial), (room, untouched)):
                 if left and len(own):
                     if left not in rows:
                         insort(rooms, left)
@@ -84,7 +85,8 @@ class PackedRows(TokenData):
 
     def __init__(self, data):
         if data.meta.get('kind') == 'shards':
-            raise UserError(f'--packing=best_fit: {data.path} holds shards, whose rows are fixed: use prepared token bins, or --packing=stream')
+            raise UserError(f'--packing=best_fit: {data.path} holds shards, whose rows are fixed: '
+                            'use prepared token bins, or --packing=stream')
         vars(self).update(vars(data))
         self.eot = eot_id_of(data)
         T, ends = self.block_size, document_ends(data, self.eot)

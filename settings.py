@@ -20,7 +20,7 @@ class TrainConfig:
     out_dir: str = ''  # directory of the run (empty: runs/<names of the config files, with - between>)
     dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, bins:PATH, or what prepare.py made
     tokenizer: str = 'bpe'  # of a dataset that has yet to be prepared: bpe (trained on it, of vocab_size), gpt2, or a tokenizer.json
-    packing: str = 'stream'  # training rows: stream (windows of the token stream) or best_fit (whole documents, only those over a row cut)
+    packing: str = 'stream'  # training rows: stream (windows of the token stream) or best_fit (documents, cut only if too long)
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 16  # sequences in a micro-step of each process, at most
     batch_tokens: int = 0  # tokens in an optimizer step over all processes, a multiple of batch_size * block_size (0: just that)
@@ -90,7 +90,8 @@ class TrainConfig:
         if not 0 <= self.anneal_steps <= max(1, self.max_steps):
             found.append(f'anneal_steps={self.anneal_steps} must lie between 0 and max_steps={self.max_steps}')
         found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}' for key, choices in
-                  (('optimizer', OPTIMIZERS), ('parallel', ('ddp', 'fsdp')), ('packing', ('stream', 'best_fit'))) if getattr(self, key) not in choices]
+                  (('optimizer', OPTIMIZERS), ('parallel', ('ddp', 'fsdp')), ('packing', ('stream', 'best_fit')))
+                  if getattr(self, key) not in choices]
         if wrong := [step for step in self.mandatory_steps if not 0 < step <= self.max_steps]:
             found.append(f'mandatory_steps={",".join(map(str, wrong))}: the run ends at max_steps={self.max_steps}')
         if self.matrix_lr and self.optimizer != 'muon':

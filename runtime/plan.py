@@ -49,7 +49,7 @@ def activations(config, kind, dtype):
     """
     config = config if kind == 'cpu' else replace(config, dropout=0.0)
     masked = config.document_mask and ('resonance' in config.mixers() or config.ffn == 'resonance')
-    fake, T = config.ffn != 'trix' and not masked, config.block_size  # the sizes in TriX, and of documents, depend on the tokens
+    fake, T = config.ffn != 'trix' and not masked, config.block_size  # sizes in TriX and of documents depend on the tokens
     if not fake and config.mixers() == ['resonance'] * config.n_layer:
         T = min(T, 2 * config.chunk_size)
     elif not fake and not config.dropout:

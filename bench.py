@@ -47,7 +47,7 @@ import checkpoint
 from corpora import corpus
 from benchmarks import deployed
 from runtime import device as hardware
-import prepare
+from corpora import building
 from runtime import profiling
 from benchmarks import quality
 from files import replacing
@@ -458,7 +458,7 @@ def data(config):
         sizes = [sum(len(text.encode()) for text in batch) / 1e6 for batch in batches]
 
         def encoded():
-            stream = prepare.encoded((prepare.Batch(i, None, None, {'train': batch}) for i, batch in enumerate(batches)), folder, processes)
+            stream = building.encoded((building.Batch(i, None, None, {'train': batch}) for i, batch in enumerate(batches)), folder, processes)
             for _ in range(2 * processes):  # they start, and load the tokenizer
                 next(stream)
             start = time.perf_counter()

@@ -13,7 +13,6 @@ import math
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,28 +21,21 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from runtime import compiler
-from runtime import device as hardware
-from runtime import parallel
-from runtime import plan
-import prepare as preparation
-from runtime import profiling
-from runtime import runlog
 import schedule as schedules
 import settings
 from configurator import UserError
-from corpora.corpus import DATASETS
-from data import Prefetcher, data_dir
-from runtime.hints import hints
-from runtime.interrupt import Interrupt, Overdue, wanted_signals
+from corpora.preparation import open_dataset
+from data import Prefetcher
 from kernels import autocast
 from model import GPT, GPTConfig
 from optim import local_tensor, make_optimizers, set_rates
 from packing import PackedRows, eot_id_of
-from prepare import PrepareConfig
-from sample import sample_grid
+from runtime import compiler, parallel, plan, profiling, runlog
+from runtime import device as hardware
+from runtime.generation import sample_grid
+from runtime.hints import hints
+from runtime.interrupt import Interrupt, Overdue, wanted_signals
 from settings import TrainConfig, micro_batches
-from corpora.shards import check_split, open_data
 from tokenizer import load_tokenizer, token_bytes
 from training import WATCHED_STEPS, Progress, TrainStep, validate
 
@@ -66,7 +58,7 @@ def main(argv):
         say(config.table())
         if config.plan:
             if group.main:
-                say(plan.page(config, *micro_batches(config, group.world), find_data(config, prepare=False), group.world))
+                say(plan.page(config, *micro_batches(config, group.world), open_dataset(config, prepare=False), group.world))
             return
         runlog.check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
         if (config.tensorboard or config.profile) and configurator.utf8_path(config.out_dir) is None:
@@ -104,7 +96,7 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     use_compile, compile_line = compiler.choose(config.compile, device, config.max_steps * config.batch_tokens)
     # With --verify one process of each machine reads everything; the others open what the main process has verified.
     verify = 'always' if config.verify and group.local_rank == 0 else 'once'
-    data = group.first(lambda: find_data(config, verify=verify))
+    data = group.first(lambda: open_dataset(config, verify=verify))
     find_eot(config, data)
     data = PackedRows(data) if config.packing == 'best_fit' else data
     origin, state = checkpoint.resume(config, data, group.world, say)
@@ -606,57 +598,6 @@ def set_random_state(state, device):
     torch.set_rng_state(state['cpu'].cpu())
     if device.type == 'cuda' and state['cuda'] is not None:
         torch.cuda.set_rng_state(state['cuda'].cpu(), device)
-
-
-def find_data(config, prepare=True, verify='once'):
-    """
-    What loads the tokens that config.dataset names. They are prepared now if they are missing and can be; prepare=False: None then.
-    UserError where a prepared directory holds anything but what the config asks for. verify: as TokenData has it.
-    """
-    name = config.dataset
-    if name.startswith('shards:'):
-        rows = Path(name.removeprefix('shards:')).expanduser()
-        if (rows / 'meta.json').is_file():  # made by prepare.py pack or split
-            return open_data(rows, config.block_size, config.vocab_size, verify)
-        path, check = data_dir(name), lambda: check_split(rows, path)
-        words = [f'--vocab_size={config.vocab_size}']
-    elif name in DATASETS or name.startswith(('text:', 'bins:')):
-        wanted = PrepareConfig(dataset=name, tokenizer=config.tokenizer)
-        words = [f'--tokenizer={config.tokenizer}']
-        if config.tokenizer == 'bpe':
-            wanted.vocab_size = config.vocab_size
-            words += [f'--vocab_size={config.vocab_size}']
-        if name == 'fineweb_edu':
-            wanted.max_tokens = enough_tokens(config.max_steps * config.batch_tokens)
-            words += [f'--max_tokens={wanted.max_tokens}']
-        path, check = preparation.directory(wanted), lambda: preparation.check_prepared(wanted, path)
-    else:
-        path = data_dir(name)
-        if not prepare and not path.is_dir():
-            return None
-        if not path.is_dir():
-            raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH, '
-                            'shards:DIR and bins:PATH: bring the tokens there, or choose --dataset=pylib')
-        return open_data(path, config.block_size, config.vocab_size, verify)
-
-    if (path / 'meta.json').is_file():
-        check()
-    elif not prepare:
-        return None
-    else:
-        runlog.speak(f'No prepared data at {path}: preparing {name} (one-time; under a minute for pylib)')
-        if others := sorted(str(file.parent) for file in path.parent.glob('fineweb_edu*/meta.json')) if name == 'fineweb_edu' else []:
-            runlog.speak(f'  prepared already, for --dataset=DIR: {", ".join(others)}')
-        command = [sys.executable, str(Path(__file__).with_name('prepare.py')), f'--dataset={name}', f'--out={path}', *words]
-        if code := subprocess.run(command).returncode:
-            sys.exit(code)  # prepare.py has said why
-    return open_data(path, config.block_size, config.vocab_size, verify)
-
-
-def enough_tokens(tokens):
-    """What to prepare for a run of so many tokens: at least one more, rounded up to two digits, so that similar runs share it."""
-    unit = 10 ** max(0, len(str(tokens + 1)) - 2)
-    return -(-(tokens + 1) // unit) * unit
 
 
 if __name__ == '__main__':

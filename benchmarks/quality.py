@@ -19,7 +19,7 @@ import torch
 
 from runtime import device as hardware
 import settings
-import train
+from corpora.preparation import open_dataset
 from checkpoint import load_model
 from configurator import UserError, read_json
 from data import TokenData
@@ -124,7 +124,7 @@ def trained(words):
                         'so that it is not taken for this one')
     status = file.with_name('status.json')
     ended = status.is_file() and read_json(status).get('state') == 'finished'
-    if ended and before.get('data_fingerprint') == train.find_data(config).fingerprint:
+    if ended and before.get('data_fingerprint') == open_dataset(config).fingerprint:
         return  # train.py would only evaluate it again
     if code := subprocess.run([sys.executable, ROOT / 'train.py', *words]).returncode:
         sys.exit(code)  # it has said why
@@ -370,7 +370,7 @@ def peers(config):
     --quick, time to loss (see `race`).
     """
     device = hardware.resolve(config.device, config.dtype)[0].type
-    data = train.find_data(settings.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
+    data = open_dataset(settings.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
     recipe, steps = str(ROOT / 'config' / SPEEDRUN), config.repeats + 5
     sizes = {'nanoGPT': PEER_BATCH, 'ours': PEER_BATCH, 'speedrun_tiny': settings.load([recipe]).batch_tokens}
     times, memory = {name: [] for name in sizes}, dict.fromkeys(sizes, 0.0)

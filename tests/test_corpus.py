@@ -1,6 +1,5 @@
 import gzip
 import json
-import logging
 import os
 import random
 import re

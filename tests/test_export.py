@@ -9,7 +9,7 @@ import torch
 
 import checkpoint
 import export
-import sample
+from runtime import generation
 from configurator import UserError
 from model import GPT, BitLinear, GPTConfig
 from test_packed import ids, trained
@@ -209,7 +209,7 @@ def test_transformers_stops_where_a_text_ends(name, tokenizer, tmp_path, monkeyp
 
     def greedy(prompt):
         with export.activations(rounds=False):
-            return [token.item() for token in sample.generate(model, torch.tensor([prompt]), model.config.vocab_size, 20, temperature=0)]
+            return [token.item() for token in generation.generate(model, torch.tensor([prompt]), model.config.vocab_size, 20, temperature=0)]
     prompt, often = next((prompt, token) for prompt in ids()[:, :8].tolist() for token in greedy(prompt)[:-1] if token not in [*prompt, end])
     rows = model.lm_head.weight.data  # the token and the end of a text change names
     rows[[often, end]] = rows[[end, often]].clone()

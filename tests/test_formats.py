@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prepare
+from corpora import preparation
 from configurator import UserError
 from corpora import corpus
 from corpora.corpus import open_corpus
@@ -252,11 +252,11 @@ def test_named_encodings_are_read_exactly_and_go_on_behind_any_document(tmp_path
 
 def test_the_encoding_is_checked_and_part_of_what_is_prepared():
     def problems(**options):
-        return list(prepare.PrepareConfig(**options).problems())
+        return list(preparation.PrepareConfig(**options).problems())
 
     def request(**options):
-        asked = prepare.PrepareConfig(**options)
-        return prepare.make_request(asked, SimpleNamespace(own_splits=False, filter='', source={}, inputs=None), 'bpe', 300)
+        asked = preparation.PrepareConfig(**options)
+        return preparation.make_request(asked, SimpleNamespace(own_splits=False, filter='', source={}, inputs=None), 'bpe', 300)
 
     assert problems() == problems(encoding='latin1') == problems(encoding='UTF_16') == problems(bad_rows=1) == problems(bad_rows=0) == []
     for name in ('', 'none', 'base64', 'rot13', 'idna', 'unicode_escape', 'a\0b'):
@@ -265,7 +265,7 @@ def test_the_encoding_is_checked_and_part_of_what_is_prepared():
         assert problems(bad_rows=share) == [f'--bad_rows={share}: expected a share from 0 to 1']
     assert 'encoding' not in request() and request(encoding='UTF8') == request(bad_rows=0.5) == request()
     assert request(encoding='Latin1')['encoding'] == 'iso8859-1'
-    assert prepare.directory(prepare.PrepareConfig(encoding='cp1252', bad_rows=0.5)).name == 'pylib-encoding-cp1252'
+    assert preparation.directory(preparation.PrepareConfig(encoding='cp1252', bad_rows=0.5)).name == 'pylib-encoding-cp1252'
 
 
 # Rows and columns

@@ -8,6 +8,8 @@ import pytest
 import prepare
 from corpora import show
 import train
+from corpora import building
+from corpora import preparation
 from configurator import UserError
 from data import TokenData, data_dir
 from corpora.shards import open_data, pack, validate
@@ -188,16 +190,16 @@ def test_linked_files_are_verified_packed_shown_and_read_again_when_they_change(
 def test_train_names_them_by_dataset(names, tmp_path, monkeypatch):
     with_header(tmp_path / 'theirs' / 'x_train_1.bin', counting(1000))
     with_header(tmp_path / 'theirs' / 'x_val_0.bin', counting(100))
-    monkeypatch.setattr(train.subprocess, 'run',
+    monkeypatch.setattr(preparation.subprocess, 'run',
                         lambda command: prepare.main(command[2:]) or type('', (), {'returncode': 0}))
     config = train.load(['--dataset=bins:theirs', '--tokenizer=tokenizer.json', f'--vocab_size={VOCAB}',
                          '--block_size=16'])
-    data = train.find_data(config)
+    data = preparation.open_dataset(config)
     assert data.path == data_dir('bins:theirs', 'tokenizer.json') and data.train_tokens == 1000
-    assert train.find_data(config).fingerprint == data.fingerprint
+    assert preparation.open_dataset(config).fingerprint == data.fingerprint
     os.utime(tmp_path / 'theirs' / 'x_val_0.bin', ns=(0, 1))
     with pytest.raises(UserError, match='was prepared before its source files were changed'):
-        train.find_data(config)
+        preparation.open_dataset(config)
 
 
 def test_nanochats_last_file_is_validation_even_of_a_part(names, tmp_path):
@@ -207,7 +209,7 @@ def test_nanochats_last_file_is_validation_even_of_a_part(names, tmp_path):
         table = pa.table({'text': [f'file {k} text {i} ' * 9 for i in range(20)]})
         pq.write_table(table, tmp_path / 'theirs' / f'shard_{k:05d}.parquet')
     data = link('--max_tokens=1000', '--num_proc=1')
-    encoding = prepare.load_tokenizer('out')
+    encoding = building.load_tokenizer('out')
     val, text = encoding.decode(whole(data, 'val').tolist()), encoding.decode(whole(data, 'train').tolist())
     assert val.split('<|endoftext|>') == [*(f'file 2 text {i} ' * 9 for i in range(20)), '']
     assert 'file 0' in text and 'file 2' not in text and data.train_tokens == 1000

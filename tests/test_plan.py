@@ -16,6 +16,7 @@ from runtime import device as hardware
 from runtime import plan
 from runtime import profiling
 import train
+from corpora import preparation
 from configurator import UserError
 from model import GPT, GPTConfig, OncePerStep
 from optim import make_optimizers
@@ -208,7 +209,7 @@ def test_what_to_change_is_said_with_numbers_and_is_accepted(quick, capsys, monk
 
 def test_epochs_and_disk_count_what_is_prepared(quick, corpus, capsys):
     text = planned(capsys, f'--dataset={corpus}', '--max_steps=500')
-    tokens = train.find_data(train.load([*TINY, f'--dataset={corpus}'])).train_tokens
+    tokens = preparation.open_dataset(train.load([*TINY, f'--dataset={corpus}'])).train_tokens
     assert f'64,000 tokens: {64_000 / tokens:.2f} epochs of the {tokens:,} in {corpus}' in text
     assert readable(sum(f.stat().st_size for f in corpus.rglob('*') if f.is_file())) + ' of data are in' in text
 

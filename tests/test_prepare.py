@@ -15,7 +15,7 @@ import pytest
 
 import data
 import prepare
-from corpora import workspace
+from corpora import building, preparation, workspace
 from configurator import UserError
 from data import TokenData
 from tokenizer import load_tokenizer
@@ -127,11 +127,11 @@ def test_batches_are_encoded_in_order_with_a_bounded_number_in_flight(large, tmp
     def stream():
         for i in range(20):
             taken.append(i)
-            yield prepare.Batch(i, (i, None), {}, {'train': [f'{i} ' * 50], 'val': []})
+            yield building.Batch(i, (i, None), {}, {'train': [f'{i} ' * 50], 'val': []})
 
-    class Pool(prepare.ProcessPoolExecutor):
+    class Pool(building.ProcessPoolExecutor):
         def __init__(self, num_proc, context, initializer, initargs):
-            prepare.open_tokenizer(*initargs)
+            building.open_tokenizer(*initargs)
 
         def submit(self, function, texts):
             return type('Future', (), {'result': lambda _: function(texts)})()
@@ -139,8 +139,8 @@ def test_batches_are_encoded_in_order_with_a_bounded_number_in_flight(large, tmp
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(prepare, 'ProcessPoolExecutor', Pool)
-    for i, (batch, ids) in enumerate(prepare.encoded(stream(), out, 3)):
+    monkeypatch.setattr(building, 'ProcessPoolExecutor', Pool)
+    for i, (batch, ids) in enumerate(building.encoded(stream(), out, 3)):
         assert batch.number == i and batch.texts is None  # texts in flight are held once, by the pool
         assert load_tokenizer(out).decode(ids['train'].tolist()) == f'{i} ' * 50 + '<|endoftext|>'
         assert len(taken) == min(20, i + 6)
@@ -257,10 +257,10 @@ def test_shards_of_another_corpus_are_refused(corpus, tmp_path):
 # Encoding
 
 def test_long_runs_of_spaces_are_encoded(large):
-    prepare.open_tokenizer(large[1])
+    building.open_tokenizer(large[1])
     text = ' \t' * 600_000 + 'x'
-    ids = prepare.encode({'train': [text], 'val': []})
-    assert prepare.encoding.decode(ids['train'].tolist()) == text + '<|endoftext|>'
+    ids = building.encode({'train': [text], 'val': []})
+    assert building.encoding.decode(ids['train'].tolist()) == text + '<|endoftext|>'
 
 
 # Refusals
@@ -362,7 +362,7 @@ def test_empty_directory_and_link_to_one_are_filled(corpus, tmp_path):
     assert (tmp_path / 'link').is_symlink() and (tmp_path / 'elsewhere' / 'meta.json').is_file()
 
 
-SMALL = 'prepare.BATCH, prepare.SAMPLE, prepare.PART = 20_000, 200_000, 3\n'  # so that a small corpus has many parts
+SMALL = 'from corpora import building, preparation\nbuilding.BATCH, building.SAMPLE, building.PART = 20_000, 200_000, 3\n'  # so that a small corpus has many parts
 
 
 @pytest.fixture(scope='module')
@@ -390,10 +390,10 @@ prepare.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize('owner, name, call', [
-    ('prepare.tokenizer', 'train_bpe', 1), ('prepare', 'encode', 1), ('prepare', 'encode', 77), ('prepare.Bins', 'sync', 4),
-    ('prepare.Bins', 'sync', -5), ('prepare.Seen', 'commit', 9), ('prepare.Seen', 'commit', -9), ('prepare', 'write_json', 5), ('prepare', 'write_json', -5), ('prepare.Bins', 'close', 1),
-    ('prepare.Bins', 'close', -1), ('prepare.Bins', 'close', -2), ('prepare', 'publish', 1), ('prepare.Path', 'unlink', -1),
-    ('prepare.Path', 'unlink', -2), ('prepare', 'publish', -1)])
+    ('building.tokenizer', 'train_bpe', 1), ('building', 'encode', 1), ('building', 'encode', 77), ('building.Bins', 'sync', 4),
+    ('building.Bins', 'sync', -5), ('building.Seen', 'commit', 9), ('building.Seen', 'commit', -9), ('building', 'write_json', 5), ('building', 'write_json', -5), ('building.Bins', 'close', 1),
+    ('building.Bins', 'close', -1), ('building.Bins', 'close', -2), ('preparation', 'publish', 1), ('preparation.Path', 'unlink', -1),
+    ('preparation.Path', 'unlink', -2), ('preparation', 'publish', -1)])
 def test_preparation_killed_at_any_point_goes_on_to_the_same_bins(large, parts, tmp_path, owner, name, call):
     process = start(KILLED.format(small=SMALL, owner=owner, name=name, call=call), *arguments(large[0], tmp_path / 'out'))
     process.communicate(timeout=60)
@@ -410,8 +410,8 @@ def test_preparation_killed_at_any_point_goes_on_to_the_same_bins(large, parts, 
 
 
 def test_ten_kills_at_random_moments_change_no_bit(large, parts, tmp_path):
-    slow = ('import prepare, sys, time\n' + SMALL + 'original = prepare.encode\n'
-            'prepare.encode = lambda texts: time.sleep(0.01) or original(texts)\n'
+    slow = ('import prepare, sys, time\n' + SMALL + 'original = building.encode\n'
+            'building.encode = lambda texts: time.sleep(0.01) or original(texts)\n'
             "prepare.main(sys.argv[1:])\n")
     draw, kills, resumed = random.Random(7), 0, 0
     for attempt in range(40):
@@ -432,18 +432,18 @@ def test_ten_kills_at_random_moments_change_no_bit(large, parts, tmp_path):
 
 
 def test_finished_parts_are_neither_encoded_nor_read_again(large, parts, tmp_path):
-    kill = KILLED.format(small=SMALL, owner='prepare', name='write_json', call=-31)
+    kill = KILLED.format(small=SMALL, owner='building', name='write_json', call=-31)
     assert start(kill, *arguments(large[0], tmp_path / 'out')).wait(60) == -signal.SIGKILL
-    code = ('import prepare, sys\n' + SMALL + 'count = [0, 0]\noriginal, jsonl = prepare.encode, prepare.open_corpus\n'
+    code = ('import prepare, sys\n' + SMALL + 'count = [0, 0]\noriginal, jsonl = building.encode, preparation.open_corpus\n'
             'def encode(texts):\n    count[0] += sum(map(len, texts.values()))\n    return original(texts)\n'
-            'prepare.encode = encode\nprepare.main(sys.argv[1:])\nprint(count[0])')
+            'building.encode = encode\nprepare.main(sys.argv[1:])\nprint(count[0])')
     said = start(code, *arguments(large[0], tmp_path / 'out')).communicate(timeout=60)[0].splitlines()
     behind = int(next(line for line in said if line.startswith('going on behind')).split()[3].replace(',', ''))
     assert behind > 4000 and int(said[-1]) == 9000 - behind
 
 
 def test_unfinished_work_of_another_request_is_neither_used_nor_lost(large, tmp_path):
-    kill = KILLED.format(small=SMALL, owner='prepare', name='write_json', call=-4)
+    kill = KILLED.format(small=SMALL, owner='building', name='write_json', call=-4)
     start(kill, *arguments(large[0], tmp_path / 'out')).wait(60)
     before = {path: path.read_bytes() for path in (tmp_path / '.out.tmp').iterdir() if 'seen' not in path.name}
     with pytest.raises(UserError, match=r'.out.tmp: holds an unfinished preparation with seed 1337, not 2: finish that one, or'):
@@ -452,7 +452,7 @@ def test_unfinished_work_of_another_request_is_neither_used_nor_lost(large, tmp_
 
 
 def test_damage_to_unfinished_work_is_named(large, tmp_path):
-    kill = KILLED.format(small=SMALL, owner='prepare', name='write_json', call=-4)
+    kill = KILLED.format(small=SMALL, owner='building', name='write_json', call=-4)
     for name, said in (('train-00000.bin', 'damaged since it was written'), ('seen.sqlite', 'file is not a database'),
                        ('state.json', 'broken')):
         out = tmp_path / name
@@ -465,12 +465,13 @@ def test_damage_to_unfinished_work_is_named(large, tmp_path):
 
 
 def test_a_second_preparation_waits_for_the_first(large, tmp_path):
-    code = ('import prepare, sys, time\noriginal = prepare.encode_corpus\n'
-            'prepare.encode_corpus = lambda *a: (print("here", flush=True), sys.stdin.readline(), original(*a))[2]\n'
+    code = ('import prepare, sys, time\nfrom corpora import building\noriginal = building.encode_corpus\n'
+            'building.encode_corpus = lambda *a: (print("here", flush=True), sys.stdin.readline(), original(*a))[2]\n'
             'prepare.main(sys.argv[1:])')
     first = start(code, *arguments(large[0], tmp_path / 'out'))
-    while first.stdout.readline() != 'here\n':
-        pass
+    for line in first.stdout:
+        if line == 'here\n':
+            break
     second = start('import prepare, sys; prepare.main(sys.argv[1:])', *arguments(large[0], tmp_path / 'out'))
     assert second.stdout.readline() == f'{tmp_path}/.out.tmp: another process is at work there: waiting for it\n'
     first.communicate('\n', timeout=60)
@@ -483,14 +484,15 @@ def test_a_second_preparation_waits_for_the_first(large, tmp_path):
 def test_interrupted_preparation_keeps_its_parts_and_nothing_else(large, parts, tmp_path, number, code):
     program = ('import configurator, prepare, signal, sys\n' + SMALL +
                'for n in (2, 15):\n    signal.signal(n, lambda n, frame: sys.exit(128 + n))\n'
-               'original, calls = prepare.{name}, []\n'
+               'original, calls = building.{name}, []\n'
                'def wait(*arguments):\n    calls.append(1)\n    if len(calls) == {call}:\n'
                '        print("now", flush=True)\n        signal.pause()\n    return original(*arguments)\n'
-               'prepare.{name} = wait\nconfigurator.run(prepare.main)')
+               'building.{name} = wait\nconfigurator.run(prepare.main)')
     for name, call, kept in (('read_sample', 1, []), ('encode', 40, ['.out.tmp'])):
         process = start(program.format(name=name, call=call), *arguments(large[0], tmp_path / 'out'))
-        while process.stdout.readline() != 'now\n':
-            pass
+        for line in process.stdout:
+            if line == 'now\n':
+                break
         process.send_signal(number)
         assert process.communicate(timeout=60)[1] == '' and process.returncode == code
         assert [path.name for path in tmp_path.iterdir()] == kept
@@ -498,7 +500,7 @@ def test_interrupted_preparation_keeps_its_parts_and_nothing_else(large, parts, 
 
 
 def test_a_disk_without_room_is_refused_before_the_work(large, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: type('', (), {'free': 10**6})())
+    monkeypatch.setattr(building.shutil, 'disk_usage', lambda path: type('', (), {'free': 10**6})())
     with pytest.raises(UserError, match=r'about 0.003 GB of tokens, but only 0.001 GB are free: make room, choose another --out, or'):
         prepared(large[0], tmp_path / 'out')
     assert list(tmp_path.iterdir()) == []
@@ -520,17 +522,18 @@ def test_bad_text_may_be_skipped_after_it_stopped_a_preparation(large, tmp_path)
 
 WITH_WORKERS = '''
 import multiprocessing, os, prepare, signal, sys, time, configurator
+from corpora import building
 if __name__ == '__main__':
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has us ignore it
-    prepare.BATCH, prepare.SAMPLE = 3000, 9000
-    original = prepare.batches
+    building.BATCH, building.SAMPLE = 3000, 9000
+    original = building.batches
     def batches(*arguments):
         for batch in original(*arguments):
             yield batch
             if workers := multiprocessing.active_children():
                 {action}
-    prepare.batches = batches
+    building.batches = batches
     configurator.run(prepare.main)
 '''
 
@@ -544,14 +547,14 @@ def test_death_of_a_worker_ends_the_preparation(corpus, tmp_path):
 
 
 def test_a_pool_that_breaks_while_it_starts_a_process_is_a_process_that_died(monkeypatch):
-    class Breaking(prepare.ProcessPoolExecutor):
-        raised = [prepare.BrokenProcessPool('broken'), ValueError('bad value(s) in fds_to_keep')]
+    class Breaking(building.ProcessPoolExecutor):
+        raised = [building.BrokenProcessPool('broken'), ValueError('bad value(s) in fds_to_keep')]
 
         def submit(self, *words):
             raise self.raised.pop()
-    monkeypatch.setattr(prepare, 'ProcessPoolExecutor', Breaking)
+    monkeypatch.setattr(building, 'ProcessPoolExecutor', Breaking)
     with pytest.raises(UserError, match='one of the 2 processes that encode died'):
-        list(prepare.encoded([SimpleNamespace(texts=['a'])], None, 2))
+        list(building.encoded([SimpleNamespace(texts=['a'])], None, 2))
     assert not Breaking.raised
 
 
@@ -577,22 +580,22 @@ def test_prepare_starts_without_torch():
 
 def asked(**options):
     """What train.py asks for."""
-    return prepare.PrepareConfig(**{'vocab_size': 300, **options})
+    return preparation.PrepareConfig(**{'vocab_size': 300, **options})
 
 
 def test_every_option_that_changes_the_result_is_in_the_name_of_its_directory():
     ignored = {'out', 'num_proc', 'shard', 'bad_rows'}
     other = {'dataset': 'wikitext2', 'tokenizer': 'gpt2', 'bad_text': 'skip', 'source': 'some/where', 'subset': 'x', 'text_field': 'y'}
-    names = {prepare.directory(prepare.PrepareConfig())}
+    names = {preparation.directory(preparation.PrepareConfig())}
     assert names == {Path('data/pylib')}
-    options = [field for field in dataclasses.fields(prepare.PrepareConfig) if field.name not in ignored]
+    options = [field for field in dataclasses.fields(preparation.PrepareConfig) if field.name not in ignored]
     for field in options:
         value = other.get(field.name) or (field.default + 1 if isinstance(field.default, int) else
                                           field.default / 2 if isinstance(field.default, float) else 'utf-16')
-        names.add(prepare.directory(prepare.PrepareConfig(**{field.name: value})))
+        names.add(preparation.directory(preparation.PrepareConfig(**{field.name: value})))
     assert len(names) == 1 + len(options) and not [name for name in names if len(name.parts) != 2]
-    assert prepare.directory(asked(dataset='fineweb_edu', vocab_size=32_000, max_tokens=500_000_000)) == Path('data/fineweb_edu-500M-32000')
-    assert prepare.directory(asked(vocab_size=4096, val_ratio=0.1)) == Path('data/pylib-4096-val_ratio-0.1')
+    assert preparation.directory(asked(dataset='fineweb_edu', vocab_size=32_000, max_tokens=500_000_000)) == Path('data/fineweb_edu-500M-32000')
+    assert preparation.directory(asked(vocab_size=4096, val_ratio=0.1)) == Path('data/pylib-4096-val_ratio-0.1')
     assert [data.short_number(n) for n in (2_500_000, 1_234_567, 3_000_000_000, 7)] == ['2500k', '1234567', '3B', '7']
 
 
@@ -602,7 +605,7 @@ def test_a_corpus_that_changed_since_it_was_prepared_is_refused(tmp_path, change
     files.mkdir()
     write_jsonl(files / 'a.jsonl', texts(150))
     out = prepared(files, tmp_path / 'out')
-    prepare.check_prepared(asked(dataset=f'text:{files}', val_ratio=0.2), out)
+    preparation.check_prepared(asked(dataset=f'text:{files}', val_ratio=0.2), out)
     if change == 'added':
         write_jsonl(files / 'b.jsonl', ['more'])
     elif change == 'touched':
@@ -615,14 +618,14 @@ def test_a_corpus_that_changed_since_it_was_prepared_is_refused(tmp_path, change
     before = sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir())
     with pytest.raises(UserError, match=f"{out}: was prepared (with source|before its source files were changed).*: remove it to prepare it "
                                         f"anew, or use it as it is by --dataset={out}"):
-        prepare.check_prepared(asked(dataset=f'text:{files}', val_ratio=0.2), out)
+        preparation.check_prepared(asked(dataset=f'text:{files}', val_ratio=0.2), out)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir()) == before
 
 
 def test_a_corpus_that_is_gone_is_used_as_it_was_prepared_and_that_is_said(corpus, tmp_path, capsys):
     out = prepared(corpus, tmp_path / 'out')
     corpus.unlink()
-    prepare.check_prepared(asked(dataset=f'text:{corpus}', val_ratio=0.2), out)
+    preparation.check_prepared(asked(dataset=f'text:{corpus}', val_ratio=0.2), out)
     assert f'{corpus}: no such file' in (said := capsys.readouterr().out) and f'Using what was prepared from it in {out}' in said
 
 
@@ -631,10 +634,10 @@ def test_another_tokenizer_under_the_same_path_is_refused(corpus, tmp_path):
     path = shutil.copy(first / 'tokenizer.json', tmp_path)
     out = prepared(corpus, tmp_path / 'out', tokenizer=path, vocab_size=300)
     wanted = asked(dataset=f'text:{corpus}', tokenizer=str(path), val_ratio=0.2)
-    prepare.check_prepared(wanted, out)
+    preparation.check_prepared(wanted, out)
     shutil.copy(second / 'tokenizer.json', tmp_path)
     with pytest.raises(UserError, match='was prepared with tokenizer .*, not .*remove it to prepare it anew'):
-        prepare.check_prepared(wanted, out)
+        preparation.check_prepared(wanted, out)
 
 
 def test_directories_from_before_the_times_were_kept_are_used(corpus, tmp_path):
@@ -643,11 +646,11 @@ def test_directories_from_before_the_times_were_kept_are_used(corpus, tmp_path):
     del content['inputs']
     (out / 'meta.json').write_text(json.dumps(content))
     os.utime(corpus, ns=(0, 0))
-    prepare.check_prepared(asked(dataset=f'text:{corpus}', val_ratio=0.2), out)
+    preparation.check_prepared(asked(dataset=f'text:{corpus}', val_ratio=0.2), out)
 
 
 def test_pylib_of_another_python_is_refused(tmp_path):
-    request = prepare.make_request(asked(), prepare.open_corpus(asked()), 'bpe', 300)
+    request = preparation.make_request(asked(), preparation.open_corpus(asked()), 'bpe', 300)
     (tmp_path / 'meta.json').write_text(json.dumps(request | {'source': {'dataset': 'pylib', 'python': 'CPython 3.1.4'}}))
     with pytest.raises(UserError, match="was prepared with source {'python': 'CPython 3.1.4'}, not {'python': 'CPython 3"):
-        prepare.check_prepared(asked(), tmp_path)
+        preparation.check_prepared(asked(), tmp_path)

@@ -144,7 +144,7 @@ def test_a_run_that_was_made_with_other_knobs_is_not_taken_for_this_one(tmp_path
 def test_a_finished_run_is_not_started_again_unless_the_data_has_changed(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(quality.subprocess, 'run', lambda words: started.append(words) or SimpleNamespace(returncode=0))
-    monkeypatch.setattr(quality.train, 'find_data', lambda config: SimpleNamespace(fingerprint='now'))
+    monkeypatch.setattr(quality, 'open_dataset', lambda config: SimpleNamespace(fingerprint='now'))
     words = ['--n_embd=64', f'--out_dir={tmp_path}']
     for fingerprint, state, times in (('now', 'finished', 0), ('now', 'stopped', 1), ('before', 'finished', 1)):
         (tmp_path / 'config.json').write_text(json.dumps({**train.load(words).as_dict(), 'data_fingerprint': fingerprint}))
@@ -188,7 +188,7 @@ def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(
     (tmp_path / 'nano').mkdir()
     (tmp_path / 'nano' / 'train.py').write_text(FAKE_TRAIN), (tmp_path / 'nano' / 'model.py').write_text(FAKE_MODEL)
     (tmp_path / 'nano' / 'configurator.py').write_text('pass')
-    monkeypatch.setattr(quality.train, 'find_data', lambda config: quality.TokenData(data, 16, 300))
+    monkeypatch.setattr(quality, 'open_dataset', lambda config: quality.TokenData(data, 16, 300))
     monkeypatch.setattr(quality, 'PEER_RATES', (2e-3, 1e-3))
     losses = iter([[9.0, 7.0, 6.9], [9.0, 8.5, 8.3]])
 

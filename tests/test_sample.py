@@ -20,6 +20,7 @@ import evaluate
 import prepare
 import sample
 import train
+from runtime import generation
 from configurator import UserError
 from data import TokenData
 from model import GPT, GPTConfig
@@ -54,7 +55,7 @@ def model_of(**keys):
 
 def test_greedy_generation_is_the_argmax_of_the_full_forward():
     model, idx = model_of(ffn='trix'), torch.tensor([[1, 2, 3], [4, 5, 6]])
-    got = torch.stack(list(sample.generate(model, idx, 40, 10, temperature=0)), 1)
+    got = torch.stack(list(generation.generate(model, idx, 40, 10, temperature=0)), 1)
     for _ in range(10):
         idx = torch.cat((idx, model(idx)[:, -1:].argmax(-1)), 1)
     assert torch.equal(got, idx[:, 3:])
@@ -62,7 +63,7 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward():
 
 def test_generation_goes_on_beyond_the_context_from_its_last_half():
     model, idx = model_of(), torch.tensor([[1, 2, 3]])
-    got = torch.cat(list(sample.generate(model, idx, 40, 20, temperature=0)))
+    got = torch.cat(list(generation.generate(model, idx, 40, 20, temperature=0)))
     text = torch.cat((idx[0], got))
     assert len(got) == 20
     # The cache is full after 16 positions; the 17th token of the text is the last that sees all before it.
@@ -72,14 +73,14 @@ def test_generation_goes_on_beyond_the_context_from_its_last_half():
 
 def test_a_long_prompt_is_cut_to_its_last_context():
     model, idx = model_of(), torch.randint(40, (1, 50))
-    token = next(sample.generate(model, idx, 40, 1, temperature=0))
+    token = next(generation.generate(model, idx, 40, 1, temperature=0))
     assert token == model(idx[:, -16:])[0, -1].argmax()
 
 
 def test_generation_leaves_the_mode_and_the_global_random_state_alone():
     model = model_of().train()
     before = torch.get_rng_state()
-    list(sample.generate(model, torch.tensor([[1]]), 40, 3))
+    list(generation.generate(model, torch.tensor([[1]]), 40, 3))
     assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
@@ -94,7 +95,7 @@ def test_generation_leaves_the_mode_and_the_global_random_state_alone():
 ], ids=str)
 def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(keys, expected):
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4)
-    drawn = sample.choose(logits, **keys, generator=torch.Generator().manual_seed(0))
+    drawn = generation.choose(logits, **keys, generator=torch.Generator().manual_seed(0))
     share = drawn.bincount(minlength=4) / 20_000
     torch.testing.assert_close(share[[1, 3, 0, 2]], torch.tensor(expected, dtype=torch.float), atol=0.015, rtol=0)
 
@@ -126,7 +127,7 @@ def decisive(**keys):
 def alone(model, prompt, n):
     """What `generate` makes of a prompt by itself."""
     idx = torch.tensor([sample.encode(Letters, prompt)])
-    return Letters.decode([token.item() for token in sample.generate(model, idx, 37, n, temperature=0)])
+    return Letters.decode([token.item() for token in generation.generate(model, idx, 37, n, temperature=0)])
 
 
 @pytest.mark.parametrize('keys', [dict(), dict(mixer='resonance'), dict(ffn='trix'), dict(ffn='trix', trix_router='hash'),
@@ -135,7 +136,7 @@ def alone(model, prompt, n):
 @pytest.mark.parametrize('n', [7, 40])  # 40: a full context goes on from its last half, more than once
 def test_greedy_rows_of_a_grid_are_what_generate_makes_of_each_prompt(keys, n):
     model = decisive(**keys)
-    rows = sample.sample_grid(model, Letters, PROMPTS, n, seed=1)
+    rows = generation.sample_grid(model, Letters, PROMPTS, n, seed=1)
     assert [(row['prompt'], row['mode']) for row in rows] == [(p, m) for p in PROMPTS for m in ('greedy', 'typical', 'stress')]
     expected = [alone(model, prompt, n) for prompt in PROMPTS]
     assert [row['text'] for row in rows if row['mode'] == 'greedy'] == expected
@@ -146,33 +147,33 @@ def test_greedy_rows_of_a_grid_are_what_generate_makes_of_each_prompt(keys, n):
 @pytest.mark.parametrize('keys', [dict(), dict(mixer='resonance', attention_every=2, ffn='trix')], ids=str)
 def test_a_row_of_a_grid_does_not_depend_on_the_others(keys):
     model = decisive(**keys)
-    rows = sample.sample_grid(model, Letters, ['cat', '', 'a9b8c7d6'], 30, seed=1)
+    rows = generation.sample_grid(model, Letters, ['cat', '', 'a9b8c7d6'], 30, seed=1)
     for others in ([], ['a9b8c7d6', PROMPTS[3]]):
-        for row, other in zip(rows[:3], sample.sample_grid(model, Letters, ['cat', *others], 30, seed=1)):
+        for row, other in zip(rows[:3], generation.sample_grid(model, Letters, ['cat', *others], 30, seed=1)):
             assert other.pop('entropy') == pytest.approx(row['entropy'], rel=1e-3)
             assert other == {key: value for key, value in row.items() if key != 'entropy'}
 
 
 def test_a_grid_is_its_seed_and_every_row_draws_for_itself():
-    grid = {seed: sample.sample_grid(model_of(), Letters, ['cat', 'cat'], 20, seed) for seed in (1, 2, 2**64 - 1)}
-    assert grid[1] == sample.sample_grid(model_of(), Letters, ['cat', 'cat'], 20, 1)
+    grid = {seed: generation.sample_grid(model_of(), Letters, ['cat', 'cat'], 20, seed) for seed in (1, 2, 2**64 - 1)}
+    assert grid[1] == generation.sample_grid(model_of(), Letters, ['cat', 'cat'], 20, 1)
     texts = [row['text'] for rows in grid.values() for row in rows if row['mode'] != 'greedy']
     assert len(set(texts)) == len(texts) == 12
 
 
 def test_entropy_and_repetition_are_those_of_the_text():
     model = decisive()
-    for row in sample.sample_grid(model, Letters, ['cat'], 11, seed=1):
+    for row in generation.sample_grid(model, Letters, ['cat'], 11, seed=1):
         ids = sample.encode(Letters, 'cat' + row['text'])
         p = model(torch.tensor([ids[:-1]]))[0, 3:, :37].double().softmax(-1)
         assert len(ids) == 15 and row['entropy'] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-4)
-        assert row['repetition'] == sample.repetition(ids[4:])
+        assert row['repetition'] == generation.repetition(ids[4:])
 
 
 def test_entropy_of_a_model_that_knows_nothing_is_the_logarithm_of_the_vocabulary():
     model = model_of()
     model.lm_head.weight.data.zero_()
-    rows = sample.sample_grid(model, Letters, ['', 'cat'], 5, seed=1)
+    rows = generation.sample_grid(model, Letters, ['', 'cat'], 5, seed=1)
     assert [row['entropy'] for row in rows] == pytest.approx([math.log(37)] * 6, rel=1e-6)  # of the tokenizer, not of the 40
     assert rows[0]['text'] == 'aaaaa' and rows[0]['repetition'] == 0.5  # greedily: always the first
 
@@ -180,60 +181,60 @@ def test_entropy_of_a_model_that_knows_nothing_is_the_logarithm_of_the_vocabular
 @pytest.mark.parametrize('ids, share', [([], 0), ([1, 1, 1], 0), ([1, 2, 3, 4], 0), ([1, 1, 1, 1, 1], 1 / 2), ([1, 2] * 4, 3 / 5),
                                         ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1 / 6), (list(range(50)), 0), ([7] * 64, 60 / 61)], ids=str)
 def test_repetition_is_the_share_of_4_grams_that_were_there_before(ids, share):
-    assert sample.repetition(ids) == pytest.approx(share)
+    assert generation.repetition(ids) == pytest.approx(share)
 
 
 def test_the_end_of_a_document_ends_its_row_and_the_last_one_the_grid(monkeypatch):
     model, calls = model_of(), []
     model.lm_head.weight.data.zero_()
     script = {0: iter([1, 2, 36]), 0.8: iter([36]), 1.3: iter([3, 3, 3, 3])}  # a row that has ended is asked no more
-    monkeypatch.setattr(sample, 'choose', lambda logits, temperature, **_: torch.tensor([next(script[temperature])]))
-    rows = sample.sample_grid(model, Letters, ['cat'], 4, seed=1, stop=lambda: calls.append(1))
+    monkeypatch.setattr(generation, 'choose', lambda logits, temperature, **_: torch.tensor([next(script[temperature])]))
+    rows = generation.sample_grid(model, Letters, ['cat'], 4, seed=1, stop=lambda: calls.append(1))
     assert [row['text'] for row in rows] == ['bc', '', 'dddd'] and [row['tokens'] for row in rows] == [2, 0, 4]
     assert [row['entropy'] for row in rows] == pytest.approx([math.log(37)] * 3)  # that it ended at once was a choice, too
     assert len(calls) == 4  # the prompt and three tokens more; the last one is not fed
     script.update({0: iter([36]), 0.8: iter([1, 36]), 1.3: iter([36])})
     calls.clear()
-    sample.sample_grid(model, Letters, ['cat'], 400, seed=1, stop=lambda: calls.append(1))
+    generation.sample_grid(model, Letters, ['cat'], 400, seed=1, stop=lambda: calls.append(1))
     assert len(calls) == 2
 
 
 def test_rows_that_ended_early_do_not_hold_the_others_up(monkeypatch):
-    model, choose = decisive(), sample.choose
+    model, choose = decisive(), generation.choose
     expected = alone(model, 'cat', 40)
 
     def ending(logits, temperature, **keys):
         return choose(logits, temperature, **keys) if temperature == 0 else torch.tensor([36])
-    monkeypatch.setattr(sample, 'choose', ending)
-    rows = sample.sample_grid(model, Letters, ['cat'], 40, seed=1)  # the context is full three times after the others have ended
+    monkeypatch.setattr(generation, 'choose', ending)
+    rows = generation.sample_grid(model, Letters, ['cat'], 40, seed=1)  # the context is full three times after the others have ended
     assert [row['text'] for row in rows] == [expected, '', '']
 
 
 def test_a_grid_that_is_stopped_is_empty_and_leaves_the_model_as_it_was():
     model, calls = model_of(dropout=0.5).train(), []
     before = torch.get_rng_state()
-    assert sample.sample_grid(model, Letters, ['cat'], 20, seed=1, stop=lambda: calls.append(1) or len(calls) == 5) == []
+    assert generation.sample_grid(model, Letters, ['cat'], 20, seed=1, stop=lambda: calls.append(1) or len(calls) == 5) == []
     assert len(calls) == 5 and model.training and torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_grid_of_a_model_in_training_is_that_in_evaluation():
     model = decisive(dropout=0.5, ffn='trix')
-    expected = sample.sample_grid(model, Letters, PROMPTS, 10, seed=1)
+    expected = generation.sample_grid(model, Letters, PROMPTS, 10, seed=1)
     before = torch.get_rng_state()
     with torch.enable_grad():
-        assert sample.sample_grid(model.train(), Letters, PROMPTS, 10, seed=1) == expected
+        assert generation.sample_grid(model.train(), Letters, PROMPTS, 10, seed=1) == expected
     assert model.training and torch.equal(torch.get_rng_state(), before)
     assert all(layer.load.sum() == 0 for layer in model.trix_layers()) and all(p.grad is None for p in model.parameters())
     model.lm_head.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sample.sample_grid(model, Letters, PROMPTS, 10, seed=1)
+        generation.sample_grid(model, Letters, PROMPTS, 10, seed=1)
     assert model.training
-    assert sample.sample_grid(model, Letters, [], 10, seed=1) == []
+    assert generation.sample_grid(model, Letters, [], 10, seed=1) == []
 
 
 def test_a_grid_of_a_trained_model_is_text(trained):
     model, state = checkpoint.load_model(trained[0], 'cpu')
-    rows = sample.sample_grid(model, load_tokenizer(state['tokenizer']), ['red green', ''], 40, seed=1)
+    rows = generation.sample_grid(model, load_tokenizer(state['tokenizer']), ['red green', ''], 40, seed=1)
     words = ' '.join(row['text'] for row in rows if row['mode'] == 'typical').split()
     assert sum(word in ('red', 'green', 'blue', 'straße', 'éclair', '日本') for word in words) > len(words) / 3
     assert all(0 < row['entropy'] < math.log(280) and 0 <= row['repetition'] < 1 for row in rows)
@@ -284,7 +285,7 @@ def test_prompts_from_a_file_and_from_the_keyboard(trained, tmp_path, capsys, mo
 
 
 def test_sampling_stops_at_the_end_of_a_document(trained, capsys, monkeypatch):
-    monkeypatch.setattr(sample, 'choose', lambda logits, *_: torch.tensor([279]))  # the end-of-text token
+    monkeypatch.setattr(generation, 'choose', lambda logits, *_: torch.tensor([279]))  # the end-of-text token
     capsys.readouterr()
     sample.main([str(trained[0]), '--prompt=x', '--device=cpu'])
     assert capsys.readouterr().out == 'x\n'
@@ -297,7 +298,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(trained):
     assert model.config.vocab_size == 288 and load_tokenizer(state['tokenizer']).n_vocab == 280
     with torch.no_grad():
         model.lm_head.weight[280:] = 100 * model.norm(model.wte.weight[:1])
-    tokens = torch.cat(list(sample.generate(model, torch.tensor([[1]]), 280, 50, temperature=2.0)))
+    tokens = torch.cat(list(generation.generate(model, torch.tensor([[1]]), 280, 50, temperature=2.0)))
     assert tokens.max() < 280
 
 
@@ -356,7 +357,7 @@ def test_a_prompt_of_another_locale_is_what_was_typed():
 
 def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
     logits = torch.tensor([[1.0, 3.0, 2.0], [900.0, -900.0, 0.0]])
-    assert sample.choose(logits, 1e-40, 0, 1.0, torch.Generator()).tolist() == [1, 0]
+    assert generation.choose(logits, 1e-40, 0, 1.0, torch.Generator()).tolist() == [1, 0]
 
 
 def test_interactive_without_an_input_is_refused(monkeypatch):
@@ -368,4 +369,4 @@ def test_interactive_without_an_input_is_refused(monkeypatch):
 def test_logits_that_are_not_finite_give_one_line():
     for logits in (torch.full((1, 4), math.nan), torch.tensor([[math.inf, 1.0]])):
         with pytest.raises(UserError, match='no token can be drawn: the logits of the model are not finite'):
-            sample.choose(logits, 0.8, 0, 1.0, torch.Generator())
+            generation.choose(logits, 0.8, 0, 1.0, torch.Generator())

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
+from corpora import building
+from corpora import preparation
 from configurator import UserError
 from corpora.corpus import Corpus, Document
 from data import TokenData
@@ -86,8 +88,8 @@ def test_a_small_text_gives_both_splits_and_every_byte_back(tmp_path, capsys, li
     if meta(out).get('split') == 'position':
         assert ''.join(train + val) == text and said.count('split by position: of ') == 1
     else:
-        assert sorted(train + val) == sorted(row.text for row in prepare.open_corpus(
-            prepare.PrepareConfig(dataset=f'text:{corpus}')).documents()) and 'position' not in said
+        assert sorted(train + val) == sorted(row.text for row in preparation.open_corpus(
+            preparation.PrepareConfig(dataset=f'text:{corpus}')).documents()) and 'position' not in said
 
 
 def test_two_characters_are_enough_with_bytes_for_tokens(tmp_path):
@@ -115,8 +117,8 @@ def lopsided_rows(n, val_ratio=0.05):
 
 def hash_val(rows, val_ratio):
     corpus = corpus_of(rows)
-    config = prepare.PrepareConfig(val_ratio=val_ratio)
-    return [text for batch in prepare.batches(corpus, config, lambda *_: True) for text in batch.texts['val']]
+    config = preparation.PrepareConfig(val_ratio=val_ratio)
+    return [text for batch in building.batches(corpus, config, lambda *_: True) for text in batch.texts['val']]
 
 
 def corpus_of(texts):
@@ -145,7 +147,7 @@ def test_max_documents_is_what_is_split(tmp_path):
 
 
 def test_max_tokens_that_the_hash_fills_with_train_alone_takes_both_splits_by_position(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, 'BATCH', 100)  # otherwise the val documents of the first megabyte are kept
+    monkeypatch.setattr(building, 'BATCH', 100)  # otherwise the val documents of the first megabyte are kept
     rows = [f'document {i} ' + 'window token loss ' * 10 for i in range(400)]
     assert not is_lopsided({'train': 400 - len(hash_val(rows, 0.05)), 'val': len(hash_val(rows, 0.05))}, 0.05)
     first = next(i for i, row in enumerate(rows) if row in hash_val(rows, 0.05))
@@ -173,8 +175,8 @@ def test_splits_within_half_of_the_ratio_stay_those_of_the_hash(tmp_path):
     (1e-9, 'none of 150 documents fell into the val split: more documents, or a larger --val_ratio'),
     (1 - 1e-9, 'none of 150 documents fell into the train split: more documents, or a smaller --val_ratio')])
 def test_large_corpora_are_never_split_by_position(tmp_path, monkeypatch, val_ratio, message):
-    monkeypatch.setattr(prepare, 'SAMPLE', 10_000)
-    monkeypatch.setattr(prepare, 'BATCH', 3000)
+    monkeypatch.setattr(building, 'SAMPLE', 10_000)
+    monkeypatch.setattr(building, 'BATCH', 3000)
     corpus = written_rows(tmp_path, [f'document {i} ' + 'window token loss ' * 10 for i in range(150)])
     with pytest.raises(UserError, match=message):
         prepared(corpus, tmp_path / 'out', val_ratio=val_ratio)
@@ -196,13 +198,14 @@ def test_splits_of_the_corpus_itself_are_not_touched(tmp_path):
 
 # Killed
 
-@pytest.mark.parametrize('name, call', [('write_tokenizer', 1), ('encode', 1), ('encode', 30), ('publish', 1)])
-def test_a_killed_preparation_by_position_goes_on_to_the_same_bins(tmp_path, monkeypatch, capsys, name, call):
+@pytest.mark.parametrize('module, name, call', [
+    (building, 'write_tokenizer', 1), (building, 'encode', 1), (building, 'encode', 30), (preparation, 'publish', 1)])
+def test_a_killed_preparation_by_position_goes_on_to_the_same_bins(tmp_path, monkeypatch, capsys, module, name, call):
     for key, value in (('BATCH', 1000), ('SAMPLE', 200_000), ('PART', 3)):
-        monkeypatch.setattr(prepare, key, value)
+        monkeypatch.setattr(building, key, value)
     corpus = written_rows(tmp_path, [text_of(1500, seed=i) for i in range(60)])
     whole = prepared(corpus, tmp_path / 'whole', val_ratio=0.003)
-    original, calls = getattr(prepare, name), []
+    original, calls = getattr(module, name), []
 
     def fail(*arguments):
         calls.append(1)
@@ -210,7 +213,7 @@ def test_a_killed_preparation_by_position_goes_on_to_the_same_bins(tmp_path, mon
             raise KeyboardInterrupt
         return original(*arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, name, fail)
+        patch.setattr(module, name, fail)
         with pytest.raises(KeyboardInterrupt):
             prepared(corpus, tmp_path / 'out', val_ratio=0.003)
     out = prepared(corpus, tmp_path / 'out', val_ratio=0.003)
@@ -225,7 +228,7 @@ def test_a_killed_preparation_by_position_goes_on_to_the_same_bins(tmp_path, mon
 @given(st.lists(st.text(st.sampled_from('ab \r\n\u2028é🙂'), min_size=1, max_size=30), min_size=1, max_size=12),
        st.floats(0.001, 0.999))
 def test_a_cut_loses_nothing_and_leaves_neither_split_empty(rows, val_ratio):
-    config, texts = prepare.PrepareConfig(val_ratio=val_ratio), [text for text in dict.fromkeys(rows) if not text.isspace()]
+    config, texts = preparation.PrepareConfig(val_ratio=val_ratio), [text for text in dict.fromkeys(rows) if not text.isspace()]
     if not texts:
         return
     if len(texts) == 1 and len(texts[0]) == 1:
@@ -233,7 +236,7 @@ def test_a_cut_loses_nothing_and_leaves_neither_split_empty(rows, val_ratio):
             find_cut(corpus_of(rows), config, 10**6)
         return
     cut = find_cut(corpus_of(rows), config, 10**6)
-    batch, = prepare.batches(corpus_of(rows), config, unseen(), cut)
+    batch, = building.batches(corpus_of(rows), config, unseen(), cut)
     train, val = batch.texts['train'], batch.texts['val']
     assert ''.join(train + val) == ''.join(texts) and train and val
     cuts = [len(''.join(texts[:k])) for k in range(1, len(texts))]
@@ -254,14 +257,14 @@ def lopsided_at(texts, end, val_ratio):
 @pytest.mark.parametrize('line_end', [end for end in LINE_ENDS.values() if end])
 def test_a_document_is_cut_at_the_line_end_nearest_to_the_ratio(line_end):
     text = line_end.join(['abcdefgh'] * 100)
-    cut = find_cut(corpus_of([text]), prepare.PrepareConfig(val_ratio=0.1), 10**6)
+    cut = find_cut(corpus_of([text]), preparation.PrepareConfig(val_ratio=0.1), 10**6)
     assert cut == Cut(1, 90 * (8 + len(line_end)))
 
 
 def test_a_corpus_of_the_limit_is_not_small():
     rows = ['a' * 50, 'b' * 50]
-    assert find_cut(corpus_of(rows), prepare.PrepareConfig(), 100) is None
-    assert find_cut(corpus_of(rows), prepare.PrepareConfig(), 101) == Cut(2, 45)
+    assert find_cut(corpus_of(rows), preparation.PrepareConfig(), 100) is None
+    assert find_cut(corpus_of(rows), preparation.PrepareConfig(), 101) == Cut(2, 45)
 
 
 # A split shorter than a window

@@ -11,6 +11,8 @@ import evaluate
 import prepare
 import train
 import verification
+from corpora import building
+from corpora import preparation
 from configurator import UserError
 from data import TokenData
 from corpora.shards import open_data, split, validate
@@ -57,7 +59,7 @@ def test_twenty_gigabytes_on_record_open_at_once(tmp_path, monkeypatch):
         entry['tokens'] = 10**9
         os.truncate(path / entry['name'], 2 * 10**9)  # the disk has none of it
     (path / 'meta.json').write_text(json.dumps(meta))
-    verification.remember(path, prepare.hashes_of(meta['files']), VOCAB)
+    verification.remember(path, building.hashes_of(meta['files']), VOCAB)
     monkeypatch.setattr(verification, 'scan', None)  # reading would raise
     start = time.process_time()
     assert TokenData(path, 16, VOCAB).train_tokens == 10**10
@@ -110,7 +112,7 @@ def test_change_that_keeps_size_and_time_is_found_by_verify_and_by_validate(path
         validate(path, say=lambda line: None)
     config = train.load([f'--dataset={path}', f'--vocab_size={VOCAB}', '--block_size=16', '--verify'])
     with pytest.raises(UserError, match='val.bin: damaged'):
-        train.find_data(config, verify='always' if config.verify else 'once')
+        preparation.open_dataset(config, verify='always' if config.verify else 'once')
 
 
 def test_evaluation_reads_all_again_where_that_is_asked_for(path, monkeypatch):

@@ -17,6 +17,7 @@ import prepare
 import sample
 import tokenizer
 import train
+from corpora import preparation
 from configurator import UserError
 from data import TokenData
 from corpora.shards import open_data, pack, validate
@@ -265,9 +266,9 @@ def test_a_bpe_of_more_than_65536_tokens_can_be_trained():
     ids = tokenizer.encode(load_tokenizer(content), ' '.join(words[:1000]))
     assert ids.dtype == '<u4' and ids.max() > 2**16
     assert load_tokenizer(content).decode(ids.tolist()) == ' '.join(words[:1000])
-    prepare.load(['--vocab_size=70000'], prepare.PrepareConfig)
+    prepare.load(['--vocab_size=70000'], preparation.PrepareConfig)
     with pytest.raises(UserError, match='expected 257 .* to 1048576'):
-        prepare.load([f'--vocab_size={2**20 + 1}'], prepare.PrepareConfig)
+        prepare.load([f'--vocab_size={2**20 + 1}'], preparation.PrepareConfig)
 
 
 def test_plan_counts_four_bytes_a_token(tmp_path):

@@ -1,0 +1,352 @@
+"""
+The content of a prepared directory: documents -> train and val -> tokenizer -> token bins. Imported by preparation.py:
+
+    build(config, corpus, content, request, work, start)     # everything that `work` will hold, meta.json last
+
+A build that was killed goes on from its last finished part.
+"""
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+
+import tokenizer
+from configurator import UserError, read_json
+from corpora.corpus import count_words
+from corpora.splitting import Cut, find_cut, is_lopsided
+from corpora.workspace import Bins, Seen, now
+from files import fsync, write_json
+from tokenizer import id_dtype, load_tokenizer, normalizer_of, token_bytes
+from verification import remember
+
+BATCH = 10**6  # bytes of text that a process encodes at a time
+SAMPLE = 64 * BATCH  # bytes of text whose train documents the tokenizer is trained on
+PART = 16  # batches after which what is done is put on the record: a kill costs no more than these
+
+
+def build(config, corpus, content, request, work, start):
+    """Everything that a prepared directory holds, meta.json last, in the directory `work`; what is there already is used."""
+    print(f'{config.dataset}: {corpus.contents()}', flush=True)
+    cut = Cut(*read_json(work / 'split.json')['cut']) if (work / 'split.json').exists() else None
+    hash_only = corpus.own_splits or config.shard  # shards need not know of each other
+    if not (work / 'tokenizer.json').exists():
+        sample = read_sample(corpus, config, 4 * BATCH if content and hash_only else SAMPLE, cut)
+        if not (cut or hash_only) and sample.is_whole and is_lopsided(sample.sizes, config.val_ratio):
+            cut = split_by_position(corpus, config, sample.documents, sample.sizes, work)
+            sample = read_sample(corpus, config, SAMPLE, cut)
+        if not sample.train:
+            raise UserError(empty_split(config, corpus, {'train': 0, 'val': sample.documents}))
+        write_tokenizer(content, sample, config, work)
+        del sample
+    facts = {'split': 'position'} if cut else {}
+    encoding = load_tokenizer(work)
+    if (dtype := id_dtype(encoding.n_vocab)).itemsize > 2:
+        facts['dtype'] = dtype.name
+        print(f'{encoding.n_vocab:,} ids need 32 bits: the bins are uint32, which nanoGPT does not read', flush=True)
+    if normalizer := normalizer_of(read_json(work / 'tokenizer.json')):
+        facts['normalizer'] = normalizer
+        print(f'this tokenizer changes text to the Unicode form {normalizer}: so is the text that is learned', flush=True)
+    print(f'encoding, after {time.time() - start:.1f} s', flush=True)
+    try:
+        counts, files = encode_corpus(corpus, work, config, cut)
+    except sqlite3.Error as error:
+        raise UserError(f"{work / 'seen.sqlite'}: {error}: make room on the disk and try again, or remove {work} and start again")
+    if not counts['train'] or not counts['val']:
+        documents = counts['train'] + counts['val']
+        sizes = {split: sum(file['bytes'] for file in files[split]) for split in files}
+        # The hash suits the whole corpus, but what --max_tokens takes of it is in one split.
+        if not (cut or hash_only) and split_by_position(corpus, config, documents, sizes, work):
+            return build(config, corpus, content, request, work, start)
+        shutil.rmtree(work)
+        raise UserError(empty_split(config, corpus, counts))
+    extra = {}
+    if (text := corpus.test()) is not None:
+        (work / 'test.txt').write_bytes(text.encode())
+        fsync(work / 'test.txt')
+        extra['test'] = {'name': 'test.txt', 'bytes': len(text.encode()), **count_words(text),
+                         'sha256': hashlib.sha256(text.encode()).hexdigest()}
+    remember(work, hashes_of(files), encoding.n_vocab)  # what was written right now need not be read
+    write_json(work / 'meta.json', {
+        **request, **facts, 'eot_id': encoding.eot_token, 'documents': counts, 'files': files, **extra,
+        'created': now(), 'seconds': round(time.time() - start, 1)})
+
+
+def write_tokenizer(content, sample, config, work):
+    """Writes tokenizer.json: `content`, or a BPE trained on the sample. Raises UserError where the disk is too small."""
+    if not content:
+        print(f'tokenizer: training {config.vocab_size} tokens on {len(sample.train):,} documents', flush=True)
+        content = tokenizer.train_bpe(sample.train, config.vocab_size)
+    size = sum(sample.sizes.values()) / sample.share if sample.share else 0
+    check_room(load_tokenizer(content), sample.train, size, config, work)
+    write_json(work / 'tokenizer.json', content)
+
+
+def split_by_position(corpus, config, documents, sizes, work):
+    """
+    The Cut of a small corpus, written to split.json, None where the corpus is not small. Removes what was made by the hash,
+    which put `sizes` bytes of so many documents into the splits.
+    """
+    cut = find_cut(corpus, config, SAMPLE)
+    if cut is None:
+        return None
+    share = sizes['val'] / max(1, sum(sizes.values()))
+    part = {0: 'none', 1: 'all'}.get(share, f'{share:.1%} of the text')
+    noun = 'document' if documents == 1 else 'documents'
+    print(f'split by position: of {documents} {noun} the hash put {part} into val; now val is the last part of the text',
+          flush=True)
+    (work / 'state.json').unlink(missing_ok=True)  # first: it describes the other files
+    for path in work.iterdir():
+        if path.name != 'request.json':
+            path.unlink()
+    write_json(work / 'split.json', {'cut': cut})
+    return cut
+
+
+def empty_split(config, corpus, counts):
+    """Why a split is empty, and what helps."""
+    empty, other = ('val', 'larger') if counts['train'] else ('train', 'smaller')
+    line = f"{config.dataset}: none of {counts['train'] + counts['val']} documents fell into the {empty} split: "
+    if config.shard:
+        return f'{line}a corpus so small needs no --shard'
+    if corpus.own_splits:
+        return f'{line}read more documents (--max_documents, --max_tokens)'
+    return f'{line}more documents, or a {other} --val_ratio'
+
+
+def hashes_of(files):
+    """{name: sha256} of the files of both splits, as meta.json describes them."""
+    return {file['name']: file['sha256'] for split in files.values() for file in split}
+
+
+def shard_of(config):
+    return tuple(map(int, (config.shard or '0/1').split('/')))
+
+
+class Batch(NamedTuple):
+    """About 1 MB of text, and where the corpus goes on behind it."""
+    number: int
+    position: tuple  # documents read so far, and the position of the last of them
+    counts: Counter  # documents read and dropped on the way
+    texts: dict  # {'train': [str], 'val': [str]}
+
+
+def batches(corpus, config, is_new, cut=None, shard=(0, 1), number=0, position=(0, None)):
+    """
+    The documents of the corpus from `position` on as Batch after Batch: those of the shard, sorted into train and val.
+
+    Which split and which shard a document belongs to depends on nothing but its text and the seed: no document changes sides
+    when the corpus grows or comes in another order, duplicates meet in one shard, and shards need not know of each other.
+    A `cut` splits a small corpus by position instead.
+    is_new(digest, number): whether no document had this digest before.
+    """
+    key, (i, n) = str(config.seed).encode()[:64], shard
+    (read, at), counts, texts, size = position, Counter(), {'train': [], 'val': []}, 0
+    for document in corpus.documents(at):
+        if config.max_documents and read == config.max_documents:
+            break
+        read, at, text = read + 1, document.position, document.text
+        if not text or text.isspace():
+            if i == 0:  # no text, no digest: the first shard counts it
+                counts.update(('read', document.dropped or 'empty'))
+            continue
+        data = text.encode()
+        digest = hashlib.blake2b(data, digest_size=16, key=key).digest()
+        if int.from_bytes(digest[8:], 'little') % n != i:
+            continue
+        counts['read'] += 1
+        if document.dropped:  # mended, and kept
+            counts[document.dropped] += 1
+        if not corpus.own_splits and not is_new(digest, number):
+            counts['duplicates'] += 1
+            continue
+        is_val = int.from_bytes(digest[:8], 'little') < config.val_ratio * 2**64
+        parts = cut.split(read, text) if cut else {document.split or ('val' if is_val else 'train'): text}
+        for split, part in parts.items():
+            texts[split].append(part)
+        size += len(data)
+        if size >= BATCH:
+            yield Batch(number, (read, at), counts, texts)
+            number, counts, texts, size = number + 1, Counter(), {'train': [], 'val': []}, 0
+    yield Batch(number, (read, at), counts, texts)
+
+
+class Sample(NamedTuple):
+    """The beginning of a corpus."""
+    train: list  # texts of the train documents
+    documents: int  # of both splits
+    sizes: dict  # {split: bytes of text}
+    share: float | None  # of the corpus, None: unknown
+    is_whole: bool  # the corpus ends here
+
+
+def read_sample(corpus, config, enough, cut=None):
+    """The first `enough` bytes of text, the same for every shard. Raises UserError where there is no text."""
+    seen, train, documents, sizes, share, is_whole = set(), [], 0, {'train': 0, 'val': 0}, None, True
+    for batch in batches(corpus, config, lambda digest, _: digest not in seen and not seen.add(digest), cut):
+        train += batch.texts['train']
+        for split, texts in batch.texts.items():
+            documents += len(texts)
+            sizes[split] += sum(len(text.encode()) for text in texts)
+        share = corpus.progress(batch.position[1])
+        is_whole = sum(sizes.values()) < enough
+        if not is_whole and train:
+            break
+    if not documents:
+        raise UserError(f'{config.dataset}: the corpus is empty, no document has any text')
+    return Sample(train, documents, sizes, share, is_whole)
+
+
+def check_room(encoding, sample, size, config, work):
+    """Raises UserError where the disk has no room for the bins of `size` bytes of text (0: unknown), as the sample makes tokens."""
+    texts = sample[::max(1, len(sample) // 100)]
+    texts = [text[:2**16] for text in texts]
+    rate = sum(len(encoding.encode_ordinary(text)) + 1 for text in texts) / sum(len(text.encode()) for text in texts)
+    tokens = size * rate / shard_of(config)[1]
+    if config.max_tokens:
+        tokens = min(tokens or config.max_tokens, config.max_tokens / (1 - config.val_ratio))
+    if not tokens:
+        return
+    need, free = id_dtype(encoding.n_vocab).itemsize * tokens, shutil.disk_usage(work).free
+    print(f'about {tokens / 1e6:,.1f}M tokens, {need / 1e9:,.3f} GB of disk ({free / 1e9:,.3f} GB are free)', flush=True)
+    if need > free:
+        raise UserError(f'{work.parent}: about {need / 1e9:,.3f} GB of tokens, but only {free / 1e9:,.3f} GB are free: make room, '
+                        f'choose another --out, or prepare less with --max_tokens or --max_documents')
+
+
+def encode_corpus(corpus, work, config, cut=None):
+    """
+    Write the bins of both splits. Returns the documents counted and the files described, as meta.json has them.
+
+    Every PART batches what is done is put on record: the bins, then the digests, then state.json, which says where the former
+    two stood. What lies behind that in them is the work of a killed preparation, and goes.
+    """
+    done = read_json(work / 'state.json') if (work / 'state.json').exists() else {}
+    encoding = load_tokenizer(work)
+    lengths, dtype, eot = token_bytes(encoding), id_dtype(encoding.n_vocab), encoding.eot_token
+    counts = Counter(dict.fromkeys(('read', 'unreadable', 'empty', 'duplicates', 'train', 'val'), 0) | done.get('counts', {}))
+    entries = done.get('files', {})
+    bins = {split: Bins(work, split, lengths, dtype, entries.get(split, [])) for split in ('train', 'val')}
+    number, position = done.get('batches', 0), done.get('position', (0, None))
+    if number:
+        print(f"going on behind {position[0]:,} documents, {bins['train'].tokens:,} train tokens", flush=True)
+    budgets = token_budgets(config, cut)
+    say = progress(corpus, config, position[1], bins)
+    with Seen(work / 'seen.sqlite', number) as seen:
+        stream = batches(corpus, config, seen.is_new, cut, shard_of(config), number, position)
+        for batch, ids in encoded(stream, work, config.num_proc or min(os.cpu_count(), 16)):
+            for split, budget in budgets.items():
+                room = budget - bins[split].tokens
+                if len(ids[split]) >= room:
+                    ids[split] = ids[split][:room]
+                    ids[split][-1:] = eot  # the document that reaches the budget is cut, and ends
+            counts.update(batch.counts)
+            for split, bin in bins.items():
+                bin.append(ids[split])
+                counts[split] += int((ids[split] == eot).sum())
+            if budgets and all(bins[split].tokens == budget for split, budget in budgets.items()):
+                break
+            if (batch.number + 1) % PART == 0:
+                files = {split: bin.sync() for split, bin in bins.items()}
+                seen.commit()
+                write_json(work / 'state.json', {
+                    'batches': batch.number + 1, 'position': batch.position, 'counts': counts, 'files': files})
+            say(batch.position, counts)
+    return counts, {split: bin.close() for split, bin in bins.items()}
+
+
+def token_budgets(config, cut):
+    """{split: tokens after which it ends}. By position val follows all of train, so that it needs a budget, too."""
+    if not config.max_tokens:
+        return {}
+    val = {'val': max(2, round(config.max_tokens * config.val_ratio / (1 - config.val_ratio)))} if cut else {}
+    return {'train': config.max_tokens, **val}
+
+
+def progress(corpus, config, position, bins):
+    """-> say(position, counts): a line every five seconds."""
+    start, before, there = time.time(), {}, corpus.progress(position) or 0
+    said = start
+
+    def totals():
+        return {key: sum(getattr(bin, key) for bin in bins.values()) for key in ('tokens', 'bytes')}
+
+    def say(position, counts):
+        nonlocal said
+        if (now := time.time()) - said < 5:
+            return
+        said, total, seconds = now, totals(), now - start
+        share = corpus.progress(position[1]) or 0
+        if config.max_tokens:
+            share = max(share, bins['train'].tokens / config.max_tokens)
+        left = f'{seconds * (1 - share) / (share - there):,.0f} s left' if share > there else 'of an unknown size'
+        size = bins['train'].dtype.itemsize * total['tokens'] / 1e9
+        need = f' of {size / share:,.2f}' if share else ''
+        print(f"  {counts['train'] + counts['val']:,} documents, {total['tokens'] / 1e6:,.1f}M tokens, "
+              f"{(total['bytes'] - before['bytes']) / seconds / 1e6:.1f} MB/s, {size:,.2f}{need} GB of disk, {left}",
+              flush=True)
+
+    before = totals()
+    return say
+
+
+def encoded(stream, work, num_proc):
+    """
+    (batch, its ids) in order. Only two batches a process are in the works (Pool.imap would read the corpus ahead), and their
+    texts go as soon as a process has them.
+    """
+    if num_proc == 1:
+        open_tokenizer(work)
+        for batch in stream:
+            yield batch, encode(batch.texts)
+        return
+    spawn = multiprocessing.get_context('spawn')  # the tokenizer's training has started threads: a fork could hang
+    try:
+        with ProcessPoolExecutor(num_proc, spawn, start_worker, (work,)) as pool:
+            ahead = deque()
+            for batch in stream:
+                # A worker is born with its parent's signal mask: Ctrl-C is the parent's to handle.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    ids = pool.submit(encode, batch.texts)
+                except (OSError, ValueError):  # it broke while it started a process, and closed what that needs: now it says so
+                    ids = pool.submit(encode, batch.texts)
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                ahead.append((batch._replace(texts=None), ids))
+                if len(ahead) == 2 * num_proc:
+                    batch, ids = ahead.popleft()
+                    yield batch, ids.result()
+            while ahead:
+                batch, ids = ahead.popleft()
+                yield batch, ids.result()
+    except BrokenProcessPool:
+        raise UserError(f'one of the {num_proc} processes that encode died (out of memory?): try a smaller --num_proc')
+
+
+def start_worker(work):
+    """A worker doesn't outlive its parent."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    open_tokenizer(work)
+
+
+def open_tokenizer(work):
+    global encoding  # one a process, for `encode`
+    encoding = load_tokenizer(work)
+
+
+def encode(texts):
+    """{split: [str]} -> {split: (n,) ids}, with the end of text after every document."""
+    eot = np.array([encoding.eot_token], id_dtype(encoding.n_vocab))
+    return {split: np.concatenate([part for document in documents for part in (tokenizer.encode(encoding, document), eot)] or [eot[:0]])
+            for split, documents in texts.items()}

@@ -1,0 +1,298 @@
+"""
+A prepared directory, from the question which one to the answer. Imported by prepare.py and train.py:
+
+    data = open_dataset(config)       # of a training run: finds the directory that holds its tokens, or prepares it
+    prepare(config, out)              # config: a PrepareConfig
+    join(out)                         # the parts that several machines have prepared
+
+A directory holds exactly what was asked for: its name says the options, and what has changed since is refused.
+"""
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tokenizer
+from configurator import UserError, read_json
+from corpora import linked
+from corpora.building import build, hashes_of
+from corpora.corpus import DATASETS, SourceMissing, encoding_name, open_corpus
+from corpora.shards import check_split, open_data
+from corpora.workspace import compare, is_prepared, publish, workspace
+from data import VERSION, data_dir
+from files import write_json
+from runtime.runlog import speak
+from tokenizer import MAX_VOCAB, load_tokenizer
+from verification import remember, unverified
+
+SCRIPT = Path(__file__).parent.parent / 'prepare.py'
+
+
+@dataclass
+class PrepareConfig:
+    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH (file, directory, glob), shards:DIR or bins:PATH
+    source: str = ''  # fineweb_edu, wikitext*: .parquet or .jsonl files on this machine (directory, file, glob) instead of a download
+    subset: str = 'sample-10BT'  # fineweb_edu: which part of it
+    min_score: float = 3.0  # fineweb_edu: educational score (0 to 5) that a document needs
+    text_field: str = 'text'  # of .jsonl and .parquet
+    bad_text: str = 'refuse'  # what isn't UTF-8 or JSON: refuse, skip, or replace (by U+FFFD; lines that aren't JSON are skipped)
+    bad_rows: float = 0.01  # share of the rows that may be without a text (or a score): they are left out, more is refused
+    encoding: str = 'utf-8'  # of .txt and .jsonl without a mark, as Python names it: cp1252, gb18030, shift_jis, utf-16-le ...
+    tokenizer: str = 'bpe'  # bpe (trained on the corpus), gpt2, or a tokenizer.json, ours or one of Hugging Face
+    vocab_size: int = 8192  # bpe: tokens, the end-of-text token included
+    val_ratio: float = 0.05  # share of the documents that is kept for validation (wikitext* have splits of their own)
+    max_tokens: int = 0  # train tokens after which reading stops, 0: all
+    max_documents: int = 0  # documents after which reading stops, 0: all
+    shard: str = ''  # i/n: prepare the i-th (from 0) of n parts, each on its own machine; together they are the whole
+    out: str = ''  # directory to make, '': data/NAME
+    num_proc: int = 0  # processes that encode, 0: one a CPU
+    seed: int = 1337  # of the split into train and val
+
+    def problems(self):
+        known = self.dataset in DATASETS or re.match('(text|shards|bins):.', self.dataset) or is_path(self.dataset)
+        if not known:
+            yield (f"--dataset={self.dataset}: unknown, expected {', '.join(DATASETS)}, text:PATH, shards:DIR or "
+                   'bins:PATH')
+        if self.source and self.dataset not in ('fineweb_edu', 'wikitext2', 'wikitext103'):
+            yield f'--source={self.source}: --dataset={self.dataset} has none (files of your own: --dataset=text:{self.source})'
+        if self.bad_text not in ('refuse', 'skip', 'replace'):
+            yield f'--bad_text={self.bad_text}: expected refuse, skip or replace'
+        if not 0 <= self.bad_rows <= 1:
+            yield f'--bad_rows={self.bad_rows}: expected a share from 0 to 1'
+        if not encoding_name(self.encoding):
+            yield f"--encoding={self.encoding}: unknown, expected an encoding of Python's, as cp1252, gb18030, shift_jis or utf-16-le"
+        if not 257 <= self.vocab_size <= MAX_VOCAB:
+            yield f'--vocab_size={self.vocab_size}: expected 257 (bytes and end of text) to {MAX_VOCAB}'
+        if not 0 < self.val_ratio < 1:
+            yield f'--val_ratio={self.val_ratio}: expected a share between 0 and 1'
+        for key in ('max_tokens', 'max_documents', 'num_proc', 'seed'):
+            if getattr(self, key) < 0:
+                yield f'--{key}={getattr(self, key)}: must not be negative'
+        if self.shard:
+            i, _, n = self.shard.partition('/')
+            if not (i.isdecimal() and n.isdecimal() and int(i) < int(n) <= 99_999):
+                yield f'--shard={self.shard}: expected i/n with 0 <= i < n, as in --shard=0/4'
+            if self.max_tokens:
+                yield f'--max_tokens={self.max_tokens}: with --shard no machine knows the tokens of the others: use --max_documents'
+
+
+def directory(config):
+    """Where the preparation that `config` asks for goes, unless --out names another place."""
+    ignored = {'dataset', 'tokenizer', 'vocab_size', 'max_tokens', 'shard', 'out', 'num_proc', 'bad_rows'}  # named otherwise, or without effect
+    options = {field.name: getattr(config, field.name) for field in fields(PrepareConfig)
+               if field.name not in ignored and getattr(config, field.name) != field.default}
+    return data_dir(config.dataset, config.tokenizer, max_tokens=config.max_tokens, vocab_size=config.vocab_size, **options)
+
+
+def is_path(dataset):
+    """Whether this is a directory that was prepared already, as in pack --dataset=data/x."""
+    return '/' in dataset and (Path(dataset) / 'meta.json').is_file()
+
+
+def is_bins(dataset):
+    """Whether this names token files of another project. The text of nanochat, .parquet files, is a corpus like others."""
+    return dataset.startswith('bins:') and linked.find_bins(dataset.removeprefix('bins:')) is not None
+
+
+def link(config, out):
+    """Token files of another project as a prepared directory."""
+    path = config.dataset.removeprefix('bins:')
+    for key in ('max_tokens', 'max_documents', 'shard'):
+        if value := getattr(config, key):
+            raise UserError(f'--{key}={value}: the files of {path} are used as they are: leave it out')
+    content = make_tokenizer(config)
+    linked.link(path, out, content, tokenizer.label(content), config.val_ratio)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# For a run
+
+def open_dataset(config, prepare=True, verify='once'):
+    """
+    What loads the tokens that config.dataset names. They are prepared now if they are missing and can be; prepare=False: None then.
+    UserError where a prepared directory holds anything but what the config asks for. verify: as TokenData has it.
+    """
+    name = config.dataset
+    if name.startswith('shards:'):
+        rows = Path(name.removeprefix('shards:')).expanduser()
+        if (rows / 'meta.json').is_file():  # made by prepare.py pack or split
+            return open_data(rows, config.block_size, config.vocab_size, verify)
+        path, check = data_dir(name), lambda: check_split(rows, path)
+        words = [f'--vocab_size={config.vocab_size}']
+    elif name in DATASETS or name.startswith(('text:', 'bins:')):
+        wanted = PrepareConfig(dataset=name, tokenizer=config.tokenizer)
+        words = [f'--tokenizer={config.tokenizer}']
+        if config.tokenizer == 'bpe':
+            wanted.vocab_size = config.vocab_size
+            words += [f'--vocab_size={config.vocab_size}']
+        if name == 'fineweb_edu':
+            wanted.max_tokens = enough_tokens(config.max_steps * config.batch_tokens)
+            words += [f'--max_tokens={wanted.max_tokens}']
+        path, check = directory(wanted), lambda: check_prepared(wanted, path)
+    else:
+        path = data_dir(name)
+        if not prepare and not path.is_dir():
+            return None
+        if not path.is_dir():
+            raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH, '
+                            'shards:DIR and bins:PATH: bring the tokens there, or choose --dataset=pylib')
+        return open_data(path, config.block_size, config.vocab_size, verify)
+
+    if (path / 'meta.json').is_file():
+        check()
+    elif not prepare:
+        return None
+    else:
+        speak(f'No prepared data at {path}: preparing {name} (one-time; under a minute for pylib)')
+        if others := sorted(str(file.parent) for file in path.parent.glob('fineweb_edu*/meta.json')) if name == 'fineweb_edu' else []:
+            speak(f'  prepared already, for --dataset=DIR: {", ".join(others)}')
+        command = [sys.executable, str(SCRIPT), f'--dataset={name}', f'--out={path}', *words]
+        if code := subprocess.run(command).returncode:
+            sys.exit(code)  # prepare.py has said why
+    return open_data(path, config.block_size, config.vocab_size, verify)
+
+
+def enough_tokens(tokens):
+    """What to prepare for a run of so many tokens: at least one more, rounded up to two digits, so that similar runs share it."""
+    unit = 10 ** max(0, len(str(tokens + 1)) - 2)
+    return -(-(tokens + 1) // unit) * unit
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A corpus
+
+def prepare(config, out):
+    start = time.time()
+    corpus = open_corpus(config)
+    content = make_tokenizer(config)
+    vocab_size = load_tokenizer(content).n_vocab if content else config.vocab_size
+    if vocab_size != config.vocab_size and config.origin['vocab_size'] != 'default':
+        raise UserError(f'--vocab_size={config.vocab_size}: --tokenizer={config.tokenizer} has {vocab_size} tokens: '
+                        'leave --vocab_size out')
+    request = make_request(config, corpus, tokenizer.label(content), vocab_size)
+    if is_prepared(out, request, bool(config.shard)):
+        print(f'{out} is already prepared: nothing to do')
+        return
+    whole, part = out, request
+    if config.shard:
+        i, n = map(int, config.shard.split('/'))
+        out, part = out / f'shard-{i:05d}-of-{n:05d}', request | {'shard': config.shard}
+        check_shards(whole, request, n)
+    with workspace(out, part) as work:
+        if work:
+            if not (work / 'meta.json').exists():
+                build(config, corpus, content, part, work, start)
+            publish(work, out)
+    summary(out)
+    if config.shard:
+        join(whole)
+    elif not config.out:
+        print(f'train on it: python train.py config/trix_tiny.py --dataset={out}'
+              + (f' --vocab_size={vocab_size}' if vocab_size != 8192 else ''))
+
+
+def make_request(config, corpus, label, vocab_size):
+    """What meta.json says of a preparation before it is made: all that decides what will be in it."""
+    filters = ', '.join(filter(None, ('' if corpus.own_splits else 'no exact duplicates, no empty documents', corpus.filter)))
+    request = {'version': VERSION, 'source': corpus.source, 'filter': filters, 'seed': config.seed,
+               'val_ratio': None if corpus.own_splits else config.val_ratio, 'max_tokens': config.max_tokens,
+               'max_documents': config.max_documents, 'bad_text': config.bad_text, 'tokenizer': label, 'vocab_size': vocab_size}
+    if (encoding := encoding_name(config.encoding)) != 'utf-8':
+        request['encoding'] = encoding
+    return request | {'inputs': corpus.inputs} if corpus.inputs else request
+
+
+def check_prepared(config, path):
+    """
+    Raises UserError where the prepared directory at `path` holds anything but what `config` asks for: another corpus, files that
+    were changed since, another tokenizer, other options. Says so where the files aren't there any more to compare with.
+    """
+    is_linked = is_bins(config.dataset)
+    try:
+        corpus = None if is_linked else open_corpus(config, check=False)
+    except SourceMissing as error:
+        print(f'{error}. Using what was prepared from it in {path}', flush=True)
+        return
+    if config.tokenizer == 'gpt2':  # known without the file, which may have to be downloaded
+        label, vocab_size = 'gpt2', 50_257
+    else:
+        content = make_tokenizer(config)
+        label, vocab_size = tokenizer.label(content), load_tokenizer(content).n_vocab if content else config.vocab_size
+    if is_linked:
+        request = linked.make_request(config.dataset.removeprefix('bins:'), label, vocab_size, config.val_ratio)
+    else:
+        request = make_request(config, corpus, label, vocab_size)
+    compare(read_json(path / 'meta.json'), request, f'{path}: was prepared',
+            f'remove it to prepare it anew, or use it as it is by --dataset={path}')
+
+
+def make_tokenizer(config):
+    """The content of tokenizer.json, or None where it is to be trained on the corpus."""
+    if config.tokenizer == 'bpe':
+        return None
+    return tokenizer.gpt2() if config.tokenizer == 'gpt2' else tokenizer.from_file(config.tokenizer)
+
+
+def summary(out):
+    meta = read_json(out / 'meta.json')
+    train, val = (meta['files'][split] for split in ('train', 'val'))
+    tokens, size = (sum(file[key] for file in train + val) for key in ('tokens', 'bytes'))
+    counts = meta['documents']
+    dropped = ''.join(f', {count:,} {name}' for name, count in counts.items() if name not in ('read', 'train', 'val') and count)
+    print(f"{counts['read']:,} documents read, {counts['train'] + counts['val']:,} kept{dropped}")
+    print(f"{out}: {sum(file['tokens'] for file in train):,} train + {sum(file['tokens'] for file in val):,} val tokens from "
+          f"{counts['train'] + counts['val']:,} documents, {size / 1e6:.1f} MB, {size / tokens:.2f} bytes per token, "
+          f"{meta['seconds']} s")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several machines
+
+def check_shards(out, request, n):
+    """Raises UserError where shards that are prepared beside this one don't go with it."""
+    for meta in out.glob('shard-*/meta.json'):
+        theirs = {**read_json(meta), 'inputs': request.get('inputs')}  # of other machines: other times of the same files
+        compare(theirs, request | {'shard': f"{int(meta.parent.name[6:11])}/{n}"}, f'{meta.parent}: was prepared',
+                'remove it, or choose another --out')
+
+
+def join(out, ask=False):
+    """The meta.json of all shards in `out` as one corpus, if all are there. ask: it is a UserError if they aren't."""
+    metas = {file.parent.name: read_json(file) for file in sorted(out.glob('shard-*-of-*/meta.json'))}
+    if not metas:
+        raise UserError(f'{out}: no directories shard-00000-of-... with a meta.json: make them with --shard=i/n')
+    n = int(next(iter(metas))[-5:])
+    if missing := [i for i in range(n) if f'shard-{i:05d}-of-{n:05d}' not in metas]:
+        need = f"{out}: {len(missing)} of {n} shards are missing ({', '.join(map(str, missing[:10]))}{' ...' * (len(missing) > 10)})"
+        if ask:
+            raise UserError(f'{need}: copy their directories here')
+        print(f'{need}: with all of them here, python prepare.py join {out}')
+        return
+    first = next(iter(metas.values()))
+    request = {key: value for key, value in first.items() if key not in ('shard', 'inputs', 'documents', 'files', 'test', 'created', 'seconds')}
+    tokenizers = {name: read_json(out / name / 'tokenizer.json') for name in metas}
+    for name, meta in metas.items():
+        compare(meta, request | {'shard': f'{int(name[6:11])}/{n}'}, f'{out / name}: was prepared', 'it is no part of this corpus')
+        if tokenizers[name] != next(iter(tokenizers.values())):
+            raise UserError(f'{out / name}: its tokenizer is not that of the other shards: prepare it again')
+    files = {split: [{**file, 'name': f"{name}/{file['name']}"} for name, meta in metas.items() for file in meta['files'][split]]
+             for split in ('train', 'val')}
+    counts = Counter()
+    for meta in metas.values():
+        counts.update(meta['documents'])  # unlike a sum it keeps zeros
+    test = {'test': {**first['test'], 'name': f"{next(iter(metas))}/{first['test']['name']}"}} if 'test' in first else {}
+    write_json(out / 'tokenizer.json', next(iter(tokenizers.values())))
+    known = {}
+    for name, meta in metas.items():
+        hashes, n_vocab = hashes_of(meta['files']), meta['vocab_size']
+        unknown = unverified(out / name, hashes, n_vocab)  # files copied here are read when they are first used
+        known |= {f'{name}/{file}': sha256 for file, sha256 in hashes.items() if file not in unknown}
+    remember(out, known, first['vocab_size'])
+    write_json(out / 'meta.json', {
+        **request, 'shards': n, 'documents': counts, 'files': files, **test,
+        'created': max(meta['created'] for meta in metas.values()),
+        'seconds': max(meta['seconds'] for meta in metas.values())})
+    summary(out)

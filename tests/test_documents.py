@@ -145,14 +145,20 @@ def with_documents(monkeypatch):
     monkeypatch.setattr(test_compile, 'tokens', lambda *shape: torch.cat((packed()[[0, 3]], tokens(2, 1)), 1))
 
 
+SLOW = pytest.mark.slow
+SAVING = dict(activation_checkpointing=True)
+BF16 = dict(bf16=True, tolerance=(2e-3, 0.06))
+
+
 @pytest.mark.parametrize('name, changes', [
-    ('learned', {}), ('taps', {}), ('trix', dict(activation_checkpointing=True)), ('hybrid', {}), ('hybrid', dict(activation_checkpointing=True))])
+    ('chunks', {}), ('hybrid', SAVING), pytest.param('learned', {}, marks=SLOW), pytest.param('taps', SAVING, marks=SLOW),
+    pytest.param('trix', SAVING, marks=SLOW), pytest.param('grouped', BF16, marks=SLOW)])
 def test_every_kind_traced(monkeypatch, with_documents, name, changes):
     compare(monkeypatch, name, 'loop' if name == 'trix' else '', 'aot_eager', **MASK, **changes)
 
 
 @pytest.mark.parametrize('name, changes', [
-    ('grouped', {}), ('hybrid', dict(activation_checkpointing=True)), ('rotary', dict(bf16=True, tolerance=(2e-3, 0.06)))])
+    ('grouped', {}), pytest.param('hybrid', SAVING, marks=SLOW), pytest.param('rotary', BF16, marks=SLOW)])
 def test_flex_attention_traced(monkeypatch, with_documents, name, changes):
     masks, make = [], module.flex_document_mask
     monkeypatch.setattr(module, 'flex_document_mask', lambda age: (masks.append(1), make(age))[1])

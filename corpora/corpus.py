@@ -54,25 +54,30 @@ GO_ON = ' (--bad_text=skip or replace goes on)'
 RETRIES = 5  # times that a fault of the network is waited out, for 1, 2, 4, 8 and 16 s; documents that arrive start the count anew
 HOPELESS = 15  # seconds: where not one row has come so long after the start there is no network, and nothing more to wait for
 
-KINDS = {'.txt': 'txt', '.text': 'txt', '.md': 'txt', '.rst': 'txt', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl',
-         '.parquet': 'parquet'}  # of files by their endings; .gz and .zst may follow, except behind .parquet
+KINDS = {'.txt': 'txt', '.text': 'txt', '.md': 'txt', '.rst': 'txt',
+         '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet'}  # of files by their endings; .gz and .zst may follow, except behind .parquet
 REMEDIES = {
     'a table: write it as .jsonl or .parquet with the text in one column, or name it .txt to train on it as it is':
         '.csv .tsv .xls .xlsx .ods',
-    'markup: extract its text to a .txt file, or name it .txt to train on the markup too': '.html .htm .xhtml .xml .svg',
+    'markup: extract its text to a .txt file, or name it .txt to train on the markup too':
+        '.html .htm .xhtml .xml .svg',
     'no plain text: extract its text to a .txt file': '.pdf .epub .doc .docx .odt .rtf .ppt .pptx .ipynb',
     'an archive: unpack it (only .gz and .zst of single files are read)': '.zip .tar .tgz .7z .rar .bz2 .xz',
-    'no text: leave it out': '.png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .mp3 .wav .flac .ogg .mp4 .mkv .avi .mov .webm '
-                             '.exe .dll .so .o .pyc .jar .pkl .db .sqlite .arrow .safetensors .gguf',
-    'no text: rows of token ids are read by --dataset=shards:DIR (.npy, .pt) or --dataset=bins:PATH (.bin)': '.npy .pt .bin'}
+    'no text: leave it out': '.png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .mp3 .wav .flac .ogg .mp4 .mkv .avi .mov '
+                             '.webm .exe .dll .so .o .pyc .jar .pkl .db .sqlite .arrow .safetensors .gguf',
+    'no text: rows of token ids are read by --dataset=shards:DIR (.npy, .pt) or --dataset=bins:PATH (.bin)':
+        '.npy .pt .bin'}
 NOT_TEXT = {ending: remedy for remedy, endings in REMEDIES.items() for ending in endings.split()}
 MAGIC = {  # the first bytes of what is no text. PRINTABLE ones could begin a text, too
     b'\x1f\x8b': 'gzip: give it the ending .gz', b'\x28\xb5\x2f\xfd': 'zstd: give it the ending .zst',
-    b'PK\x03\x04': 'zip (or .docx, .epub, ...): unpack it, or extract its text', b'%PDF-': 'PDF: extract its text to a .txt file',
+    b'PK\x03\x04': 'zip (or .docx, .epub, ...): unpack it, or extract its text',
+    b'%PDF-': 'PDF: extract its text to a .txt file',
     b'\x89PNG': 'PNG: leave it out', b'\xff\xd8\xff': 'JPEG: leave it out', b'\x7fELF': 'a program: leave it out',
     b'\xfd7zXZ': 'xz: unpack it', b'7z\xbc\xaf': '7-zip: unpack it', b'\x93NUMPY': 'an array of NumPy: leave it out'}
-PRINTABLE_MAGIC = {b'PAR1': 'Parquet: give it the ending .parquet', b'BZh': 'bzip2: unpack it', b'GIF8': 'GIF: leave it out'}
-MARKS = {codecs.BOM_UTF8: 'utf-8', codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',  # before those of UTF-16
+PRINTABLE_MAGIC = {b'PAR1': 'Parquet: give it the ending .parquet', b'BZh': 'bzip2: unpack it',
+                   b'GIF8': 'GIF: leave it out'}
+MARKS = {codecs.BOM_UTF8: 'utf-8',
+         codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',  # before UTF-16, whose marks these begin with
          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 JSON_START = re.compile(rb'\s*(\[\s*)*\{\s*("[^"\n]*"\s*:|\})')
 MARKUP_START = re.compile(rb'\s*<(!doctype html|html|\?xml)', re.IGNORECASE)
@@ -121,7 +126,8 @@ def encoding_name(name):
         name = codecs.lookup(name).name.removesuffix('-sig')
     except (LookupError, ValueError):
         return ''
-    return '' if name in ('idna', 'punycode', 'unicode-escape', 'raw-unicode-escape') else name  # those are not of files
+    not_of_files = ('idna', 'punycode', 'unicode-escape', 'raw-unicode-escape')
+    return '' if name in not_of_files else name
 
 
 def open_corpus(config, check=True):
@@ -262,8 +268,8 @@ def files_corpus(config, files, left_out, own_splits=False):
 
 def find_files(path, kinds):
     """
-    (the files of these kinds at a path, in a directory and its subdirectories, or of a glob, sorted; how many files with which
-    endings are left out). Files are listed, not opened. Raises UserError.
+    (the files of these kinds at a path, in a directory and its subdirectories, or of a glob, sorted; how many files with
+    which endings are left out). Files are listed, not opened. Raises UserError.
     """
     path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
@@ -284,8 +290,8 @@ def find_files(path, kinds):
     left_out = Counter(''.join(ending(file)) or '(no ending)' for file in left_out)
     if not files:
         endings = ', '.join(f'.{kind}' for kind in kinds)
-        raise SourceMissing(f'{path}: no such file, and no directory or glob with {endings} files (.gz or .zst too, except .parquet)'
-                            + (f'; left out: {listed(left_out)}' if left_out else ''))
+        raise SourceMissing(f'{path}: no such file, and no directory or glob with {endings} files '
+                            '(.gz or .zst too, except .parquet)' + (f'; left out: {listed(left_out)}' if left_out else ''))
     return files, left_out
 
 
@@ -302,7 +308,10 @@ def kind(path):
 
 
 def kind_of(path, encoding):
-    """'txt', 'jsonl' or 'parquet' by the ending, or by the content where the ending doesn't say. Raises UserError for other content."""
+    """
+    'txt', 'jsonl' or 'parquet' by the ending, or by the content where the ending doesn't say. Raises UserError for other
+    content.
+    """
     name = ending(path)[0]
     if name in NOT_TEXT:
         raise UserError(f'{path}: {NOT_TEXT[name]}')
@@ -322,7 +331,7 @@ def kind_of(path, encoding):
 
 
 def read_head(path, encoding):
-    """The beginning of a file as UTF-8, without a mark, and whether there is more. Raises UserError where it is no text."""
+    """The beginning of a file as UTF-8, without a mark; whether there is more. Raises UserError where it is no text."""
     with readable(lambda: path), uncompressed(path) as (file, _):
         data = file.read(HEAD)
     is_cut = len(data) == HEAD
@@ -353,7 +362,7 @@ def starts_with_object(head, is_cut):
 
 
 def contents(files, left_out, reading):
-    """In one line: how many files of which endings are read, those that are read as something else, and what is left out."""
+    """In one line: how many files of which endings are read, and as what, and what is left out."""
     labels = Counter()
     for file in files:
         label = ''.join(ending(file)) or '(no ending)'
@@ -381,7 +390,7 @@ def sizes(files):
 
 
 def check_files(files, reading):
-    """Opens the files (of many the first ones). Raises UserError for a broken one, or one without the text or a score."""
+    """Opens the files (of many the first ones). Raises UserError for a broken one, or one without the text or score."""
     checked, without_text = files if len(files) < CHECKED else files[:10], []
     for file in checked:
         kind = kind_of(file, reading.encoding)
@@ -401,8 +410,8 @@ def check_files(files, reading):
             check_names(file, names, reading.scores)
     if len(without_text) == len(checked):
         file, names = without_text[0]
-        raise UserError(f'{file}: none of its first lines has a text in a field {reading.field!r}, which --text_field names' +
-                        (f", but the last of them has: {', '.join(names)[:200]}" if names else ''))
+        raise UserError(f'{file}: none of its first lines has a text in a field {reading.field!r}, which --text_field names'
+                        + (f", but the last of them has: {', '.join(names)[:200]}" if names else ''))
 
 
 def check_names(where, names, one_of):
@@ -412,11 +421,12 @@ def check_names(where, names, one_of):
 
 def file_rows(files, reading, start=None, text=None):
     """
-    (row, dropped, position) of the files in turn. row[reading.field] is a str, unless the row was dropped. `text` reads what isn't
-    .jsonl or .parquet, by default `pieces`. Position: [index of the file, position in it], and what BadRows adds.
+    (row, dropped, position) of the files in turn. row[reading.field] is a str, unless the row was dropped. `text` reads
+    what isn't .jsonl or .parquet, by default `pieces`. Position: [index of the file, position in it], and what BadRows adds.
     """
     number, inner = (start or (0, None))[:2]
-    outdated = UserError('the unfinished preparation is of an earlier version: remove its directory, .NAME.tmp, and start again')
+    outdated = UserError('the unfinished preparation is of an earlier version: remove its directory, .NAME.tmp, '
+                         'and start again')
     if not isinstance(number, int):
         raise outdated
     while number < len(files):
@@ -441,8 +451,8 @@ def place(files, position):
 
 class BadRows:
     """
-    Rows without a text, or without a score where one is needed: they are left out, and the first is named. More than a share of
-    `limit` of the rows read so far is a UserError, once 1,000 rows are read and at the end.
+    Rows without a text, or without a score where one is needed: they are left out, and the first is named. More than a
+    share of `limit` of the rows read so far is a UserError, once 1,000 rows are read and at the end.
     """
     def __init__(self, limit):
         self.limit, self.is_named = limit, False
@@ -468,8 +478,8 @@ class BadRows:
     def judge(self, count, bad, reading, where):
         if bad / count > self.limit:
             score = ' or no score' if reading.scores else ''
-            raise UserError(f'{where}: {bad:,} of {count:,} rows up to here have no text in a field {reading.field!r}{score}, more than '
-                            f'--bad_rows={self.limit:g} allows: name another --text_field or allow more')
+            raise UserError(f'{where}: {bad:,} of {count:,} rows up to here have no text in a field {reading.field!r}{score}, '
+                            f'more than --bad_rows={self.limit:g} allows: name another --text_field or allow more')
 
 
 def missing(row, reading):
@@ -519,7 +529,7 @@ def uncompressed(path):
 
 @contextmanager
 def opened(path, reading, offset=0):
-    """A buffered binary file of the uncompressed content as UTF-8, at this byte of it, and the file as it is on the disk."""
+    """A buffered binary file of the content as UTF-8, uncompressed, at this byte of it, and the file on the disk."""
     with uncompressed(path) as (file, raw):
         encoding = encoding_of(path, file.peek(4), reading.encoding)
         if encoding != 'utf-8':
@@ -538,14 +548,15 @@ def encoding_of(path, data, encoding):
         if data.startswith(mark):
             return marked
     if encoding in ('utf-16', 'utf-32') and data:
-        raise UserError(f'{path}: no mark says which byte comes first: --encoding={encoding}-le (on most machines) or {encoding}-be')
+        raise UserError(f'{path}: no mark says which byte comes first: --encoding={encoding}-le (on most machines) '
+                        f'or {encoding}-be')
     return encoding
 
 
 class Utf8(io.RawIOBase):
     """
-    The text of a binary file in another encoding, as UTF-8. What can't be decoded is a UserError with bad_text='refuse', otherwise
-    a byte that is no UTF-8: the readers do with it what they do with such bytes.
+    The text of a binary file in another encoding, as UTF-8. What can't be decoded is a UserError with bad_text='refuse',
+    otherwise a byte that is no UTF-8: the readers do with it what they do with such bytes.
     """
     def __init__(self, file, path, encoding, bad_text):
         self.file, self.path, self.encoding, self.bad_text = file, path, encoding, bad_text
@@ -563,7 +574,8 @@ class Utf8(io.RawIOBase):
             try:
                 text = self.decoder.decode(data, self.ended)
             except UnicodeDecodeError as error:
-                raise UserError(f'{self.path}: not {self.encoding} at byte {self.read_bytes - pending + error.start}{GO_ON}')
+                position = self.read_bytes - pending + error.start
+                raise UserError(f'{self.path}: not {self.encoding} at byte {position}{GO_ON}')
             self.read_bytes += len(data)
             self.ready = text.encode('utf-8', 'bad_byte')
         count = min(len(buffer), len(self.ready))
@@ -571,8 +583,12 @@ class Utf8(io.RawIOBase):
         return count
 
 
-# What an encoding can't decode becomes a surrogate, which UTF-8 can't encode, and that becomes a byte which is no UTF-8.
-codecs.register_error('bad_byte', lambda error: (b'\xff' if isinstance(error, UnicodeEncodeError) else '\udcff', error.end))
+def bad_byte(error):
+    """What can't be decoded becomes a surrogate, which UTF-8 can't encode, and that becomes a byte which is no UTF-8."""
+    return b'\xff' if isinstance(error, UnicodeEncodeError) else '\udcff', error.end
+
+
+codecs.register_error('bad_byte', bad_byte)
 
 
 def pieces(path, reading=Reading(), start=0):
@@ -617,8 +633,8 @@ def text_lines(path, reading, start=None):
 
 def plain_text(data, reading, where, offset=0, final=True):
     """
-    (text or None, why it was dropped or 'replaced', bytes used). final=False: data may end inside a character. A NUL is no text
-    either. Raises UserError if bad_text is 'refuse'.
+    (text or None, why it was dropped or 'replaced', bytes used). final=False: data may end inside a character. A NUL is
+    no text either. Raises UserError if bad_text is 'refuse'.
     """
     is_strict = reading.bad_text == 'refuse'
     try:
@@ -643,7 +659,7 @@ def not_utf8_at(data, final=False):
 
 
 def wide_encoding(data):
-    """The UTF-16 or UTF-32 that data without a mark is in, '' for neither: of Latin letters one or three bytes are NUL."""
+    """The UTF-16 or UTF-32 that data without a mark is in, or '': of Latin letters one or three bytes are NUL."""
     for encoding, width in (('utf-32-le', 4), ('utf-32-be', 4), ('utf-16-le', 2), ('utf-16-be', 2)):
         whole = data[:len(data) - len(data) % width]
         nuls = [whole[k::width].count(0) for k in range(width)]
@@ -666,7 +682,7 @@ def encoding_hint(data):
 
 
 def likely_encoding(data):
-    """A guess at the encoding of text that is not UTF-8, '' where there is none, and where damaged UTF-8 is likelier."""
+    """A guess at the encoding of text that is not UTF-8, '' where there is none, or where damaged UTF-8 is likelier."""
     def share(encoding, expected):
         """Of the characters beyond ASCII, how many are expected ones."""
         try:
@@ -684,8 +700,9 @@ def likely_encoding(data):
         if share(encoding, kana) > 0.3:
             return encoding
     if high > letters:
-        for encoding, expected, least in (('euc_kr', hangul, 0.9), ('gb2312', hanzi, 0.9), ('big5', hanzi, 0.9), ('gb18030', hanzi, 0.9),
-                                          ('cp1251', '[а-яё]', 0.6), ('koi8_r', '[а-яё]', 0.6)):
+        candidates = [('euc_kr', hangul, 0.9), ('gb2312', hanzi, 0.9), ('big5', hanzi, 0.9), ('gb18030', hanzi, 0.9),
+                      ('cp1251', '[а-яё]', 0.6), ('koi8_r', '[а-яё]', 0.6)]
+        for encoding, expected, least in candidates:
             if share(encoding, expected) > least:
                 return 'gb18030' if encoding == 'gb2312' else encoding  # which it is a part of
     elif share('cp1252', '[À-ÖØ-öø-ÿŒœŠšŽž€‘’“”–—…«»¡¿£§©°·]') > 0.9:
@@ -695,8 +712,9 @@ def likely_encoding(data):
 
 def jsonl(path, reading, start=None):
     """
-    (row, '', position) of the lines of a .jsonl file, where row[field] is a str, or (row or None, why, position): 'unreadable' (no
-    text in the field), 'bad_text' or 'not_json'; with bad_text='refuse' the last two are a UserError with the number of the line.
+    (row, '', position) of the lines of a .jsonl file, where row[field] is a str, or (row or None, why, position):
+    'unreadable' (no text in the field), 'bad_text' or 'not_json'; with bad_text='refuse' the last two are a UserError with
+    the number of the line.
     """
     for line, end in lines(path, reading, start):
         if line.isspace() or not line:
@@ -717,7 +735,8 @@ def jsonl(path, reading, start=None):
                 row[reading.field], dropped = SURROGATE.sub('\ufffd', value), 'replaced'
         except UnicodeDecodeError as error:
             if reading.bad_text == 'refuse':
-                raise UserError(f'{path}:{end[1]}: not UTF-8 at byte {error.start} of the line{encoding_hint(line)}{GO_ON}')
+                hint = encoding_hint(line)
+                raise UserError(f'{path}:{end[1]}: not UTF-8 at byte {error.start} of the line{hint}{GO_ON}')
             row, dropped = None, 'bad_text'
         except (ValueError, RecursionError) as error:
             if reading.bad_text == 'refuse':
@@ -727,7 +746,10 @@ def jsonl(path, reading, start=None):
 
 
 def parquet(path, reading, start=0):
-    """(row or None, dropped, rows up to here) of a .parquet file: the text and score columns. Row groups before `start` are not read."""
+    """
+    (row or None, dropped, rows up to here) of a .parquet file: the text and score columns. Row groups before `start` are
+    not read.
+    """
     pa, done, start = installed('pyarrow'), 0, start or 0
     with open_parquet(path, reading) as file:
         scores = [name for name in reading.scores if file.schema_arrow.names.count(name) == 1]
@@ -736,7 +758,8 @@ def parquet(path, reading, start=0):
                 if (size := file.metadata.row_group(group).num_rows) <= start - done:
                     done += size
                     continue
-                for batch in file.iter_batches(32, row_groups=[group], columns=[reading.field, *scores], use_threads=False):
+                columns = [reading.field, *scores]
+                for batch in file.iter_batches(32, row_groups=[group], columns=columns, use_threads=False):
                     texts = batch.column(reading.field).cast(pa.large_binary()).to_pylist()  # so that a broken one can be told
                     values = [batch.column(name).to_pylist() for name in scores]
                     for data, *row_scores in zip(texts, *values):
@@ -801,7 +824,8 @@ def fineweb_corpus(config):
         files, left_out = find_files(config.source, ('jsonl', 'parquet'))
         source |= {'source': config.source, **sizes(files)}
         inputs = stamp(files)
-        rows, progress, where = partial(file_rows, files, reading), partial(file_progress, files, reading), partial(place, files)
+        rows, progress = partial(file_rows, files, reading), partial(file_progress, files, reading)
+        where = partial(place, files)
         check, contents_line = partial(check_files, files, reading), partial(contents, files, left_out, reading)
     else:
         source |= {'subset': config.subset}
@@ -812,7 +836,10 @@ def fineweb_corpus(config):
         for row, dropped, end in rows:
             if dropped in ('', 'replaced'):
                 score = score_of(row)
-                dropped = 'unreadable' if score is None else dropped if score >= config.min_score else 'low_score'  # nan, too
+                if score is None:
+                    dropped = 'unreadable'
+                elif not score >= config.min_score:  # nan too
+                    dropped = 'low_score'
             yield row, dropped, end
 
     def documents(position=None):
@@ -824,7 +851,7 @@ def fineweb_corpus(config):
 
 
 def score_of(row):
-    """The rounded score, by which the published subsets are cut, or the exact one where there is none. None: it is no number."""
+    """The rounded score, by which the published subsets are cut, or the exact one without it. None: it is no number."""
     score = row.get('int_score')
     score = row.get('score') if score is None else score
     try:
@@ -951,8 +978,8 @@ class Stream:
                 hopeless = failures > RETRIES or not arrived and time.monotonic() - begin > HOPELESS
                 if hopeless or offline or not is_transient(error):
                     raise UserError(f"{self.name}: can't read {self.where} behind row {position[1]:,}, tried {failures} time"
-                                    f"{'s' * (failures > 1)} ({offline}{reason}). Without a network: --source=PATH of downloaded .parquet "
-                                    'files of it, --dataset=text:PATH or --dataset=pylib') from error
+                                    f"{'s' * (failures > 1)} ({offline}{reason}). Without a network: --source=PATH of "
+                                    'downloaded .parquet files of it, --dataset=text:PATH or --dataset=pylib') from error
                 print(f'{self.name}: {reason}: trying again in {2**(failures - 1)} s', file=sys.stderr, flush=True)
                 time.sleep(2**(failures - 1))
 

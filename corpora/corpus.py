@@ -54,8 +54,9 @@ GO_ON = ' (--bad_text=skip or replace goes on)'
 RETRIES = 5  # times that a fault of the network is waited out, for 1, 2, 4, 8 and 16 s; documents that arrive start the count anew
 HOPELESS = 15  # seconds: where not one row has come so long after the start there is no network, and nothing more to wait for
 
+# Of files by their endings. .gz and .zst may follow, except behind .parquet.
 KINDS = {'.txt': 'txt', '.text': 'txt', '.md': 'txt', '.rst': 'txt',
-         '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet'}  # of files by their endings; .gz and .zst may follow, except behind .parquet
+         '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet'}
 REMEDIES = {
     'a table: write it as .jsonl or .parquet with the text in one column, or name it .txt to train on it as it is':
         '.csv .tsv .xls .xlsx .ods',

@@ -4,6 +4,8 @@
     path, state = find('runs/x')               # the newest good checkpoint of a run, or a file
     model, state = load_model('runs/x', device)
 
+Packed files of export.py are not checkpoints. deploy.packed.load_model reads both.
+
 A checkpoint is one dict of tensors and plain containers in torch's zip format. It is always read with
 weights_only=True, which unpickles nothing else, so a file from a stranger can't run code.
 """
@@ -16,7 +18,6 @@ from types import SimpleNamespace
 
 import torch
 
-from deploy import packed
 from configurator import UserError, typed
 from files import replacing
 from model import GPT, GPTConfig
@@ -167,8 +168,9 @@ def same_tokenizer(state, data, path, knob='--resume'):
                         f'(data {state["data"].get("fingerprint")}, here {data.fingerprint})')
 
 
-def model_config(state, path):
-    """The GPTConfig that a checkpoint was trained with. UserError if it can't be one."""
+def model_config(state, path, context=0):
+    """The GPTConfig that a checkpoint was trained with, for windows of at least `context` tokens. UserError if its config is broken,
+    or its learned positions end before `context`."""
     try:
         config = GPTConfig(**{f.name: typed(state['config'][f.name], f.type) for f in fields(GPTConfig)
                               if f.name in state['config']})
@@ -182,6 +184,9 @@ def model_config(state, path):
     if config.ffn == 'trix' and isinstance(steps, int) and steps > 0:  # as many tiles as it was trained with by then
         trained = SimpleNamespace(anneal_steps=steps, trix_tiles=config.trix_tiles, trix_top_k=config.trix_top_k)
         config.trix_top_k = top_k(max(0, state['step']), trained)
+    if context > config.block_size and config.positions == 'learned':
+        raise UserError(f'--context={context}: {path} has learned positions, and no more than {config.block_size} of them')
+    config.block_size = max(config.block_size, context)
     return config
 
 
@@ -203,17 +208,10 @@ def load_weights(model, state, path):
 
 
 def load_model(run, device, context=0):
-    """A run directory, checkpoint or packed file -> (GPT in eval mode on the device, the checkpoint's dict); for windows of
-    `context` tokens, if given. UserError if learned positions end before."""
-    is_packed = str(run).endswith('.safetensors')
-    path, state = (run, packed.read(run)) if is_packed else find(run, device)
-    config = model_config(state, path)
-    if context > config.block_size and config.positions == 'learned':
-        raise UserError(f'--context={context}: {path} has learned positions, and no more than {config.block_size} of them')
-    config.block_size = max(config.block_size, context)
-    if is_packed:
-        return packed.build(config, state, path, device), state
-    model = GPT(config).to(device)
+    """A run directory or checkpoint -> (GPT in eval mode on the device, the checkpoint's dict); for windows of `context` tokens, if
+    given. UserError if learned positions end before."""
+    path, state = find(run, device)
+    model = GPT(model_config(state, path, context)).to(device)
     load_weights(model, state, path)
     return model.eval(), state
 

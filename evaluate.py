@@ -19,7 +19,7 @@ import numpy as np
 
 from runtime import device as hardware
 from benchmarks import hellaswag
-from checkpoint import load_model
+from deploy.packed import load_model
 from runtime.profiling import is_out_of_memory
 from runtime.runlog import plain, read_lines
 from corpora.shards import ShardData, open_data

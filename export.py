@@ -32,7 +32,7 @@ from deploy import convert as conversion
 from runtime import device as hardware
 from deploy import packed
 import settings
-from checkpoint import load_model
+from deploy.packed import load_model
 from data import TokenData
 from model import GPT, BitLinear, GPTConfig, TriX, ternary_codes
 from tokenizer import BYTE_OF, EOT, encode, load_tokenizer

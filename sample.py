@@ -13,7 +13,7 @@ from pathlib import Path
 from configurator import UserError, as_utf8, load, run  # before torch, whose import Ctrl-C may interrupt
 import torch
 
-from checkpoint import load_model
+from deploy.packed import load_model
 from kernels import autocast
 from runtime import device as hardware
 from runtime.generation import encode, generate

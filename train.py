@@ -26,6 +26,7 @@ import settings
 from configurator import UserError
 from corpora.preparation import open_dataset
 from data import Prefetcher
+from deploy import packed
 from kernels import autocast
 from model import GPT, GPTConfig
 from optim import local_tensor, make_optimizers, set_rates
@@ -535,7 +536,7 @@ def find_teacher(config, data, device):
     """The model of --distill_from, or None. UserError if its tokens are not those of the data."""
     if not config.distill_from:
         return None
-    model, state = checkpoint.load_model(config.distill_from, device, config.block_size)
+    model, state = packed.load_model(config.distill_from, device, config.block_size)
     checkpoint.same_tokenizer(state, data, config.distill_from, '--distill_from')
     if model.config.vocab_size != config.vocab_size:
         raise UserError(f'--distill_from={config.distill_from}: its vocabulary has {model.config.vocab_size} entries, '

@@ -15,7 +15,7 @@ from runtime import device as hardware
 import export
 from deploy import packed
 import settings
-from checkpoint import load_model
+from deploy.packed import load_model
 from configurator import UserError
 from data import TokenData
 from benchmarks.measure import ROOT, compare, interleaved, report

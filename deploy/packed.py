@@ -2,7 +2,7 @@
 Models with ternary matrices as they are deployed: codes of 2 bits in one safetensors file, and decoding from them.
 
     write('model.safetensors', pack(model, 'int8'), 'int8', state)  # export.py pack; state: the dict of a checkpoint
-    model, state = checkpoint.load_model('model.safetensors', 'cpu')  # by read() and build(), in place of a run
+    model, state = load_model('model.safetensors', 'cpu')  # or a run directory, or a checkpoint
 
 Codes lie four to a byte, the first in the low bits, 00 = 0, 01 = +1, 10 = -1, every row of a matrix from a byte on. Activations in
 int8 are multiplied by them as they lie: ternary.cpp, built on first use. Other activations (TriX has them in fp32, unless
@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.overrides import TorchFunctionMode
 
+import checkpoint
 from configurator import UserError
 from files import replacing
 from model import (GPT, Attention, BitLinear, TriX, bit_product, int8, int8_codes, rms, rotary_tables,
@@ -573,3 +574,12 @@ def build(config, state, path, device):
     if config.tie_embeddings and state['embeddings'] != 'int8':
         model.lm_head.weight = model.wte.weight
     return model.eval().requires_grad_(False).ready()
+
+
+def load_model(run, device, context=0):
+    """A run directory, checkpoint or packed file -> (GPT in eval mode on the device, the checkpoint's dict); for windows of `context`
+    tokens, if given. The dict of a packed file is that of read(). UserError if learned positions end before `context`."""
+    if not str(run).endswith('.safetensors'):
+        return checkpoint.load_model(run, device, context)
+    state = read(run)
+    return build(checkpoint.model_config(state, run, context), state, run, device), state

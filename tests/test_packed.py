@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import evaluate
 import export
 from deploy import packed
 import sample
 from configurator import UserError
 from model import GPT, BitLinear, BitProduct, GPTConfig, TriX, ternary_codes
-from runs import arguments, finish
+from runs import arguments, finish, lines
 
 CPU = torch.device('cpu')
 SMALL = dict(block_size=24, vocab_size=97, n_layer=2, n_head=2, n_embd=24)
@@ -135,7 +134,7 @@ def opened(model, embeddings='float32'):
 @each_variant
 def test_a_packed_model_computes_what_the_trained_one_does(name, tmp_path):
     model = trained(**VARIANTS[name])
-    other, state = checkpoint.load_model(written(model, tmp_path / 'x.safetensors'), CPU)
+    other, state = packed.load_model(written(model, tmp_path / 'x.safetensors'), CPU)
     assert state['step'] == 7 and other.config == model.config and not other.training
     seen = {}
 
@@ -260,17 +259,17 @@ DAMAGES = {
 def test_a_file_that_is_not_what_its_config_makes_is_refused(good, tmp_path, what):
     path = changed(good, tmp_path / 'x.safetensors', DAMAGES[what])
     with pytest.raises(UserError, match=what) as error:
-        checkpoint.load_model(path, CPU)
+        packed.load_model(path, CPU)
     assert str(path) in str(error.value)
 
 
 def test_a_wrong_hash_is_refused(good, tmp_path):
     path = changed(good, tmp_path / 'x.safetensors', lambda t, m: t[CODES].__setitem__((0, 0), 0b01), rehash=False)
     with pytest.raises(UserError, match='its hash is not that of its content'):
-        checkpoint.load_model(path, CPU)
+        packed.load_model(path, CPU)
     path = changed(good, tmp_path / 'y.safetensors', lambda t, m: m.update(step='8'), rehash=False)
     with pytest.raises(UserError, match='its hash is not that of its content'):
-        checkpoint.load_model(path, CPU)
+        packed.load_model(path, CPU)
 
 
 @pytest.mark.parametrize('keep', [0, 5, 200, -1])
@@ -278,7 +277,7 @@ def test_a_truncated_file_is_refused(good, tmp_path, keep):
     path = tmp_path / 'x.safetensors'
     path.write_bytes(good.read_bytes()[:keep])
     with pytest.raises(UserError, match='truncated, damaged, or no safetensors file'):
-        checkpoint.load_model(path, CPU)
+        packed.load_model(path, CPU)
 
 
 def test_bytes_at_random_places_are_noticed(good, tmp_path):
@@ -286,7 +285,7 @@ def test_bytes_at_random_places_are_noticed(good, tmp_path):
     for at in draw.integers(0, len(content), 60):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1 << draw.integers(8)]) + content[at + 1:])
         with pytest.raises(UserError):
-            checkpoint.load_model(path, CPU)
+            packed.load_model(path, CPU)
 
 
 # ---- the command
@@ -319,6 +318,19 @@ def test_export_sample_and_evaluate(run, tmp_path, capsys):
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_a_packed_file_teaches_as_its_run_does(run, corpus, tmp_path):
+    model, state = packed.load_model(run, CPU)
+    packed.write(tmp_path / 'teacher.safetensors', packed.pack(model), 'float32', state)
+    losses = []
+    for teacher in (run, tmp_path / 'teacher.safetensors'):
+        out = tmp_path / f'student{len(losses)}'
+        code, said = finish(arguments(corpus, out, '--dropout=0', '--max_steps=2', '--warmup_steps=0', '--sample_interval=0',
+                                      f'--distill_from={teacher}', '--distill_weight=1.0'))
+        assert code == 0, said
+        losses.append([line['loss'] for line in lines(out, 'train')])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 @pytest.mark.parametrize('words, what', [
     ([], 'no command: name one of pack'), (['pak', 'RUN'], 'pak: name one of pack'), (['pack'], 'name a run directory'),
     (['pack', 'RUN', 'x.bin'], 'x.bin: this export is a .safetensors file'), (['pack', 'RUN', '--embeddings=int4'], "embeddings='int4' is not one of"),
@@ -339,10 +351,12 @@ def test_sampling_takes_little_more_memory_than_the_file(tmp_path):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=8000, n_layer=4, n_embd=1024, n_head=8, ffn='swiglu', linear='bitnet')).eval()
     path = written(model, tmp_path / 'x.safetensors', 'int8')
-    code = ('import sys, torch, checkpoint, measure, device\n'
+    code = ('import sys, torch\n'
+            'from deploy import packed\n'
+            'from runtime import device\n'
             'from sample import generate\n'
             'before = device.peak_memory_gb(torch.device("cpu"))\n'
-            'model, _ = checkpoint.load_model(sys.argv[1], torch.device("cpu"))\n'
+            'model, _ = packed.load_model(sys.argv[1], torch.device("cpu"))\n'
             'list(generate(model, torch.zeros(1, 1, dtype=torch.int64), 8000, 8))\n'
             'print((device.peak_memory_gb(torch.device("cpu")) - before) * 1e9)')
     done = subprocess.run([sys.executable, '-c', code, path], cwd=Path(packed.__file__).parent.parent, capture_output=True, text=True)
@@ -364,7 +378,8 @@ def test_a_step_that_knows_its_position_only_as_a_tensor(name, monkeypatch):
 
 
 TRITON = """
-import sys, torch, packed
+import sys, torch
+from deploy import packed
 from model import GPT, GPTConfig, int8_codes
 from test_packed import ids, opened, trained
 from deploy import ternary_triton

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 
@@ -33,6 +34,20 @@ def replacing(path, sync=True):
         with contextlib.suppress(OSError):  # where nothing can be written nothing can be deleted
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def replacing_directory(path):
+    """A new directory to fill, which is renamed to `path` if all went well and removed if not."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path, content):

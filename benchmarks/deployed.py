@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from runtime import device as hardware
-import export
-from deploy import packed
+from deploy import convert as conversion
+from deploy import gguf, packed
 import settings
 from deploy.packed import load_model
 from configurator import UserError
@@ -35,7 +35,7 @@ def opened(kind, path, threads):
     torch.set_num_threads(threads)
     ids = torch.randint(256, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     if kind == 'llama.cpp':
-        llama = export.Llama(path, 2 * (PROMPT + NEW), threads)
+        llama = gguf.Llama(path, 2 * (PROMPT + NEW), threads)
 
         def once():
             times = llama.complete(ids[0].tolist(), NEW + 1, ignore_eos=True)['timings']
@@ -85,28 +85,28 @@ def made(shape):
 
 
 def write(folder, name, shape):
-    """Files of a model with weights as they are drawn, in a process that gives its memory back. -> their paths"""
+    """Files of a model with randomly initialised weights, in a process that gives its memory back. -> their paths"""
     model, paths = made(shape).eval(), [folder / f'{name}.safetensors']
     packed.write(paths[0], packed.pack(model, 'int8'), 'int8', {'config': asdict(shape), 'tokenizer': None, 'step': 0, 'data': {}})
     if name == 'BitNet':
         tokenizer = train_bpe([(ROOT / 'README.md').read_text()], 512)
         for matrices, embeddings in (('TQ2_0', 'Q8_0'), ('F16', 'F16')):
             paths.append(folder / f'{matrices}.gguf')
-            export.write_gguf(paths[-1], model, tokenizer, matrices, embeddings)
+            gguf.write(paths[-1], model, tokenizer, matrices, embeddings)
     return paths
 
 
 def llama_cpp(config):
     """
     Decoding on the CPU of one sequence with the shape of config/bitnet_95m.py: a prompt of 128 tokens at once, then 32 one by one,
-    each candidate in a process of its own, in turn. The weights are the same, and as they are drawn. Embeddings are int8 where it
+    each candidate in a process of its own, in turn. All have the same randomly initialised weights. Embeddings are int8 where it
     says packed or TQ2_0. TriX: 8 tiles of which a token uses 2, with as many hidden units for a token as BitNet's FFN has, or with as
     many weights. `peak GB`: of the whole process, Python and torch included.
     """
     if missing := [name for name in ('gguf', 'xllamacpp') if not find_spec(name)]:
         raise UserError(f'--llama_cpp needs {" and ".join(missing)}: pip install -r requirements-dev.txt')
     server, threads = multiprocessing.get_context('forkserver'), torch.get_num_threads()
-    server.set_forkserver_preload(['deployed'])  # imported once for all
+    server.set_forkserver_preload(['benchmarks.deployed'])  # imported once for all
     with tempfile.TemporaryDirectory() as folder:
         candidates, reference = {}, 'llama.cpp TQ2_0'
         for name, shape in shapes().items():
@@ -147,33 +147,32 @@ def convert(config):
     device = torch.device('cpu')
     model, state = load_model(dense, device)
     data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
-    lengths, found = token_bytes(load_tokenizer(data.tokenizer)), {'dense': (model, False)}
+    lengths, found = token_bytes(load_tokenizer(data.tokenizer)), {'dense': model}
     for to in ('trix', 'bitnet_ffn', 'bitnet'):
         out = Path('runs/convert', to)
         if not out.exists():
-            export.main(['convert', dense, str(out), f'--to={to}', '--device=cpu'])
+            conversion.convert(dense, model, state, out, to)
         trained([str(out / 'recover.py'), '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
-        found |= {f'{to}: {name}': stage for name, stage in export.stages_of(model, to).items()}
-        found[f'{to}: recovered'] = load_model(out / 'recovered', device)[0], True
+        found |= {f'{to}: {name}': stage for name, stage in conversion.stages_of(model, to).items()}
+        found[f'{to}: recovered'] = load_model(out / 'recovered', device)[0]
     rows, runners = [], {}
-    for name, (other, ternary) in found.items():
-        ternary = ternary and name != 'dense'
-        with export.as_they_are(not ternary):
-            loss = validate(other, data, lengths, data.val_windows(), 16, device, torch.float32)['loss']
+    for name, other in found.items():
+        ternary = conversion.is_ternary(other)
+        loss = validate(other, data, lengths, data.val_windows(), 16, device, torch.float32)['loss']
         tensors = packed.pack(other) if ternary else other.state_dict()
         if not ternary and other.config.tie_embeddings:
             tensors.pop('lm_head.weight')
-        runner = packed.build(other.config, {'packed': tensors, 'embeddings': 'float32'}, name, device) if ternary else other
-        runners[name] = runner, ternary
+        runners[name] = other
+        if ternary:
+            runners[name] = packed.build(other.config, {'packed': tensors, 'embeddings': 'float32'}, name, device)
         rows.append({'model': name, 'loss': loss, 'to dense': loss - rows[0]['loss'] if rows else 0.0,
                      'MB': sum(tensor.nbytes for tensor in tensors.values()) / 1e6})
         print(f'{name}: {loss:.4f}', flush=True)
     half = model.config.block_size // 2
 
-    def speed(runner, ternary):
-        with export.as_they_are(not ternary):
-            return decoded(runner, torch.zeros(1, min(PROMPT, half), dtype=torch.int64), min(NEW, half))[1]
-    times = interleaved({name: lambda of=of: speed(*of) for name, of in runners.items()}, config.repeats)
+    def speed(runner):
+        return decoded(runner, torch.zeros(1, min(PROMPT, half), dtype=torch.int64), min(NEW, half))[1]
+    times = interleaved({name: lambda runner=runner: speed(runner) for name, runner in runners.items()}, config.repeats)
     for row, one in zip(rows, compare(times, 'dense')):
         row |= {'tokens/s': 1 / one['seconds'], 'speed': one['ratio']}
     report('convert', rows, config)

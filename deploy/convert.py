@@ -1,23 +1,38 @@
 """
-A trained dense model as a ternary one, for export.py convert: its weights rearranged, and rounded as well as they can be. What is
-lost thereby is for train.py to bring back (--init_from, --distill_from, --anneal_steps).
+A trained dense model as a ternary one, for export.py convert and bench.py convert. Its weights are rearranged and
+rounded as well as they can be. Training recovers what is lost thereby (--init_from, --distill_from, --anneal_steps).
 
-    config, weights = split(model, tiles=8, top_k=6)   # dense FFN -> TriX: tiles of neurons that answer to alike inputs
-    config, weights = bitnet(model)                    # every matrix of the blocks ternary, with 'bitnet_ffn' of the FFNs
+    config, weights = split(model, tiles=8, top_k=6)  # dense FFN -> TriX: tiles of alike neurons
+    config, weights = bitnet(model)                   # ternary blocks, or with 'bitnet_ffn' FFNs
     weights = ternarised(config, weights)
+    convert('runs/dense', model, state, Path('runs/dense/trix'), 'trix')  # a run directory with recover.py for train.py
 """
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
 
+import checkpoint
+import settings
 from configurator import UserError
-from model import ACTS, GPT, BitLinear, TriX
+from deploy.parity import PARITY_TOKENS, loss_of, real_text
+from files import replacing_directory
+from model import ACTS, GPT, BitLinear, GPTConfig, TriX
 
+# Options of a run that its recovery does not take over: places, what depends on the length of the run, and hardware.
+NOT_KEPT = ('out_dir', 'init_from', 'distill_from', 'anneal_steps', 'resume', 'other_data', 'verify', 'plan', 'card_gb',
+            'profile', 'max_steps', 'warmup_steps', 'restart_steps', 'decay_steps', 'boundary_step', 'mandatory_steps',
+            'schedule', 'min_lr_ratio', 'eval_interval', 'save_interval', 'sample_interval', 'log_interval', 'keep',
+            'device', 'dtype', 'compile', 'zero_init')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights
 
 def balanced_kmeans(points, k, rounds=30, seed=0):
-    """(N, C) -> (k, N / k) indices: k clusters of equal size by direction. Each round gives the closest pairs of point and centre to
-    one another first, while a centre has places left."""
+    """(N, C) -> (k, N / k) indices: k clusters of equal size by direction. Each round assigns the closest pairs of
+    point and centre first, as long as the centre has places left."""
     points, size = F.normalize(points.float(), dim=1), len(points) // k
     centres = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:k]]
     before = None
@@ -35,17 +50,17 @@ def balanced_kmeans(points, k, rounds=30, seed=0):
     return torch.tensor(before).argsort(stable=True).view(k, size)
 
 
-def dense(model):
-    """UserError if a model has something ternary already."""
+def check_dense(model):
+    """UserError if a model has ternary matrices already."""
     if any(isinstance(module, (BitLinear, TriX)) for module in model.modules()):
         raise UserError(f'ffn={model.config.ffn}, linear={model.config.linear}: this model is ternary already')
 
 
 @torch.no_grad()
 def split(model, tiles, top_k):
-    """The FFNs of a dense model cut into tiles -> (config, weights) of the TriX model. The same function while a token goes to all
-    tiles and TriX.ternary is False."""
-    dense(model)
+    """The FFNs of a dense model cut into tiles -> (config, weights) of the TriX model. It computes the same function if
+    a token goes to all tiles and the tiles are `without_ternary`."""
+    check_dense(model)
     shape, weights = model.config, dict(model.state_dict())
     if shape.ffn not in ACTS:
         raise UserError(f'ffn={shape.ffn}: only {", ".join(ACTS)} can be cut into tiles')
@@ -56,36 +71,43 @@ def split(model, tiles, top_k):
         raise UserError(f'--tiles={tiles} does not divide the {hidden} hidden units of an FFN')
     for i in range(shape.n_layer):
         name = f'blocks.{i}.ffn'
-        part = {key: weights.pop(f'{name}.{key}_proj.weight') for key in ('gate', 'up', 'down') if f'{name}.{key}_proj.weight' in weights}
-        own = balanced_kmeans(part['up'], tiles).to(part['up'].device)  # (E, h)
-        weights |= {f'{name}.up': torch.cat([part[key][own] for key in ('gate', 'up') if key in part], 1),
-                    f'{name}.down': part['down'].T[own].transpose(1, 2).contiguous(), f'{name}.slope': torch.zeros(tiles),
-                    f'{name}.balance': torch.zeros(tiles), f'{name}.pace': torch.zeros(tiles)}
-    return replace(shape, ffn='trix', trix_cut=shape.ffn, trix_tiles=tiles, trix_top_k=top_k, trix_hidden=hidden // tiles, d_ff=0), weights
+        keys = [key for key in ('gate', 'up', 'down') if f'{name}.{key}_proj.weight' in weights]
+        dense = {key: weights.pop(f'{name}.{key}_proj.weight') for key in keys}
+        units = balanced_kmeans(dense['up'], tiles).to(dense['up'].device)  # (E, h)
+        weights |= {f'{name}.up': torch.cat([dense[key][units] for key in keys if key != 'down'], 1),  # (E, h or 2h, C)
+                    f'{name}.down': dense['down'].T[units].transpose(1, 2).contiguous()}  # (E, C, h)
+        weights |= {f'{name}.{key}': torch.zeros(tiles) for key in ('slope', 'balance', 'pace')}
+    shape = replace(shape, ffn='trix', trix_cut=shape.ffn, trix_tiles=tiles, trix_top_k=top_k,
+                    trix_hidden=hidden // tiles, d_ff=0)
+    return shape, weights
 
 
 def bitnet(model, linear='bitnet'):
-    """-> (config, weights) of the model with the matrices of the blocks to be rounded, or with bitnet_ffn of the FFNs; no other change."""
-    dense(model)
+    """-> (config, weights) of the same model with ternary matrices in the blocks, or only in the FFNs
+    (linear='bitnet_ffn'). The weights are not changed: the ternary model rounds them."""
+    check_dense(model)
     return replace(model.config, linear=linear, sub_norm=False), dict(model.state_dict())
 
 
 @torch.no_grad()
 def ternarised(config, weights):
-    """The weights of a ternary model with the latent ones changed so that they are rounded to the nearest codes and scales."""
+    """The weights of a ternary model, latent ones changed so that they are rounded to the nearest codes and scales."""
     with torch.device('meta'):
         model = GPT(config)
     names = [f'{name}.weight' for name, module in model.named_modules() if isinstance(module, BitLinear)]
-    tiles = [f'{name}.{part}' for name, module in model.named_modules() if isinstance(module, TriX) for part in ('up', 'down')]
+    trix = [name for name, module in model.named_modules() if isinstance(module, TriX)]
+    tiles = [f'{name}.{part}' for name in trix for part in ('up', 'down')]
     return {**weights, **{name: nearest(weights[name]) for name in names},
             **{name: torch.stack([nearest(tile) for tile in weights[name]]) for name in tiles}}
 
 
 def nearest(weight):
     """
-    Latent weights that training rounds (scale mean |w|, threshold half of it) to those codes and that scale which are nearest to
-    `weight` in least squares: codes of the n largest, scale their mean magnitude, n where (their sum)^2 / n is largest. Each keeps its
-    sign and its place in the order of magnitudes, so that those near the threshold stay near it.
+    Latent weights that training rounds to the codes and the scale that are nearest to `weight` in least squares.
+
+    Training takes mean |w| as the scale and half of it as the threshold. The nearest codes are those of the n largest
+    weights, with their mean magnitude as the scale, for the n with the largest (sum of magnitudes)^2 / n. Each latent
+    weight keeps its sign and its place in the order of magnitudes, so that weights near the threshold stay near it.
     """
     size = weight.abs().double().flatten()
     order = size.sort(descending=True).values
@@ -99,3 +121,104 @@ def nearest(weight):
     over = torch.where(small, 0, size - fence)
     latent += over * (scale * len(size) - latent.sum()) / over.sum()  # their mean magnitude is the scale
     return (latent.view(weight.shape) * weight.sign()).to(weight.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages: what each part of a conversion costs
+
+def without_ternary(model):
+    """The model, with TriX tiles that compute with their latent weights from now on, not with ternary ones."""
+    for layer in model.trix_layers():
+        layer.ternary = False
+    return model
+
+
+def is_ternary(model):
+    """Whether a model computes with ternary weights."""
+    return any(isinstance(module, BitLinear) or isinstance(module, TriX) and module.ternary
+               for module in model.modules())
+
+
+def stages_of(model, to, tiles=8, top_k=6):
+    """{stage of a conversion: model in eval mode}. The last one is the result, but for its top_k of TriX."""
+    device = next(model.parameters()).device
+    if to != 'trix':
+        config, weights = bitnet(model, to)
+        return {'ternary': build(config, ternarised(config, weights), device)}
+    config, weights = split(model, tiles, top_k)
+    all_tiles, ternary_weights = replace(config, trix_top_k=tiles), ternarised(config, weights)
+    return {f'cut into {tiles} tiles': without_ternary(build(all_tiles, weights, device)),
+            f'{top_k} of them for a token': without_ternary(build(config, weights, device)),
+            f'{top_k} of them, ternary': build(config, ternary_weights, device),
+            f'all {tiles}, ternary': build(all_tiles, ternary_weights, device)}
+
+
+def build(config, weights, device):
+    model = GPT(config).to(device)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a run to a run
+
+def convert(run, model, state, out, to, tiles=8, top_k=6):
+    """
+    Convert the model of a run, print the loss after every stage, and write the result to the new directory `out`: a run
+    with a checkpoint of step 0, and recover.py, the config of the training that follows.
+
+    run: the path of the run. state: the dict of its checkpoint. to: 'trix', 'bitnet' or 'bitnet_ffn'. UserError if the
+    model can't be converted.
+    """
+    stages = stages_of(model, to, tiles, top_k)
+    options = {key: value for key, value in state['config'].items() if key in settings.TrainConfig.__dataclass_fields__}
+    missing = [key for key in ('batch_size', 'batch_tokens', 'max_steps', 'learning_rate') if key not in options]
+    if missing:
+        raise UserError(f'{run}: its config has no {", ".join(missing)}, '
+                        'and the training that recovers the loss needs them')
+    source, ids = real_text(state, model.config, 8 * PARITY_TOKENS)
+    print(f'cross-entropy in nats per token, on {ids[:, 1:].numel():,} tokens of {source}:')
+    for name, stage in {'as trained': model, **stages}.items():
+        print(f'  {name:42} {loss_of(stage, ids):.4f}')
+    converted = list(stages.values())[-1]
+    options |= vars(converted.config)
+    if to == 'trix':  # the last stage has all tiles; training comes down to top_k
+        options['trix_top_k'] = top_k
+    try:
+        with replacing_directory(out) as folder:
+            (folder / 'checkpoints').mkdir()
+            checkpoint.save(folder / 'checkpoints' / 'step_0000000.pt', {
+                'model': converted.state_dict(), 'optimizer': {}, 'step': 0,
+                'config': {**options, 'out_dir': str(out), 'anneal_steps': 0},
+                'tokenizer': state['tokenizer'], 'data': state['data']}, advice='try again')
+            text = recovery(run, out, to, options)  # with paths that may not be UTF-8
+            (folder / 'recover.py').write_text(text, encoding='utf-8', errors='backslashreplace')
+    except OSError as error:
+        raise UserError(f'{out}: could not be written ({error.strerror or error})')
+
+
+def recovery(run, out, to, options):
+    """
+    The config file of the training that follows a conversion, on a tenth of the tokens of the run. options: its config.
+
+    The learning rate is the best of 1, 2 and 5e-3 for dense_tiny. For other widths it is scaled, not tuned, and never
+    above that of the run. The optimizer is AdamW: Muon recovers less.
+    """
+    defaults = {field.name: field.default for kind in (GPTConfig, settings.TrainConfig) for field in fields(kind)}
+    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
+            if key in defaults and key not in NOT_KEPT}
+    # Half as many sequences per step as in the run, so there are twice as many steps.
+    sequences = max(1, options['batch_tokens'] // options['block_size'] // 2)
+    batch_tokens = sequences * options['block_size']
+    steps = max(1, options['max_steps'] * options['batch_tokens'] // 10 // batch_tokens)
+    kept |= {'init_from': str(out), 'distill_from': run, 'distill_weight': 1.0,
+             'max_steps': steps, 'schedule': 'linear', 'min_lr_ratio': 0.0,
+             'batch_size': math.gcd(sequences, options['batch_size']), 'batch_tokens': batch_tokens,
+             'optimizer': 'adamw', 'matrix_lr': 0.0,
+             'learning_rate': min(options['learning_rate'], 2e-3 * 128 / options['n_embd']),
+             'eval_interval': max(1, steps // 4), 'save_interval': max(1, steps // 4), 'sample_interval': 0,
+             'out_dir': str(out / 'recovered')}
+    if to == 'trix':
+        kept['anneal_steps'] = steps // 4
+    lines = [f'{key} = {value!r}' for key, value in kept.items() if value != defaults[key]]
+    return f'# Recovers what export.py convert lost of {run}, on a tenth of its tokens.\n' + '\n'.join(lines) + '\n'

@@ -11,7 +11,11 @@ import checkpoint
 import export
 from runtime import generation
 from configurator import UserError
-from model import GPT, BitLinear, GPTConfig
+from deploy import packed
+from deploy.gguf import Llama, compare_with_llama_cpp, matrix_weight, merges, vocabulary, write
+from deploy.huggingface import to_tokenizers
+from deploy.parity import without_int8
+from model import GPT, GPTConfig
 from test_packed import ids, trained
 from tokenizer import HARD, load_tokenizer, train_bpe
 
@@ -46,9 +50,9 @@ def read(path):
 
 def test_merges_are_those_that_made_the_tokens(tokenizer):
     ranks = [base64.b64decode(rank) for rank in tokenizer['ranks']]
-    pairs = export.merges(ranks)
+    pairs = merges(ranks)
     assert len(pairs) == 300 - 1 - 256 and len(set(pairs)) == len(pairs)
-    assert [pair.replace(' ', '') for pair in pairs] == export.vocabulary(tokenizer, 300)[0][256:299]
+    assert [pair.replace(' ', '') for pair in pairs] == vocabulary(tokenizer, 300)[0][256:299]
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -57,13 +61,13 @@ def test_a_gguf_file_holds_the_weights(name, matrices, embeddings, tokenizer, tm
     if not matrices and 'linear' in MODELS[name]:
         matrices = 'F16'  # TQ2_0, the default, needs rows of 256
     model = trained(**MODELS[name])
-    said = export.write_gguf(tmp_path / 'x.gguf', model, tokenizer, matrices, embeddings)
+    said = write(tmp_path / 'x.gguf', model, tokenizer, matrices, embeddings)
     metadata, tensors = read(tmp_path / 'x.gguf')
     assert metadata['general.architecture'] == said.split(',')[0] == name.split(',')[0]
     assert len(metadata['tokenizer.ggml.tokens']) == 320 and metadata['tokenizer.ggml.eos_token_id'] == 299
     assert tensors['blk.1.ffn_up.weight'][0] == (matrices or 'F16') and tensors['blk.1.attn_norm.weight'][0] == 'F32'
     tolerance = {'F32': 0, 'F16': 1e-3, '': 1e-3, 'Q8_0': 1e-2}[matrices]
-    weight = export.exact(model.blocks[1].ffn.up_proj).numpy()
+    weight = matrix_weight(model.blocks[1].ffn.up_proj).numpy()
     assert abs(tensors['blk.1.ffn_up.weight'][1] - weight).max() <= tolerance * abs(weight).max()
     assert ('output.weight' in tensors) == (not model.config.tie_embeddings)
     assert not list(tmp_path.glob('*.tmp'))
@@ -72,10 +76,10 @@ def test_a_gguf_file_holds_the_weights(name, matrices, embeddings, tokenizer, tm
 @pytest.mark.parametrize('kind', ['TQ2_0', 'TQ1_0'])
 def test_ternary_types_hold_the_codes_exactly(kind, tokenizer, tmp_path):
     model = trained(**{**MODELS['bitnet'], 'n_embd': 256, 'd_ff': 512})
-    export.write_gguf(tmp_path / 'x.gguf', model, tokenizer, kind)
+    write(tmp_path / 'x.gguf', model, tokenizer, kind)
     _, tensors = read(tmp_path / 'x.gguf')
     for part, key in ((model.blocks[0].mixer.q_proj, 'attn_q'), (model.blocks[1].ffn.down_proj, 'ffn_down')):
-        exact = export.exact(part)
+        exact = matrix_weight(part)
         found = torch.tensor(tensors[f'blk.{0 if key == "attn_q" else 1}.{key}.weight'][1])
         assert torch.equal(found.sign(), exact.sign()) and (found - exact).abs().max() <= 5e-4 * exact.abs().max()  # the scale is in fp16
 
@@ -90,8 +94,8 @@ def opened(tokenizer, tmp_path_factory):
     def open_one(name):
         if name not in known:
             model, path = trained(**MODELS[name]), tmp_path_factory.mktemp('gguf') / 'x.gguf'
-            export.write_gguf(path, model, tokenizer, 'F32', 'F32')
-            known[name] = model, export.Llama(path, 64, threads=1)
+            write(path, model, tokenizer, 'F32', 'F32')
+            known[name] = model, Llama(path, 64, threads=1)
         return known[name]
     return open_one
 
@@ -103,7 +107,7 @@ def test_llama_cpp_computes_the_same(name, opened):
     seen = 0
     for n in (1, 2, 3, 7, 10, 20, 30, 40):
         prompt = ids(n, 1)[0].tolist()
-        with torch.no_grad(), export.activations(rounds=False):
+        with torch.no_grad(), without_int8(model):
             ours = model(torch.tensor([prompt]))[0, -1].log_softmax(-1)
         theirs = llama.next_token(prompt)
         if not theirs:  # the end of the text, or bytes that make no character
@@ -131,8 +135,8 @@ def test_llama_cpp_reads_a_text_as_we_do(opened, tokenizer):
 @needs_llama
 def test_llama_cpp_opens_a_vocabulary_of_bytes_and_reads_a_text_as_we_do(tmp_path):
     bytes_only = train_bpe(['abc def'], 257)
-    export.write_gguf(tmp_path / 'x.gguf', trained(**dict(LLAMA, vocab_size=257)), bytes_only, 'F32', 'F32')
-    llama, encoding = export.Llama(tmp_path / 'x.gguf', 64, threads=1), load_tokenizer(bytes_only)
+    write(tmp_path / 'x.gguf', trained(**dict(LLAMA, vocab_size=257)), bytes_only, 'F32', 'F32')
+    llama, encoding = Llama(tmp_path / 'x.gguf', 64, threads=1), load_tokenizer(bytes_only)
     for text in ('abc def', " [none] [none]none] 'll\n\n", 'é→語'):
         by_text, by_ids = (llama.complete(prompt, 4, logprobs=10) for prompt in (text, [256, *encoding.encode_ordinary(text)]))
         assert by_text['usage']['prompt_tokens'] == by_ids['usage']['prompt_tokens'] == 1 + len(text.encode()), text
@@ -142,9 +146,9 @@ def test_llama_cpp_opens_a_vocabulary_of_bytes_and_reads_a_text_as_we_do(tmp_pat
 @needs_llama
 def test_a_model_with_a_short_context_is_compared_within_it(tokenizer, tmp_path, capsys):
     model = trained(**dict(LLAMA, block_size=16))
-    export.write_gguf(tmp_path / 'x.gguf', model, tokenizer, 'F32', 'F32')
-    top, apart = export.compare_with_llama_cpp(tmp_path / 'x.gguf', model, {'data': {}, 'tokenizer': tokenizer})
-    assert apart < 1e-2 and 'with the trained model after 50 texts of README.md' in capsys.readouterr().out
+    write(tmp_path / 'x.gguf', model, tokenizer, 'F32', 'F32')
+    top, apart = compare_with_llama_cpp(tmp_path / 'x.gguf', model, {'data': {}, 'tokenizer': tokenizer})
+    assert apart < 1e-2 and 'compared with the trained model after 50 texts of README.md' in capsys.readouterr().out
 
 
 @needs_llama
@@ -152,8 +156,8 @@ def test_what_llama_cpp_does_not_answer_is_one_line(opened, tmp_path, tokenizer)
     with pytest.raises(UserError, match='llama.cpp: request .* exceeds the available context size'):
         opened('llama')[1].next_token([1] * 100)
     (tmp_path / 'x.gguf').write_bytes(b'no model')
-    with pytest.raises(UserError, match='x.gguf: is written, but llama.cpp does not load it'):
-        export.compare_with_llama_cpp(tmp_path / 'x.gguf', trained(**MODELS['llama']), {'data': {}, 'tokenizer': tokenizer})
+    with pytest.raises(UserError, match='x.gguf: written, but llama.cpp cannot load it'):
+        compare_with_llama_cpp(tmp_path / 'x.gguf', trained(**MODELS['llama']), {'data': {}, 'tokenizer': tokenizer})
 
 
 # ---- in transformers
@@ -167,14 +171,14 @@ def test_transformers_computes_the_same(name, tokenizer, tmp_path, monkeypatch, 
     transformers = pytest.importorskip('transformers', reason='a development requirement')
     model = trained(**THEIRS[name])
     state = {'config': {}, 'data': {}, 'tokenizer': tokenizer}
-    monkeypatch.setattr(export, 'load_model', lambda run, device: (model, state))
+    monkeypatch.setattr(packed, 'load_model', lambda run, device: (model, state))
     export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert other.config.model_type == name.split(',')[0] and other.dtype == torch.float32
-    with torch.no_grad(), export.activations(rounds=False):
+    with torch.no_grad(), without_int8(model):
         assert (other(ids()).logits.log_softmax(-1) - model(ids()).log_softmax(-1)).abs().max() < 1e-4
-    assert 'the same likeliest token for 100.00 %' in capsys.readouterr().out.splitlines()[-1]
-    with pytest.raises(UserError, match='there already'):
+    assert 'same most likely token 100.00 %' in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(UserError, match='hf already exists'):
         export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
     assert [path.name for path in tmp_path.iterdir()] == ['hf']
 
@@ -186,10 +190,10 @@ def test_a_document_mask_is_left_out_and_a_document_alone_has_the_same_logits(na
     end = load_tokenizer(tokenizer).eot_token
     model, state = trained(**THEIRS[name], document_mask=True, eot_id=end), {'config': {}, 'data': {}, 'tokenizer': tokenizer}
     document = model(ids())
-    monkeypatch.setattr(export, 'load_model', lambda run, device: (model, state))
+    monkeypatch.setattr(packed, 'load_model', lambda run, device: (model, state))
     export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
     said = capsys.readouterr().out
-    assert 'other programs do not reset at an end of text' in said and 'the same likeliest token for 100.00 %' in said.splitlines()[-1]
+    assert 'other programs do not reset at an end of text' in said and 'same most likely token 100.00 %' in said.splitlines()[-1]
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert (other(ids()).logits.log_softmax(-1) - document.log_softmax(-1)).abs().max() < 1e-4
 
@@ -197,7 +201,7 @@ def test_a_document_mask_is_left_out_and_a_document_alone_has_the_same_logits(na
 @pytest.mark.parametrize('mask', [False, True])
 def test_a_gguf_text_starts_as_in_training(mask, tokenizer, tmp_path):
     keys = dict(document_mask=True, eot_id=load_tokenizer(tokenizer).eot_token) if mask else {}
-    export.write_gguf(tmp_path / 'x.gguf', trained(**MODELS['llama'], **keys), tokenizer, 'F32', 'F32')
+    write(tmp_path / 'x.gguf', trained(**MODELS['llama'], **keys), tokenizer, 'F32', 'F32')
     assert read(tmp_path / 'x.gguf')[0]['tokenizer.ggml.add_bos_token'] is not mask
 
 
@@ -208,13 +212,13 @@ def test_transformers_stops_where_a_text_ends(name, tokenizer, tmp_path, monkeyp
     model, end = trained(**THEIRS[name]), load_tokenizer(tokenizer).eot_token
 
     def greedy(prompt):
-        with export.activations(rounds=False):
+        with without_int8(model):
             return [token.item() for token in generation.generate(model, torch.tensor([prompt]), model.config.vocab_size, 20, temperature=0)]
     prompt, often = next((prompt, token) for prompt in ids()[:, :8].tolist() for token in greedy(prompt)[:-1] if token not in [*prompt, end])
     rows = model.lm_head.weight.data  # the token and the end of a text change names
     rows[[often, end]] = rows[[end, often]].clone()
     state = {'config': {}, 'data': {}, 'tokenizer': tokenizer}
-    monkeypatch.setattr(export, 'load_model', lambda run, device: (model, state))
+    monkeypatch.setattr(packed, 'load_model', lambda run, device: (model, state))
     export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
     ours = greedy(prompt)
     assert end in ours[:-1]
@@ -226,7 +230,7 @@ def test_transformers_stops_where_a_text_ends(name, tokenizer, tmp_path, monkeyp
 
 def test_transformers_reads_a_text_as_we_do(tokenizer, tmp_path):
     transformers = pytest.importorskip('transformers', reason='a development requirement')
-    export.huggingface_tokenizer(tokenizer).save(str(tmp_path / 'tokenizer.json'))
+    to_tokenizers(tokenizer).save(str(tmp_path / 'tokenizer.json'))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'))
     ours, draw = load_tokenizer(tokenizer), random.Random(2)
     for _ in range(1000):
@@ -238,12 +242,12 @@ def test_transformers_reads_a_text_as_we_do(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize('keys, what', [
-    (dict(ffn='trix'), 'ffn=trix: transformers has no such part'), (dict(GPT2, positions='rotary'), 'positions=rotary: not in a GPT-2'),
-    (dict(GPT2, linear='bitnet'), 'linear=bitnet: not in a GPT-2'), (dict(GPT2, n_kv_head=1), 'n_kv_head=1: not in a GPT-2'),
-    (dict(GPT2, tie_embeddings=False), 'tie_embeddings=False: not in a GPT-2')])
+    (dict(ffn='trix'), 'ffn=trix: the llama and bitnet models of transformers have no such part'), (dict(GPT2, positions='rotary'), 'positions=rotary: GPT-2 has no such part'),
+    (dict(GPT2, linear='bitnet'), 'linear=bitnet: GPT-2 has no such part'), (dict(GPT2, n_kv_head=1), 'n_kv_head=1: GPT-2 has no such part'),
+    (dict(GPT2, tie_embeddings=False), 'tie_embeddings=False: GPT-2 has no such part')])
 def test_what_transformers_cannot_express_is_refused(keys, what, tokenizer, tmp_path, monkeypatch):
     pytest.importorskip('transformers', reason='a development requirement')
-    monkeypatch.setattr(export, 'load_model', lambda run, device: (
+    monkeypatch.setattr(packed, 'load_model', lambda run, device: (
         GPT(GPTConfig(**{**LLAMA, **keys})), {'config': {}, 'data': {}, 'tokenizer': tokenizer}))
     with pytest.raises(UserError, match=what):
         export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
@@ -253,33 +257,36 @@ def test_what_transformers_cannot_express_is_refused(keys, what, tokenizer, tmp_
 # ---- refusals
 
 @pytest.mark.parametrize('keys, what', [
-    (dict(ffn='trix'), 'ffn=trix: llama.cpp has no such part'), (dict(ffn='relu2'), 'ffn=relu2: llama.cpp has'),
+    (dict(ffn='trix'), 'ffn=trix: the llama and bitnet models of llama.cpp have no such part'), (dict(ffn='relu2'), 'ffn=relu2: the llama and bitnet models of llama.cpp have'),
     (dict(mixer='resonance'), 'mixer=resonance'), (dict(norm='layernorm'), 'norm=layernorm'), (dict(positions='learned'), 'positions=learned'),
     (dict(qk_norm=True), 'qk_norm=True'), (dict(embed_norm=True), 'embed_norm=True'), (dict(embed_taps=2), 'embed_taps=2'),
     (dict(logit_softcap=30.0), 'logit_softcap=30.0'), (dict(bias=True), 'bias=True'), (dict(ffn='bitnet'), 'ffn=bitnet with linear=dense'),
     (dict(linear='bitnet', tie_embeddings=False), 'the head tied to the embedding'),
-    (dict(linear='bitnet'), 'blk.0.attn_q: rows of 64, and TQ2_0 is made of blocks of 256')])
+    (dict(linear='bitnet'), 'blk.0.attn_q: its rows of 64 weights do not divide into the blocks of 256 that TQ2_0 has')])
 def test_what_llama_cpp_cannot_express_is_refused(keys, what, tokenizer, tmp_path):
     model = GPT(GPTConfig(**{**LLAMA, **keys}))
     with pytest.raises(UserError, match=what):
-        export.write_gguf(tmp_path / 'x.gguf', model, tokenizer)
+        write(tmp_path / 'x.gguf', model, tokenizer)
     assert not list(tmp_path.iterdir())
 
 
 def test_types_and_tokenizers_that_do_not_go_are_refused(tokenizer, tmp_path):
     model = GPT(GPTConfig(**LLAMA))
-    for arguments, what in (((tokenizer, 'TQ2_0'), 'nothing in this model is ternary'), ((None,), 'there is no tokenizer in it'),
+    for arguments, what in (((tokenizer, 'TQ2_0'), 'this model has no ternary matrix'), ((None,), 'the model has no tokenizer'),
                             (({'name': 'llama', 'huggingface': {}},), 'its tokenizer, llama, came from Hugging Face')):
         with pytest.raises(UserError, match=what):
-            export.write_gguf(tmp_path / 'x.gguf', model, *arguments)
+            write(tmp_path / 'x.gguf', model, *arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_rounding_is_on_again_after_a_comparison():
-    with pytest.raises(ZeroDivisionError), export.activations(rounds=False):
-        assert not BitLinear.rounds
+    model, other = trained(**MODELS['bitnet']), trained(**MODELS['bitnet'])
+    before = model(ids())
+    with pytest.raises(ZeroDivisionError), without_int8(model):
+        assert not torch.equal(model(ids()), before)
+        assert torch.equal(other(ids()), before), 'another model rounds meanwhile'
         raise ZeroDivisionError
-    assert BitLinear.rounds
+    assert torch.equal(model(ids()), before)
 
 
 # ---- weights that are no numbers
@@ -299,6 +306,6 @@ def test_weights_beyond_f16_are_refused_before_a_gguf_file_is_begun(tokenizer, t
     model = trained(**MODELS['llama'])
     model.blocks[0].ffn.up_proj.weight.data[0, 0] = 70_000
     with pytest.raises(UserError, match='blk.0.ffn_up and 0 more tensors have weights over 65,504, the largest number of F16: use --matrices=F32'):
-        export.write_gguf(tmp_path / 'x.gguf', model, tokenizer)
+        write(tmp_path / 'x.gguf', model, tokenizer)
     assert not list(tmp_path.iterdir())
-    export.write_gguf(tmp_path / 'x.gguf', model, tokenizer, 'F32', 'F32')
+    write(tmp_path / 'x.gguf', model, tokenizer, 'F32', 'F32')

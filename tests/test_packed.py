@@ -306,7 +306,7 @@ def said_by(capsys, main, *words):
 def test_export_sample_and_evaluate(run, tmp_path, capsys):
     text = said_by(capsys, export.main, 'pack', run)
     assert 'blocks.0.ffn.up 4 x 16 x 16 4,096 -> 256 bytes: 16x' in re.sub(' +', ' ', text)
-    assert 'the same likeliest token for 100.00 %' in text.splitlines()[-1]
+    assert 'same most likely token 100.00 %' in text.splitlines()[-1]
     file = run / 'packed.safetensors'
     assert f'{file.stat().st_size:,} bytes' in text
     assert said_by(capsys, sample.main, file, '--max_new_tokens=20') == said_by(capsys, sample.main, run, '--max_new_tokens=20')
@@ -333,8 +333,8 @@ def test_a_packed_file_teaches_as_its_run_does(run, corpus, tmp_path):
 
 @pytest.mark.parametrize('words, what', [
     ([], 'no command: name one of pack'), (['pak', 'RUN'], 'pak: name one of pack'), (['pack'], 'name a run directory'),
-    (['pack', 'RUN', 'x.bin'], 'x.bin: this export is a .safetensors file'), (['pack', 'RUN', '--embeddings=int4'], "embeddings='int4' is not one of"),
-    (['pack', 'nowhere'], 'nowhere: no such run or checkpoint'), (['pack', 'PACKED'], 'packed already'),
+    (['pack', 'RUN', 'x.bin'], 'x.bin: the name of this export must end in .safetensors'), (['pack', 'RUN', '--embeddings=int4'], "embeddings='int4' is not one of"),
+    (['pack', 'nowhere'], 'nowhere: no such run or checkpoint'), (['pack', 'PACKED'], 'is already packed'),
     (['pack', 'RUN', 'nowhere/x.safetensors'], 'nowhere/x.safetensors: could not be written')])
 def test_what_cannot_be_exported_is_refused(run, good, words, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -23,7 +23,7 @@ import checkpoint
 import configurator
 import evaluate
 import export
-from deploy import packed
+from deploy import convert, packed
 import prepare
 import sample
 import train
@@ -90,8 +90,8 @@ def place(original, tmp_path):
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    """What a program may change of its process, and a test not. Exports are compared on few tokens."""
-    monkeypatch.setattr(export, 'PARITY_TOKENS', 64)
+    """What a program may change of its process, and a test not. Conversions are compared on few tokens."""
+    monkeypatch.setattr(convert, 'PARITY_TOKENS', 64)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
     handlers, hook, argv = [signal.getsignal(number) for number in numbers], sys.excepthook, sys.argv
     yield

@@ -169,7 +169,7 @@ def test_more_tokens_than_there_are_are_refused_with_exit_code_2_and_their_numbe
     (['x', '--batch_size=-1'], 'batch_size=-1 must not be negative'), (['x', '--stride=-1'], 'stride=-1 must not be negative'),
     (['x', '--items=3'], 'items=3 are those of --hellaswag'),
     (['{run}', '--stride=17'], '--stride=17 is more than the context of 16'),
-    (['{run}', '--context=900000'], 'a smaller --context, or'), (['{run}', '--stride=4', '--eval_tokens=90000'], 'has only'),
+    (['{run}', '--context=900000'], '--context=10068 or less'), (['{run}', '--stride=4', '--eval_tokens=90000'], 'has only'),
     (['{run}', '--hellaswag=nowhere'], 'nowhere: No such file'),
 ], ids=str)
 def test_a_mistake_is_one_line(trained, words, message):

@@ -1,12 +1,15 @@
 """
-Models with ternary matrices as they are deployed: codes of 2 bits in one safetensors file, and decoding from them.
+Packed models: ternary matrices as codes of 2 bits in one safetensors file, and decoding directly from them.
 
     write('model.safetensors', pack(model, 'int8'), 'int8', state)  # export.py pack; state: the dict of a checkpoint
     model, state = load_model('model.safetensors', 'cpu')  # or a run directory, or a checkpoint
 
-Codes lie four to a byte, the first in the low bits, 00 = 0, 01 = +1, 10 = -1, every row of a matrix from a byte on. Activations in
-int8 are multiplied by them as they lie: ternary.cpp, built on first use. Other activations (TriX has them in fp32, unless
-act_bits=8) are, too, for a few rows, and else, as everywhere where nothing builds, by a matrix that is unpacked for the moment.
+A byte holds four codes, the first in its low bits: 00 = 0, 01 = +1, 10 = -1. Every row of a matrix starts at a new
+byte.
+
+int8 activations are multiplied directly with the packed codes, by ternary.cpp, which is compiled on first use. So are a
+few rows of other activations: TriX has them in fp32, unless act_bits=8. In all other cases, and where ternary.cpp can't
+be compiled, the matrix is unpacked for the product.
 """
 import ctypes
 import hashlib
@@ -34,8 +37,8 @@ from model import (GPT, Attention, BitLinear, TriX, bit_product, int8, int8_code
 
 FORMAT = 'nanotrix-packed-1'
 EMBEDDINGS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
-KEPT = ('config', 'tokenizer', 'step', 'data')  # of a checkpoint
-ROWS = 4  # of activations, up to which each goes through TriX or an int8 head by itself; more are a matrix product
+KEPT = ('config', 'tokenizer', 'step', 'data')  # entries of a checkpoint that a packed file keeps
+ROWS = 4  # up to so many rows of activations go one by one through TriX or an int8 head; more are a matrix product
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,16 +71,17 @@ def flags():
 
 
 def compiled(flags):
-    """ternary.cpp as a library, from where torch keeps what it compiles, or compiled now. OSError or CalledProcessError if it can't be."""
+    """The library of ternary.cpp, compiled now or before, in torch's directory for extensions. OSError or
+    CalledProcessError if it can't be compiled."""
     source = Path(__file__).with_name('ternary.cpp').read_bytes()
     name = hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16] + '.so'
     folder = Path(os.environ.get('TORCH_EXTENSIONS_DIR') or Path.home() / '.cache' / 'torch_extensions') / 'nanotrix'
     if not (folder / name).exists():
         from torch.utils import cpp_extension
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:  # several processes may be at it
-            subprocess.run([cpp_extension.get_cxx_compiler(), *flags, '-x', 'c++', '-', '-o', f'{work}/{name}'], input=source, check=True,
-                           capture_output=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:  # other processes may compile it, too
+            command = [cpp_extension.get_cxx_compiler(), *flags, '-x', 'c++', '-', '-o', f'{work}/{name}']
+            subprocess.run(command, input=source, check=True, capture_output=True)
             os.replace(f'{work}/{name}', folder / name)
     found = ctypes.CDLL(str(folder / name))
     for function in (found.ternary, found.tiles, found.int8_rows, found.step):
@@ -87,64 +91,74 @@ def compiled(flags):
 
 @cache
 def library():
-    """ternary.cpp for this machine; None if nothing builds here, which is said."""
+    """ternary.cpp for this machine. Returns None, with a warning, if compilation fails."""
     try:
         return compiled(flags())
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, 'stderr', b'') or b'').decode(errors='replace').strip()
-        print(f'ternary.cpp does not build here, so packed weights are multiplied in plain PyTorch, slowly: {(said or str(error)).splitlines()[0]}',
-              file=sys.stderr)
+        output = (getattr(error, 'stderr', b'') or b'').decode(errors='replace').strip()
+        print('ternary.cpp cannot be compiled here, so packed weights are multiplied in plain PyTorch, slowly: '
+              + (output or str(error)).splitlines()[0], file=sys.stderr)
 
 
-def usable(x):
-    """Whether a product with x goes through the library."""
+def can_use_cpp(x):
+    """Whether ternary.cpp can multiply with x."""
     return x.device.type == 'cpu' and x.dtype == torch.float32 and library() is not None
 
 
 @cache
 def triton():
-    """ternary_triton.py; None if there is no Triton here, which is said."""
+    """ternary_triton.py. Returns None, with a warning, if Triton is not installed."""
     try:
         from deploy import ternary_triton
         return ternary_triton
     except ImportError as error:
-        print(f'no Triton here, so packed weights are multiplied in plain PyTorch, slowly: {error}', file=sys.stderr)
+        print(f'Triton is not installed, so packed weights are multiplied in plain PyTorch, slowly: {error}',
+              file=sys.stderr)
 
 
-def few(x):
-    """Whether x (..., C) has so few rows, on a GPU, that reading the matrix is what a product with it costs."""
+def is_small_batch(x):
+    """Whether x (..., C) is on a GPU and has so few rows that a product with it takes as long as reading the matrix."""
     return x.is_cuda and x.numel() <= 4 * ROWS * x.size(-1) and triton() is not None
 
 
-def structure(name, pointers, rest):  # as in ternary.cpp
+def c_struct(name, pointers, rest):
+    """The ctypes class of a struct of ternary.cpp: first pointers, then other fields."""
     return type(name, (ctypes.Structure,), {'_fields_': [(key, ctypes.c_void_p) for key in pointers.split()] + rest})
 
 
-def whole(names):
+def c_ints(names):
     return [(key, ctypes.c_int) for key in names.split()]
 
 
-Matrix = structure('Matrix', 'data bias', whole('rows cols sub_norm') + [('scale', ctypes.c_float)])
-Head = structure('Head', 'norm norm_bias data scale', whole('rows cols layer_norm') + [('softcap', ctypes.c_float)])
-Tiles = structure('Tiles', 'up down up_scale down_scale signatures balance slope', whole('tiles shared k h digits act'))
-Layer = structure('Layer', 'mixer_norm mixer_bias ffn_norm ffn_bias', [(key, Matrix) for key in 'q k v o gate up down'.split()] + [
-    ('tiles', Tiles), ('keys', ctypes.c_void_p), ('values', ctypes.c_void_p), *whole('C n_head n_kv_head positions layer_norm rotary qk_norm act')])
+Matrix = c_struct('Matrix', 'data bias', c_ints('rows cols sub_norm') + [('scale', ctypes.c_float)])
+Head = c_struct('Head', 'norm norm_bias data scale', c_ints('rows cols layer_norm') + [('softcap', ctypes.c_float)])
+Tiles = c_struct('Tiles', 'up down up_scale down_scale signatures balance slope', c_ints('tiles shared k h digits act'))
+Layer = c_struct('Layer', 'mixer_norm mixer_bias ffn_norm ffn_bias', [
+    *[(key, Matrix) for key in 'q k v o gate up down'.split()],
+    ('tiles', Tiles), ('keys', ctypes.c_void_p), ('values', ctypes.c_void_p),
+    *c_ints('C n_head n_kv_head positions layer_norm rotary qk_norm act')])
 
 
-ACT = {'gelu': 0, 'relu2': 1, 'swiglu': 2}
+ACT_CODES = {'gelu': 0, 'relu2': 1, 'swiglu': 2}
 
 
-def at(tensor, offset=0):  # its address, as ctypes takes it
+def data_ptr(tensor, offset=0):
+    """The address of an element of a tensor, for ctypes; None for None."""
     return None if tensor is None else tensor.data_ptr() + offset * tensor.element_size()
 
 
+def pointer(tensor, offset=0):
+    """data_ptr as an argument of a function of ternary.cpp."""
+    return ctypes.c_void_p(data_ptr(tensor, offset))
+
+
 def ternary(x, codes, scale, digits):
-    """x (..., K) fp32, codes (M, ceil(K / 4)) uint8, scale a number -> (..., M) fp32: scale * codes x, x rounded to int8 (digits=1) or
-    to 24 bits (3)."""
+    """x (..., K) fp32, codes (M, ceil(K / 4)) uint8, scale a number -> (..., M) fp32: scale * codes x, where x is
+    rounded to int8 (digits=1) or to 24 bits (digits=3)."""
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], len(codes))
-    library().ternary(ctypes.c_void_p(at(x)), x.numel() // x.size(-1), x.size(-1), digits, ctypes.c_void_p(at(codes)), ctypes.c_float(scale),
-                      len(codes), ctypes.c_void_p(at(y)), torch.get_num_threads())
+    library().ternary(pointer(x), x.numel() // x.size(-1), x.size(-1), digits, pointer(codes), ctypes.c_float(scale),
+                      len(codes), pointer(y), torch.get_num_threads())
     return y
 
 
@@ -152,7 +166,7 @@ def ternary(x, codes, scale, digits):
 # Modules
 
 class PackedLinear(nn.Module):
-    """A BitLinear in eval mode, from packed codes: equal to the bit in fp32."""
+    """A BitLinear in eval mode with packed codes. In fp32 it is bit-exact."""
 
     def __init__(self, codes, scale, K, bias, sub_norm):
         super().__init__()
@@ -164,11 +178,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         x = rms(x) if self.sub_norm else x
-        if usable(x):
+        if can_use_cpp(x):
             y = ternary(x, self.codes, self.number, 1)
-        elif few(x):
+        elif is_small_batch(x):
             q, size = int8_codes(x.flatten(0, -2))
-            y = triton().product(q.to(torch.int8), size.flatten(), self.codes[None], self.scale.view(1), self.only.expand(len(q)))
+            y = triton().product(q.to(torch.int8), size.flatten(), self.codes[None], self.scale.view(1),
+                                 self.only.expand(len(q)))
             y = y.view(*x.shape[:-1], -1)
         else:
             codes = unpack_codes(self.codes, self.in_features)
@@ -176,14 +191,15 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def matrix(self):
-        return Matrix(at(self.codes), at(self.bias), self.out_features, self.in_features, self.sub_norm, self.number)
+        return Matrix(data_ptr(self.codes), data_ptr(self.bias), self.out_features, self.in_features, self.sub_norm,
+                      self.number)
 
 
 class PackedTriX(TriX):
-    """A TriX FFN in eval mode, from packed codes. A token reads the tiles that it is sent to, and no other."""
+    """A TriX FFN in eval mode with packed codes. A token reads only the tiles that it is sent to."""
 
     def __init__(self, config, tensors, balance):
-        with Unfilled():
+        with SkipInit():
             super().__init__(config)
         self.h, self.cut = self.down.size(2), config.trix_cut
         del self.up, self.down, self.slope
@@ -191,24 +207,24 @@ class PackedTriX(TriX):
             self.register_buffer(name, balance if name == 'balance' else torch.zeros_like(balance), persistent=False)
         for name, tensor in {'slope': None, **tensors}.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.register_buffer('signatures', torch.stack([unpack_codes(tile, self.n_embd).sum(0).sign() for tile in self.up_codes]),
-                             persistent=False)
+        signatures = [unpack_codes(tile, self.n_embd).sum(0).sign() for tile in self.up_codes]
+        self.register_buffer('signatures', torch.stack(signatures), persistent=False)
 
     def weights(self):
         return (unpack_codes(self.up_codes, self.n_embd) * self.up_scale[:, None, None],
                 unpack_codes(self.down_codes, self.h) * self.down_scale[:, None, None], self.signatures)
 
     def forward(self, x):
-        if x.device.type != 'cpu' and not few(x):
+        if x.device.type != 'cpu' and not is_small_batch(x):
             return super().forward(x)
         shape, x = x.shape, x.reshape(-1, self.n_embd)
         tiles, gates = (part.contiguous() for part in self.route(x, self.signatures, self.signatures))
-        if few(x):
+        if is_small_batch(x):
             z = self.chosen(x.float(), self.up_codes, self.up_scale, tiles)
             h = self.hidden(z, gates.view(-1, 1))
             return self.chosen(h, self.down_codes, self.down_scale, tiles).view(*tiles.shape, -1).sum(1).view(shape)
         y, own = torch.zeros_like(x), self.tiles()
-        if len(x) > ROWS or not usable(x):
+        if len(x) > ROWS or not can_use_cpp(x):
             for e in range(len(self.up_codes)):
                 rows, place = (tiles == e).nonzero(as_tuple=True)
                 z = self.product(x[rows], self.up_codes[e], self.up_scale[e], self.n_embd)
@@ -216,22 +232,26 @@ class PackedTriX(TriX):
                 y.index_add_(0, rows, self.product(h, self.down_codes[e], self.down_scale[e], self.h).type_as(y))
             return y.view(shape)
         for i in range(len(x)):
-            library().tiles(ctypes.byref(own), ctypes.c_void_p(at(x[i])), self.n_embd, tiles.size(1), ctypes.c_void_p(at(tiles[i])),
-                            ctypes.c_void_p(at(gates[i])), ctypes.c_void_p(at(y[i])), torch.get_num_threads())
+            library().tiles(ctypes.byref(own), pointer(x[i]), self.n_embd, tiles.size(1), pointer(tiles[i]),
+                            pointer(gates[i]), pointer(y[i]), torch.get_num_threads())
         return y.view(shape)
 
     def chosen(self, x, codes, scale, tiles):  # (N, K) or (N k, K) -> (N k, M): by the tiles (N, k) that are chosen
-        x, size = int8_codes(x) if self.int8 else (x, None)
-        return triton().product(x.to(torch.int8) if self.int8 else x, size if size is None else size.flatten(), codes, scale, tiles.flatten())
+        if not self.int8:
+            return triton().product(x, None, codes, scale, tiles.flatten())
+        q, size = int8_codes(x)
+        return triton().product(q.to(torch.int8), size.flatten(), codes, scale, tiles.flatten())
 
     def product(self, x, codes, scale, K):  # (n, K) times a tile (M, K) -> (n, M)
-        if self.int8 and usable(x):
+        if self.int8 and can_use_cpp(x):
             return ternary(x, codes, scale.item(), 1)
         return F.linear(int8(x) if self.int8 else x, (unpack_codes(codes, K) * scale).type_as(x))
 
     def tiles(self):
-        return Tiles(*map(at, (self.up_codes, self.down_codes, self.up_scale, self.down_scale, self.signatures, self.balance, self.slope)),
-                     self.n_routed, self.shared, self.k, self.h, 1 if self.int8 else 3, ACT.get(self.cut, -1))
+        tensors = (self.up_codes, self.down_codes, self.up_scale, self.down_scale, self.signatures, self.balance,
+                   self.slope)
+        return Tiles(*map(data_ptr, tensors), self.n_routed, self.shared, self.k, self.h, 1 if self.int8 else 3,
+                     ACT_CODES.get(self.cut, -1))
 
     def fastest(self, x):
         return 'dense'
@@ -255,25 +275,25 @@ class Int8Embedding(nn.Module):
 
 class Int8Head(Int8Embedding):
     def forward(self, x):
-        if x.numel() > ROWS * x.size(-1) or not usable(x):
+        if x.numel() > ROWS * x.size(-1) or not can_use_cpp(x):
             return F.linear(x, self.weight.type_as(x))
         x, K, V = x.contiguous(), x.size(-1), len(self.codes)
         y = x.new_empty(*x.shape[:-1], V)
         for i in range(x.numel() // K):
-            library().int8_rows(ctypes.c_void_p(at(x, i * K)), K, ctypes.c_void_p(at(self.codes)), ctypes.c_void_p(at(self.scale)), V,
-                                ctypes.c_void_p(at(y, i * V)), torch.get_num_threads())
+            library().int8_rows(pointer(x, i * K), K, pointer(self.codes), pointer(self.scale), V,
+                                pointer(y, i * V), torch.get_num_threads())
         return y
 
 
 class Step:
     """
-    A further token of each sequence on a GPU: whatever its position, the same kernels at the same addresses, so that after three
-    times they are one CUDA graph, which starts without waiting for Python.
+    Decoding the next token of each sequence on a GPU. The kernels and addresses are the same for every position, so
+    after three calls they are recorded as a CUDA graph, which does not wait for Python.
     """
 
     def __init__(self, model, cache, idx):
         self.model, self.cache, self.graph, self.count = model, cache, None, 0
-        for kv, _ in cache.layers:  # of positions to come, too: they are multiplied by 0, which must not be nan
+        for kv, _ in cache.layers:  # later positions are multiplied by 0, and 0 * nan is nan
             for part in kv.tensors(None):
                 part[:, :, kv.pos:].zero_()
         self.idx, self.pos = torch.empty_like(idx), torch.zeros(1, dtype=torch.int64, device=idx.device)
@@ -303,9 +323,10 @@ class Step:
             with torch.cuda.graph(graph):
                 self.logits = self.compute()
             self.graph = graph
-            graph.replay()  # while it was recorded nothing was computed
+            graph.replay()  # recording computes nothing
         except RuntimeError as error:
-            print(f'no CUDA graph here, so every kernel waits for Python: {str(error).splitlines()[0]}', file=sys.stderr)
+            print(f'no CUDA graph here, so every kernel waits for Python: {str(error).splitlines()[0]}',
+                  file=sys.stderr)
             self.logits = self.compute()
 
     def compute(self):
@@ -346,34 +367,38 @@ class Step:
 
 
 class PackedGPT(GPT):
-    """A GPT of attention blocks that takes a further token in one call of the library, or as one CUDA graph."""
-    by_steps = False  # True: by Step without a GPU, too, to test it
+    """A GPT that decodes a token in one call of ternary.cpp, or as one CUDA graph, if all its mixers are attention."""
+    by_steps = False  # True: use Step on a CPU, too, for tests
 
     def ready(self):
-        """Once all weights are in place: what the library needs to know of the blocks."""
+        """Describe the blocks for ternary.cpp, once all weights are in place. Returns the model."""
         config, self.layers = self.config, None
-        if any(name != 'attention' for name in config.mixers()) or config.ffn == 'resonance' or config.trix_router != 'signature':
+        only_attention = all(name == 'attention' for name in config.mixers())
+        if not only_attention or config.ffn == 'resonance' or config.trix_router != 'signature':
             return self
         self.layers = (Layer * config.n_layer)()
         for block, to in zip(self.blocks, self.layers):
             mixer, ffn = block.mixer, block.ffn
-            to.mixer_norm, to.mixer_bias = at(block.mixer_norm.weight), at(getattr(block.mixer_norm, 'bias', None))
+            to.mixer_norm = data_ptr(block.mixer_norm.weight)
+            to.mixer_bias = data_ptr(getattr(block.mixer_norm, 'bias', None))
             if ffn:
-                to.ffn_norm, to.ffn_bias = at(block.ffn_norm.weight), at(getattr(block.ffn_norm, 'bias', None))
+                to.ffn_norm = data_ptr(block.ffn_norm.weight)
+                to.ffn_bias = data_ptr(getattr(block.ffn_norm, 'bias', None))
             for key in ('q', 'k', 'v', 'o', 'gate', 'up', 'down'):
                 part = getattr(mixer, f'{key}_proj', None) or getattr(ffn, f'{key}_proj', None)
                 if part:
                     setattr(to, key, part.matrix() if isinstance(part, PackedLinear) else
-                            Matrix(at(part.weight), at(part.bias), *part.weight.shape, False, 0.0))
+                            Matrix(data_ptr(part.weight), data_ptr(part.bias), *part.weight.shape, False, 0.0))
             if isinstance(ffn, TriX):
                 to.tiles = ffn.tiles()
-            to.C, to.n_head, to.n_kv_head, to.positions = config.n_embd, mixer.n_head, mixer.n_kv_head, config.block_size
+            to.C, to.positions = config.n_embd, config.block_size
+            to.n_head, to.n_kv_head = mixer.n_head, mixer.n_kv_head
             to.layer_norm, to.rotary, to.qk_norm = config.norm == 'layernorm', mixer.rotary, mixer.qk_norm
-            to.act = ACT.get(config.ffn, 2)
+            to.act = ACT_CODES.get(config.ffn, 2)
         head, mixer = self.lm_head, self.blocks[0].mixer
         codes, scale = (head.codes, head.scale) if isinstance(head, Int8Head) else (head.weight, None)
-        self.head = Head(at(self.norm.weight), at(getattr(self.norm, 'bias', None)), at(codes), at(scale), *codes.shape,
-                         config.norm == 'layernorm', config.logit_softcap)
+        self.head = Head(data_ptr(self.norm.weight), data_ptr(getattr(self.norm, 'bias', None)), data_ptr(codes),
+                         data_ptr(scale), *codes.shape, config.norm == 'layernorm', config.logit_softcap)
         self.angles = (mixer.cos, mixer.sin) if mixer.rotary else (None, None)
         return self
 
@@ -390,7 +415,7 @@ class PackedGPT(GPT):
         return super().forward(idx, targets, cache, last, soft)
 
     def by_library(self, x, cache, documents=None):
-        """x (B, 1, C), embeddings of the next tokens, which is written over -> logits (B, 1, vocab_size)"""
+        """x (B, 1, C), embeddings of the next tokens, which are overwritten -> logits (B, 1, vocab_size)"""
         hs = self.layers[0].q.rows // self.layers[0].n_head
         if not hasattr(cache, 'native'):
             cache.native = [(Layer * len(self.layers))(*self.layers) for _ in x]  # of each sequence
@@ -398,14 +423,14 @@ class PackedGPT(GPT):
         starts = [0] * len(x) if documents is None else (cache.pos - documents.age[:, 0]).tolist()
         y = x.new_empty(len(x), 1, self.config.vocab_size)
         for b, (layers, start) in enumerate(zip(cache.native, starts)):
-            if start != cache.starts[b]:  # another document: the library is shown what begins with its first position
+            if start != cache.starts[b]:  # a new document: the library sees keys and values from its first position on
                 cache.starts[b] = start
                 for i, (kv, _) in enumerate(cache.layers):
                     k, v = kv.tensors(x.new_empty(len(x), self.layers[i].n_kv_head, 0, hs))
-                    layers[i].keys, layers[i].values = at(k[b], start * hs), at(v[b], start * hs)
-            angles = (ctypes.c_void_p(at(table, start * hs // 2)) for table in self.angles)
-            library().step(layers, len(layers), ctypes.byref(self.head), ctypes.c_void_p(at(x[b])), cache.pos - start, *angles,
-                           ctypes.c_void_p(at(y[b])), torch.get_num_threads())
+                    layers[i].keys, layers[i].values = data_ptr(k[b], start * hs), data_ptr(v[b], start * hs)
+            angles = (pointer(table, start * hs // 2) for table in self.angles)
+            library().step(layers, len(layers), ctypes.byref(self.head), pointer(x[b]), cache.pos - start, *angles,
+                           pointer(y[b]), torch.get_num_threads())
         cache.pos += 1
         for kv, _ in cache.layers:
             kv.pos += 1
@@ -416,20 +441,27 @@ class PackedGPT(GPT):
 # The file
 
 def parts(model):
-    """{name: (weight, kind)} of a GPT; kind: ternary, embedding or other. What a tied head or only training needs is left out."""
+    """{name: (weight, kind)} of a GPT, kind: ternary, embedding or other. A tied head, and buffers only for training,
+    are left out."""
     found, seen = {}, set()
     for prefix, module in model.named_modules():
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
         for name, tensor in own.items():
-            if id(tensor) in seen or name in module._non_persistent_buffers_set or (isinstance(module, TriX) and name == 'pace'):
+            only_training = name in module._non_persistent_buffers_set or isinstance(module, TriX) and name == 'pace'
+            if id(tensor) in seen or only_training:
                 continue
             seen.add(id(tensor))
-            ternary = isinstance(module, BitLinear) and name == 'weight' or isinstance(module, TriX) and name in ('up', 'down')
-            found[f'{prefix}.{name}'.lstrip('.')] = tensor, 'ternary' if ternary else 'embedding' if prefix in ('wte', 'lm_head') else 'other'
+            kind = 'embedding' if prefix in ('wte', 'lm_head') else 'other'
+            if isinstance(module, BitLinear) and name == 'weight':
+                kind = 'ternary'
+            if isinstance(module, TriX) and name in ('up', 'down'):
+                kind = 'ternary'
+            found[f'{prefix}.{name}'.lstrip('.')] = tensor, kind
     return found
 
 
-def ternary_dims(weight):  # what one scale is for: a matrix, or a tile of several
+def ternary_dims(weight):
+    """The dimensions that share a scale: a tile of several, or all."""
     return (1, 2) if weight.dim() == 3 else None
 
 
@@ -451,7 +483,7 @@ def layout(model, embeddings):
 
 @torch.no_grad()
 def pack(model, embeddings='float32'):
-    """The weights of a GPT as a packed file has them: {name: tensor}. UserError if nothing of it is ternary."""
+    """The weights of a GPT as in a packed file: {name: tensor}. UserError if it has no ternary matrix."""
     tensors = {}
     for name, (value, kind) in parts(model).items():
         value = value.detach().cpu()
@@ -464,8 +496,8 @@ def pack(model, embeddings='float32'):
         else:
             tensors[name] = value.to(EMBEDDINGS[embeddings] if kind == 'embedding' else value.dtype).contiguous()
     if not any(name.endswith('.codes') for name in tensors):
-        raise UserError('nothing in this model is ternary, so there is nothing to pack: it has ffn=' + model.config.ffn
-                        + ', linear=' + model.config.linear)
+        raise UserError('this model has no ternary matrix, so there is nothing to pack: '
+                        f'it has ffn={model.config.ffn}, linear={model.config.linear}')
     return tensors
 
 
@@ -479,7 +511,7 @@ def digest(metadata, tensors):
 
 
 def write(path, tensors, embeddings, state):
-    """Write packed tensors with what a checkpoint's dict `state` says of them: whole or not at all."""
+    """Write packed tensors, whole or not at all, with the entries KEPT of `state`, the dict of their checkpoint."""
     metadata = {'format': FORMAT, 'embeddings': embeddings,
                 **{key: json.dumps(state[key]) for key in KEPT}}
     metadata['sha256'] = digest(metadata, tensors)
@@ -491,8 +523,8 @@ def write(path, tensors, embeddings, state):
 
 
 def read(path):
-    """A packed file, verified -> a dict as a checkpoint's, with {name: tensor} as `packed` and the kind of its embeddings. UserError
-    for anything else."""
+    """A packed file, verified -> a dict like a checkpoint's, with `packed` ({name: tensor}) and `embeddings` (their
+    type) in place of `model`. UserError for anything else."""
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
@@ -500,52 +532,59 @@ def read(path):
                 raise UserError(f'{path}: not a packed model of this project (export.py pack makes them)')
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if digest(metadata, tensors) != metadata.get('sha256'):
-            raise UserError(f'{path}: damaged: its hash is not that of its content')
+            raise UserError(f'{path}: damaged: its content does not match its hash')
         state = {key: json.loads(metadata[key]) for key in KEPT}
     except (SafetensorError, OSError) as error:
-        raise UserError(f'{path}: truncated, damaged, or no safetensors file ({error})')
+        raise UserError(f'{path}: truncated, damaged, or not a safetensors file ({error})')
     except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f'{path}: broken metadata ({error})')
     kinds = {'config': dict, 'tokenizer': (dict, type(None)), 'step': int, 'data': dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(state[key], kind)]:
         raise UserError(f'{path}: broken: no valid {", ".join(wrong)} in it')
     if metadata.get('embeddings') not in EMBEDDINGS:
-        raise UserError(f'{path}: broken: embeddings={metadata.get("embeddings")!r} is not one of {", ".join(EMBEDDINGS)}')
+        raise UserError(f'{path}: broken: embeddings={metadata.get("embeddings")!r} is not one of '
+                        + ', '.join(EMBEDDINGS))
     return {**state, 'packed': tensors, 'embeddings': metadata['embeddings']}
 
 
 def check(path, tensors, expected):
-    """UserError if the tensors of a file are not those that its config makes, or hold what codes and scales can't be."""
+    """UserError if the tensors of a file don't fit its config, or hold invalid codes or scales."""
     problems = []
-    for what, names in (('missing', expected.keys() - tensors.keys()), ('too many', tensors.keys() - expected.keys())):
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    for what, names in (('missing', missing), ('unexpected', unexpected)):
         if names:
-            problems.append(f'{path}: {what}: ' + ', '.join(sorted(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else ''))
+            more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+            problems.append(f'{path}: {what}: {", ".join(sorted(names)[:3])}{more}')
     for name in sorted(expected.keys() & tensors.keys()):
         tensor, (shape, dtype) = tensors[name], expected[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            problems.append(f'{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, by its config {dtype} {shape}')
+            problems.append(f'{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, '
+                            f'but its config makes it {dtype} {shape}')
         elif name.endswith('.codes') and (tensor & tensor >> 1 & 0x55).any():
-            problems.append(f'{path}: {name} has a code of value 3, which is none')
+            problems.append(f'{path}: {name} has a code of value 3, which is not valid')
         elif tensor.is_floating_point() and not tensor.isfinite().all():
             problems.append(f'{path}: {name} has values that are not finite')
     if problems:
         raise UserError(*problems[:5])
 
 
-class Unfilled(TorchFunctionMode):
-    """Leaves new tensors unfilled, so that they take addresses and no memory. (The meta device imports 800 modules, 70 MB.)"""
+class SkipInit(TorchFunctionMode):
+    """Skips initialisation, so that new tensors take addresses but no memory. (The meta device would import 800
+    modules, 70 MB.)"""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        return (*args, *kwargs.values())[0] if function in FILLS else function(*args, **kwargs)
+        return (*args, *kwargs.values())[0] if function in INITIALISERS else function(*args, **kwargs)
 
 
-FILLS = {nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.zeros_, torch.Tensor.normal_, torch.Tensor.uniform_}
+INITIALISERS = {nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.zeros_, torch.Tensor.normal_,
+                torch.Tensor.uniform_}
 
 
 def build(config, state, path, device):
-    """The GPT of a packed file (what `read` gives), in eval mode, with its codes still packed. UserError if the file's tensors don't fit."""
-    with Unfilled():
+    """The GPT of a packed file (state: from `read`), in eval mode, with its codes still packed. UserError if its
+    tensors don't fit."""
+    with SkipInit():
         model = PackedGPT(config)
     tensors = state['packed']
     check(path, tensors, layout(model, state['embeddings']))
@@ -554,13 +593,15 @@ def build(config, state, path, device):
     for name, module in list(model.named_modules()):
         parent, _, key = name.rpartition('.')
         if isinstance(module, Attention) and tables:
-            module.cos, module.sin = tables  # of all layers the same
+            module.cos, module.sin = tables  # all layers share them
         elif isinstance(module, BitLinear):
             bias = nn.Parameter(tensors[f'{name}.bias'], False) if module.bias is not None else None
             codes, scale = tensors[f'{name}.weight.codes'], tensors[f'{name}.weight.scale']
-            setattr(model.get_submodule(parent), key, PackedLinear(codes, scale, module.in_features, bias, module.sub_norm))
+            packed = PackedLinear(codes, scale, module.in_features, bias, module.sub_norm)
+            setattr(model.get_submodule(parent), key, packed)
         elif isinstance(module, TriX):
-            own = {f'{part}_{what}': tensors[f'{name}.{part}.{what}'] for part in ('up', 'down') for what in ('codes', 'scale')}
+            own = {f'{part}_{what}': tensors[f'{name}.{part}.{what}']
+                   for part in ('up', 'down') for what in ('codes', 'scale')}
             more = ['table'] * (module.router == 'hash') + ['slope'] * bool(config.trix_cut)
             own |= {part: tensors[f'{name}.{part}'] for part in more}
             setattr(model.get_submodule(parent), key, PackedTriX(config, own, tensors[f'{name}.balance']))
@@ -570,15 +611,17 @@ def build(config, state, path, device):
                                     for kind, name in ((Int8Embedding, 'wte.weight'), (Int8Head, head)))
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = 'wte.weight' if name == 'lm_head.weight' and config.tie_embeddings else name
-        setattr(model.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2], nn.Parameter(tensors[source].float(), False))
+        parent, _, key = name.rpartition('.')
+        setattr(model.get_submodule(parent), key, nn.Parameter(tensors[source].float(), False))
     if config.tie_embeddings and state['embeddings'] != 'int8':
         model.lm_head.weight = model.wte.weight
     return model.eval().requires_grad_(False).ready()
 
 
 def load_model(run, device, context=0):
-    """A run directory, checkpoint or packed file -> (GPT in eval mode on the device, the checkpoint's dict); for windows of `context`
-    tokens, if given. The dict of a packed file is that of read(). UserError if learned positions end before `context`."""
+    """A run directory, checkpoint or packed file -> (GPT in eval mode on the device, the checkpoint's dict); for
+    windows of `context` tokens, if given. The dict of a packed file is that of read(). UserError if learned positions
+    end before `context`."""
     if not str(run).endswith('.safetensors'):
         return checkpoint.load_model(run, device, context)
     state = read(run)

@@ -200,7 +200,7 @@ def test_without_a_compiler_it_is_said_and_the_same_comes_out(monkeypatch, capsy
         packed.library.cache_clear()
     assert torch.allclose(steps, model(ids()[:1]), rtol=0, atol=1e-5)
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith('ternary.cpp does not build here') and 'no-such-compiler' in line
+    assert line.startswith('ternary.cpp cannot be compiled here') and 'no-such-compiler' in line
 
 
 # ---- the file
@@ -217,7 +217,7 @@ def test_ternary_matrices_take_a_sixteenth(tmp_path):
 
 
 def test_a_model_without_anything_ternary_is_not_packed():
-    with pytest.raises(UserError, match='nothing in this model is ternary.*ffn=gelu, linear=dense'):
+    with pytest.raises(UserError, match='this model has no ternary matrix.*ffn=gelu, linear=dense'):
         packed.pack(trained())
 
 
@@ -241,11 +241,11 @@ def changed(good, path, change, rehash=True):
 CODES = 'blocks.0.mixer.q_proj.weight.codes'
 DAMAGES = {
     'missing: blocks.0.ffn.up.scale': lambda t, m: t.pop('blocks.0.ffn.up.scale'),
-    'too many: more': lambda t, m: t.update(more=torch.zeros(1)),
+    'unexpected: more': lambda t, m: t.update(more=torch.zeros(1)),
     f'{CODES} has a code of value 3': lambda t, m: t[CODES].__setitem__((0, 0), 0b11_00),
     'wte.weight.scale has values that are not finite': lambda t, m: t['wte.weight.scale'].__setitem__(0, torch.inf),
     'norm.weight is torch.float64': lambda t, m: t.update({'norm.weight': t['norm.weight'].double()}),
-    'wte.weight is torch.int8 .96, 24., by its config': lambda t, m: t.update({'wte.weight': t['wte.weight'][:96]}),
+    'wte.weight is torch.int8 .96, 24., but its config': lambda t, m: t.update({'wte.weight': t['wte.weight'][:96]}),
     'not a packed model of this project': lambda t, m: m.update(format='other'),
     'no valid step': lambda t, m: m.update(step='"7"'),
     'broken metadata': lambda t, m: m.update(config='{'),
@@ -265,10 +265,10 @@ def test_a_file_that_is_not_what_its_config_makes_is_refused(good, tmp_path, wha
 
 def test_a_wrong_hash_is_refused(good, tmp_path):
     path = changed(good, tmp_path / 'x.safetensors', lambda t, m: t[CODES].__setitem__((0, 0), 0b01), rehash=False)
-    with pytest.raises(UserError, match='its hash is not that of its content'):
+    with pytest.raises(UserError, match='its content does not match its hash'):
         packed.load_model(path, CPU)
     path = changed(good, tmp_path / 'y.safetensors', lambda t, m: m.update(step='8'), rehash=False)
-    with pytest.raises(UserError, match='its hash is not that of its content'):
+    with pytest.raises(UserError, match='its content does not match its hash'):
         packed.load_model(path, CPU)
 
 
@@ -276,7 +276,7 @@ def test_a_wrong_hash_is_refused(good, tmp_path):
 def test_a_truncated_file_is_refused(good, tmp_path, keep):
     path = tmp_path / 'x.safetensors'
     path.write_bytes(good.read_bytes()[:keep])
-    with pytest.raises(UserError, match='truncated, damaged, or no safetensors file'):
+    with pytest.raises(UserError, match='truncated, damaged, or not a safetensors file'):
         packed.load_model(path, CPU)
 
 
@@ -392,13 +392,13 @@ for K, M, E, N, k in ((24, 13, 1, 1, 1), (37, 9, 4, 2, 3), (300, 20, 2, 1, 2), (
     plain = torch.stack([x[p // k] @ codes[e].T * scale[e] for p, e in enumerate(chosen.tolist())])
     assert (ternary_triton.product(x, None, packed.pack_codes(codes), scale, chosen) - plain).abs().max() < 1e-5
 
-few, usable = packed.few, packed.usable
+small, cpp = packed.is_small_batch, packed.can_use_cpp
 for keys in (dict(ffn='swiglu', linear='bitnet'), dict(ffn='trix', trix_shared=True), dict(ffn='trix', act_bits=8), dict(ffn='trix', trix_cut='swiglu')):
     model = packed.build(*opened(trained(**keys)))
     whole = model(ids())
-    packed.few, packed.usable = (lambda x: True), (lambda x: False)
+    packed.is_small_batch, packed.can_use_cpp = (lambda x: True), (lambda x: False)
     assert torch.allclose(model(ids()[:, :6]), whole[:, :6], rtol=0, atol=1e-5), keys
-    packed.few, packed.usable = few, usable
+    packed.is_small_batch, packed.can_use_cpp = small, cpp
 """
 
 

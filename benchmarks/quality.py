@@ -23,7 +23,7 @@ from corpora.preparation import open_dataset
 from checkpoint import load_model
 from configurator import UserError, read_json
 from data import TokenData
-from benchmarks.measure import ROOT, compare, figures, report, side_by_side, sizes, whole_process
+from benchmarks.measure import ROOT, compare, mean_and_sd, report, side_by_side, sizes, whole_process
 from model import GPT, GPTConfig
 from runtime.runlog import read_lines
 from tokenizer import load_tokenizer, token_bytes
@@ -156,7 +156,7 @@ def quality(config):
             curves[name].append(evaluations(out))
         models[name], losses[name] = model.config, [result['loss'] for result in results]
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
-        rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **figures(**spread)})
+        rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **mean_and_sd(**spread)})
         print(name, *(f'{loss:.4f}' for loss in losses[name]))
     times, _ = side_by_side('quality', models, 16, config.repeats, config)
     for row, speed, rank in zip(rows, compare(times, name), ranks(losses).values()):
@@ -166,7 +166,7 @@ def quality(config):
         loss = bigram(data, settings.load(runs['trix_tiny']), windows)
         _, y = data.val_batch(windows)
         rows.append({**dict.fromkeys(rows[0], 0), 'model': 'bigram table', 'rank': '',
-                     **figures(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
+                     **mean_and_sd(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
     options = ''.join(f' --{key}={value}' for key, value, usual in (
         ('preset', config.preset, 'ffn'), ('match', config.match, ''), ('tokens', config.tokens, 0), ('seeds', config.seeds, 3))
         if value != usual)
@@ -276,7 +276,7 @@ def recall(config):
         row = {'pairs': pairs, 'tokens': 4 * pairs}
         for name, change in mixers.items():
             shape = GPTConfig(**base, **change, block_size=4 * pairs)
-            row |= figures(**{name: [recall_accuracy(shape, pairs, steps, seed, device) for seed in range(config.seeds)]})
+            row |= mean_and_sd(**{name: [recall_accuracy(shape, pairs, steps, seed, device) for seed in range(config.seeds)]})
         rows.append(row)
         print(*(f'{key} {value:.3g}' for key, value in row.items()), flush=True)
     options = ' --preset=recall' + f' --seeds={config.seeds}' * (config.seeds != 3) + ' --quick' * config.quick
@@ -338,7 +338,7 @@ WITH_SEED = ("import sys, torch; plain, seed = torch.manual_seed, int(sys.argv.p
              "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; exec(open('train.py').read())")
 
 
-def not_nanogpt(path):
+def missing_from_nanogpt(path):
     """What a directory lacks to be a checkout of nanoGPT, '' if nothing."""
     for name, marks in (('train.py', ('gradient_accumulation_steps', 'configurator.py')), ('configurator.py', ()),
                         ('model.py', ('class GPTConfig', 'class GPT('))):

@@ -1,42 +1,56 @@
 """
 The tables of results/README.md, written from the JSON files beside it. Its prose is written by hand.
 
-    python bench.py tables        # fills in every table; prints the files of results/ that no table shows
+    python bench.py tables        # fill in every table, and print which files of results/ no table shows
 
 A line `<!-- MACHINE/NAME: column, column -->` stands before each table: the file results/MACHINE/NAME.json and its columns.
 """
-import json
 import re
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, read_json
+from files import replacing
 
 RESULTS = Path(__file__).parent.parent / 'results'
 MARK = re.compile(r'(<!-- ([\w.-]+/\w+): (.*?) -->\n)((?:.*\|.*\n)*)')  # and the table that follows
 
 
-def write(folder=RESULTS):
-    """Fill in the tables of results/README.md. UserError where a file or a column is missing."""
-    page = folder / 'README.md'
-    old = page.read_text(encoding='utf-8')
-    new = filled(old, folder)
-    page.write_text(new, encoding='utf-8')
-    shown = {match[2] for match in MARK.finditer(new)}
-    left = sorted(name for file in folder.glob('*/*.json') if (name := f'{file.parent.name}/{file.stem}') not in shown)
-    print(f'{page}: {len(shown)} tables' + (f'; not shown: {", ".join(left)}' if left else ''))
+def write(folder):
+    """Fill in the tables of the folder's README.md. UserError, and nothing written, where a file or a column is missing."""
+    path = folder / 'README.md'
+    page = filled(path.read_text(encoding='utf-8'), folder)
+    with replacing(path) as file:
+        file.write(page.encode())
+    shown = names_shown(page)
+    print(f'{path}: {len(shown)} tables')
+    not_shown = sorted(names_of_files(folder) - shown)
+    if not_shown:
+        print(f'not shown: {", ".join(not_shown)}')
 
 
 def filled(page, folder):
+    """The text of a page with the table after each mark as the JSON file in the folder has it."""
     def table(match):
         mark, name, columns = match[1], match[2], match[3].split(', ')
-        try:
-            rows = json.loads((folder / f'{name}.json').read_text())['rows']
-            return mark + markdown([{column: row[column] for column in columns} for row in rows])
-        except OSError as error:
-            raise UserError(f'{error.filename}: {error.strerror}')
-        except KeyError as error:
-            raise UserError(f'{folder / name}.json has no {error}')
+        path = folder / f'{name}.json'
+        rows = read_json(path, advice='measure it again, or restore it with git').get('rows')
+        if not rows:
+            raise UserError(f'{path}: no rows, so there is no table to write')
+        missing = [column for column in columns if any(column not in row for row in rows)]
+        if missing:
+            raise UserError(f'{path}: no column {", ".join(missing)}: it has {", ".join(rows[0])}')
+        return mark + markdown([{column: row[column] for column in columns} for row in rows])
     return MARK.sub(table, page)
+
+
+def names_shown(page):
+    """{'MACHINE/NAME'} of the tables of a page"""
+    return {match[2] for match in MARK.finditer(page)}
+
+
+def names_of_files(folder):
+    """{'MACHINE/NAME'} of the JSON files in a folder"""
+    return {f'{path.parent.name}/{path.stem}' for path in folder.glob('*/*.json')}
 
 
 def markdown(rows):
@@ -50,4 +64,6 @@ def markdown(rows):
 def cell(value):
     if isinstance(value, float):
         return f'{value:.4g}'
-    return f'{value:,}' if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f'{value:,}'
+    return str(value)

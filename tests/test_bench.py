@@ -1,4 +1,4 @@
-"""Comparisons are computed right, the candidates are what the tables say, and every file that is promised is written."""
+"""Comparisons are computed correctly, the candidates are what the tables say, and every promised file is written."""
 import json
 import sys
 from dataclasses import replace
@@ -9,7 +9,8 @@ import torch
 from matplotlib.figure import Figure
 
 import bench
-from benchmarks import measure
+import settings
+from benchmarks import blocks, loop, measure, preparing, tables
 from configurator import UserError
 from model import GPT
 
@@ -30,18 +31,18 @@ def test_candidates_run_in_turn_and_the_first_rounds_do_not_count():
 
 @pytest.mark.parametrize('ratios, expected', [((0.5, 1.0, 2.0), 1024), ((1.5, 0.9, 2.0), 2048), ((2.0, 2.0, 0.9), None)])
 def test_the_crossover_is_where_resonance_stays_ahead(ratios, expected):
-    assert bench.crossover([{'context': T, 'ratio': ratio} for T, ratio in zip((512, 1024, 2048), ratios)]) == expected
+    assert blocks.crossover([{'context': T, 'ratio': ratio} for T, ratio in zip((512, 1024, 2048), ratios)]) == expected
 
 
 @pytest.mark.parametrize('i, low, high', [(0, 8e6, 10e6), (1, 20e6, 22e6), (2, 65e6, 75e6)])
 def test_blocks_compares_at_9_21_and_70_million_parameters(i, low, high):
-    shape, *_ = bench.SHAPES[i]
+    shape, *_ = blocks.SHAPES[i]
     with torch.device('meta'):
-        models = {name: GPT(config) for name, config in bench.variants(shape).items()}
+        models = {name: GPT(config) for name, config in blocks.variants(shape).items()}
     assert list(models) == ['dense', 'swiglu', 'trix', 'bitnet', 'resonance', 'none']
-    assert low < bench.sizes(models['dense'])['parameters'] < high
+    assert low < measure.sizes(models['dense'])['parameters'] < high
     assert all(model.config.block_size == 256 and not model.config.tie_embeddings for model in models.values())
-    tiny = bench.settings.load([str(bench.ROOT / 'config' / 'trix_tiny.py')])
+    tiny = settings.load([str(measure.ROOT / 'config' / 'trix_tiny.py')])
     trix, small = models['trix'].config, tiny.trix_hidden or tiny.n_embd
     assert (trix.trix_tiles, trix.trix_top_k, trix.trix_hidden) == (tiny.trix_tiles, tiny.trix_top_k, small * shape.n_embd // 128)
     assert models['bitnet'].packed_bytes() < models['swiglu'].packed_bytes()
@@ -66,20 +67,20 @@ def written(tmp_path, title, columns):
 
 def test_blocks_writes_table_and_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
-    shape = replace(bench.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=32)
-    monkeypatch.setattr(bench, 'SHAPES', [(shape, 2, 1)])
+    shape = replace(blocks.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=32)
+    monkeypatch.setattr(blocks, 'SHAPES', [(shape, 2, 1)])
     bench.main(['blocks', '--quick', '--device=cpu'])
     rows = written(tmp_path, 'blocks', [
         'shape', 'block', 'parameters', 'used by a token', 'MFLOP/token', 'packed MB', 'tokens/s', 'spread',
         'ratio to dense', 'low', 'high', 'ratio to swiglu', 'peak GB'])
-    assert [row['block'] for row in rows] == list(bench.variants(shape)) and {row['shape'] for row in rows} == {'1 x 16'}
+    assert [row['block'] for row in rows] == list(blocks.variants(shape)) and {row['shape'] for row in rows} == {'1 x 16'}
     assert rows[0]['ratio to dense'] == rows[1]['ratio to swiglu'] == 1 and all(0.05 < row['peak GB'] < 5 for row in rows)
 
 
 def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
-    monkeypatch.setattr(bench, 'CONTEXT_SHAPE', replace(bench.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=2, vocab_size=64))
-    monkeypatch.setattr(bench, 'CONTEXTS', (128, 8192))  # --quick leaves the second one out
+    monkeypatch.setattr(blocks, 'CONTEXT_SHAPE', replace(blocks.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=2, vocab_size=64))
+    monkeypatch.setattr(blocks, 'CONTEXTS', (128, 8192))  # --quick leaves the second one out
     bench.main(['context', '--quick', '--device=cpu'])
     rows = written(tmp_path, 'context', [
         'context', 'attention tokens/s', 'resonance tokens/s', 'ratio', 'spread', 'attention peak GB', 'resonance peak GB',
@@ -87,20 +88,20 @@ def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
     assert [row['context'] for row in rows] == [128] and all(value > 0 for key, value in rows[0].items() if key != 'spread')
     assert 'crossover: ' in capsys.readouterr().out
     figure, speeds = Figure(), [rows[0]['attention tokens/s'], rows[0]['resonance tokens/s']]
-    bench.plot_context(rows, figure)
+    blocks.plot_context(rows, figure)
     low, high = figure.axes[0].get_ylim()
     assert 0.5 * min(speeds) < low < high < 2 * max(speeds)  # the logarithmic axis shows the lines, and little else
 
 
 def test_the_end_of_a_candidates_process_is_one_clear_line(monkeypatch):
-    shape = replace(bench.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=3)  # impossible: the process fails as it builds it
-    with pytest.raises(UserError, match='the process of a model came to its end'):
-        bench.side_by_side('here', {'bad': shape}, 1, 1, bench.load(['--device=cpu'], bench.BenchConfig))
+    shape = replace(blocks.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=3)  # impossible: the process fails as it builds it
+    with pytest.raises(UserError, match='here: the process of a model has died; without a message above, it ran out of memory'):
+        measure.side_by_side('here', {'bad': shape}, 1, 1, bench.load(['--device=cpu'], bench.BenchConfig))
 
 
 def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
-    monkeypatch.setattr(bench.os, 'cpu_count', lambda: 2)
+    monkeypatch.setattr(loop.os, 'cpu_count', lambda: 2)
     started = []
 
     def training_run(folder, processes, config, *words):
@@ -110,7 +111,7 @@ def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, 
     def training_lines(folder, *processes):
         speed = {'0_1': 100, '0_2': 180}.get(folder.rsplit('/')[-1], 95)
         return [{'tokens_per_s': 1}] * 5 + [{'tokens_per_s': speed}] * 3
-    monkeypatch.setattr(bench, 'training_run', training_run), monkeypatch.setattr(bench, 'training_lines', training_lines)
+    monkeypatch.setattr(loop, 'training_run', training_run), monkeypatch.setattr(loop, 'training_lines', training_lines)
     bench.main(['scaling', '--quick', '--device=cpu'])
     one, two = json.loads(result_file(tmp_path, 'scaling_quick.json').read_text())['rows']
     assert (one['tokens/s'], one['efficiency'], two['tokens/s'], two['efficiency']) == (100, 1, 180, 0.9)
@@ -128,7 +129,7 @@ def test_plans_are_set_beside_what_the_runs_take(tmp_path, monkeypatch):
         out.mkdir()
         (out / 'metrics.jsonl').write_text(''.join(json.dumps({'kind': 'train', 'step': i, 'tokens': 4096 * i, 'tokens_per_s': 4096 / i,
                                                                'mem_gb': 1.5}) + '\n' for i in range(1, 15)))
-    monkeypatch.setattr(bench, 'whole_process', whole_process)
+    monkeypatch.setattr(loop, 'whole_process', whole_process)
     bench.main(['plan', '--quick', '--device=cpu'])
     row, _ = json.loads(result_file(tmp_path, 'plan_quick.json').read_text())['rows']
     assert (row['planned GB'], row['GB'], row['planned s/step'], row['s/step']) == (1.2, 1.0, 2.5, 9.5)
@@ -138,7 +139,7 @@ def test_plans_are_set_beside_what_the_runs_take(tmp_path, monkeypatch):
 def test_the_loop_is_timed_on_a_real_run(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     lines = [{'kind': 'train', 'step': step, 'tokens_per_s': 4096.0, 'loader_wait': 0.01} for step in range(6)]
-    monkeypatch.setattr(bench, 'training_run', lambda *words: None), monkeypatch.setattr(bench, 'training_lines', lambda *words: lines)
+    monkeypatch.setattr(loop, 'training_run', lambda *words: None), monkeypatch.setattr(loop, 'training_lines', lambda *words: lines)
     bench.main(['loop', '--repeats=2', '--device=cpu'])
     rows = {row['what']: row for row in json.loads(result_file(tmp_path, 'loop.json').read_text())['rows']}
     assert rows['step']['ms'] == 1000 and rows['waiting for a batch']['ms'] == 10
@@ -148,26 +149,26 @@ def test_the_loop_is_timed_on_a_real_run(tmp_path, monkeypatch):
 
 def test_a_program_is_charged_with_its_own_memory_and_that_of_its_children_alone():
     keep = bytearray(400_000_000)  # ours: Linux would charge a child with it
-    assert all(bench.whole_process([sys.executable, '-S', '-c', 'pass'])[1] < 0.05 for _ in range(2)) and len(keep)
+    assert all(measure.whole_process([sys.executable, '-S', '-c', 'pass'])[1] < 0.05 for _ in range(2)) and len(keep)
     child = "import subprocess, sys; print('hello'); subprocess.run([sys.executable, '-S', '-c', 'bytearray(b\"1\") * 100_000_000'])"
-    seconds, peak, said = bench.whole_process([sys.executable, '-S', '-c', child])
-    assert 0.1 < peak < 0.15 and seconds > 0 and said == 'hello\n'
+    seconds, peak, output = measure.whole_process([sys.executable, '-S', '-c', child])
+    assert 0.1 < peak < 0.15 and seconds > 0 and output == 'hello\n'
     with pytest.raises(UserError, match='failed: no'):
-        bench.whole_process([sys.executable, '-c', "raise SystemExit('no')"])
+        measure.whole_process([sys.executable, '-c', "raise SystemExit('no')"])
 
 
 def test_a_thousand_shards_are_opened_for_nothing(tmp_path):
-    row = bench.opened_shards(tmp_path)
+    row = preparing.opened_shards(tmp_path)
     assert row['seconds to open'] < 2 and row['GB more'] < 0.05 and row['ms a batch of 4 rows'] < 20
     assert (row['files'], row['tokens']) == (1000, 990 * 100 * 32_768)
 
 
-SMALL = replace(bench.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=96)
+SMALL = replace(blocks.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=96)
 
 
 def test_amp_measures_each_precision_that_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
-    monkeypatch.setattr(bench, 'SHAPES', [(SMALL, 2, 1)] * 2)
+    monkeypatch.setattr(blocks, 'SHAPES', [(SMALL, 2, 1)] * 2)
     bench.main(['amp', '--quick', '--device=cpu'])
     rows = json.loads(result_file(tmp_path, 'amp_quick.json').read_text())['rows']
     assert [row['precision'] for row in rows] == ['float32', 'bfloat16'] and rows[0]['ratio to float32'] == 1  # once, on a CPU
@@ -176,8 +177,8 @@ def test_amp_measures_each_precision_that_there_is(tmp_path, monkeypatch):
 
 def test_decode_times_prefill_and_tokens_of_every_block(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
-    monkeypatch.setattr(bench, 'SHAPES', [(SMALL, 2, 1)] * 2)
-    monkeypatch.setattr(bench, 'variants', lambda shape: {'dense': shape, 'none': replace(shape, ffn='none')})
+    monkeypatch.setattr(blocks, 'SHAPES', [(SMALL, 2, 1)] * 2)
+    monkeypatch.setattr(blocks, 'variants', lambda shape: {'dense': shape, 'none': replace(shape, ffn='none')})
     bench.main(['decode', '--quick', '--device=cpu'])
     rows = json.loads(result_file(tmp_path, 'decode_quick.json').read_text())['rows']
     assert [row['block'] for row in rows] == ['dense', 'none']
@@ -192,7 +193,7 @@ def test_the_largest_batch_is_found_to_a_sixteenth_without_trying_what_cannot_fi
     def two_steps(model, rows, device, dtype):
         tried.append(rows)
         return 0.6 + per_row * rows
-    monkeypatch.setattr(bench, 'two_steps', two_steps), monkeypatch.setattr(bench, 'ProcessPoolExecutor', SamePool)
+    monkeypatch.setattr(blocks, 'two_steps', two_steps), monkeypatch.setattr(blocks, 'ProcessPoolExecutor', SamePool)
     bench.main(['batch', f'--card_gb={limit}', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
     row, = json.loads(result_file(tmp_path, 'batch.json').read_text())['rows']
     most = int((limit - 0.6) / per_row + 1e-6)
@@ -202,22 +203,22 @@ def test_the_largest_batch_is_found_to_a_sixteenth_without_trying_what_cannot_fi
 
 def test_a_batch_that_is_out_of_memory_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
-    monkeypatch.setattr(bench, 'ProcessPoolExecutor', SamePool)
-    monkeypatch.setattr(bench, 'two_steps', lambda model, rows, *rest: None if rows > 5 else 0.1)
+    monkeypatch.setattr(blocks, 'ProcessPoolExecutor', SamePool)
+    monkeypatch.setattr(blocks, 'two_steps', lambda model, rows, *rest: None if rows > 5 else 0.1)
     bench.main(['batch', '--card_gb=1', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
     assert json.loads(result_file(tmp_path, 'batch.json').read_text())['rows'][0]['largest batch'] == 5
-    monkeypatch.setattr(bench, 'two_steps', lambda model, rows, *rest: None)
+    monkeypatch.setattr(blocks, 'two_steps', lambda model, rows, *rest: None)
     with pytest.raises(UserError, match='not even one sequence of 256 tokens fits'):
         bench.main(['batch', '--card_gb=1', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
 
 
 def test_two_real_steps_tell_their_peak_and_running_out_of_memory(monkeypatch):
-    assert 0.05 < bench.two_steps(SMALL, 2, 'cpu', 'auto') < 5
+    assert 0.05 < blocks.two_steps(SMALL, 2, 'cpu', 'auto') < 5
 
     def no_memory(*words):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-    monkeypatch.setattr(bench, 'training_step', no_memory)
-    assert bench.two_steps(SMALL, 2, 'cpu', 'auto') is None
+    monkeypatch.setattr(blocks, 'training_step', no_memory)
+    assert blocks.two_steps(SMALL, 2, 'cpu', 'auto') is None
 
 
 class SamePool:
@@ -234,3 +235,75 @@ class SamePool:
 
     def submit(self, function, *words):
         return type('Done', (), {'result': staticmethod(lambda: function(*words))})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables of results/README.md
+
+NOT_SHOWN = {  # measurements in results/ without a table: `peers` was made again on the EPYC, `head` is one of many commands
+    'intel-xeon-2.50ghz-2-threads/head', 'intel-xeon-2.50ghz-2-threads/peers'}
+
+
+def test_every_table_of_the_results_is_that_of_its_json_file():
+    page = (tables.RESULTS / 'README.md').read_text(encoding='utf-8')
+    assert tables.filled(page, tables.RESULTS) == page
+    assert len(tables.names_shown(page)) == page.count('<!-- ') > 10  # no mark is misspelt
+
+
+def test_every_measurement_is_shown_or_listed_as_not_shown():
+    shown = tables.names_shown((tables.RESULTS / 'README.md').read_text(encoding='utf-8'))
+    assert tables.names_of_files(tables.RESULTS) - shown == NOT_SHOWN
+
+
+@pytest.fixture
+def small_results(tmp_path, monkeypatch):
+    """A folder of one machine with two measurements, of which the page shows one."""
+    (tmp_path / 'cpu').mkdir()
+    rows = [{'name': 'a', 'tokens': 1234567, 'ratio': 1.23456}, {'name': 'long name', 'tokens': 8, 'ratio': 1.0}]
+    (tmp_path / 'cpu' / 'speed.json').write_text(json.dumps({'rows': rows}))
+    (tmp_path / 'cpu' / 'other.json').write_text(json.dumps({'rows': rows}))
+    (tmp_path / 'README.md').write_text('Before.\n\n<!-- cpu/speed: name, ratio, tokens -->\n| old |\n\nAfter ².\n', encoding='utf-8')
+    monkeypatch.setattr(tables, 'RESULTS', tmp_path)
+    return tmp_path
+
+
+def test_the_command_tables_fills_in_the_page_and_names_what_it_does_not_show(small_results, capsys):
+    bench.main(['tables'])
+    expected = """Before.
+
+<!-- cpu/speed: name, ratio, tokens -->
+| name      | ratio | tokens    |
+| --------- | ----- | --------- |
+| a         | 1.235 | 1,234,567 |
+| long name | 1     | 8         |
+
+After ².
+"""
+    assert (small_results / 'README.md').read_text(encoding='utf-8') == expected
+    assert capsys.readouterr().out.splitlines() == [f'{small_results}/README.md: 1 tables', 'not shown: cpu/other']
+    bench.main(['tables'])
+    assert (small_results / 'README.md').read_text(encoding='utf-8') == expected
+
+
+@pytest.mark.parametrize('mark, content, message', [
+    ('cpu/none: name', None, 'cpu/none.json: No such file or directory'),
+    ('cpu/speed: name, speed, ratio, loss', None, 'cpu/speed.json: no column speed, loss: it has name, tokens, ratio'),
+    ('cpu/speed: name', '{"rows": [', 'cpu/speed.json: broken'),
+    ('cpu/speed: name', '{}', 'cpu/speed.json: no rows')])
+def test_a_table_that_cannot_be_filled_is_one_line_and_leaves_the_page_alone(small_results, mark, content, message):
+    page = f'<!-- cpu/other: name -->\n\n<!-- {mark} -->\n'
+    (small_results / 'README.md').write_text(page)
+    if content is not None:
+        (small_results / 'cpu' / 'speed.json').write_text(content)
+    with pytest.raises(UserError) as error:
+        bench.main(['tables'])
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert (small_results / 'README.md').read_text() == page
+
+
+def test_a_report_prints_the_table_that_the_page_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
+    rows = [{'name': 'a', 'seconds': 0.123456, 'tokens': 4096}]
+    measure.report('head', rows, bench.load(['--device=cpu'], bench.BenchConfig))
+    assert capsys.readouterr().out == f'\n{tables.markdown(rows)}\n'
+    assert json.loads(result_file(tmp_path, 'head.json').read_text())['rows'] == rows

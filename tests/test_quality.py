@@ -221,15 +221,15 @@ def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(
 
 def test_a_peer_that_is_not_nanogpt_is_refused(tmp_path):
     def why():
-        with pytest.raises(UserError, match='no checkout of nanoGPT') as error:
+        with pytest.raises(UserError, match='not a checkout of nanoGPT') as error:
             bench.load(['peers', f'--nanogpt={tmp_path}'], bench.BenchConfig, positional=('command',))
         return str(error.value)
-    assert 'no train.py there' in why()
+    assert '(no train.py)' in why()
     (tmp_path / 'train.py').write_text('print("another trainer")')
-    assert 'no train.py of it' in why()
+    assert "(train.py is not nanoGPT's)" in why()
     (tmp_path / 'train.py').write_text(FAKE_TRAIN), (tmp_path / 'configurator.py').write_text('pass')
-    assert 'no model.py there' in why()
+    assert '(no model.py)' in why()
     (tmp_path / 'model.py').write_text('class GPT:\n    pass\n')
-    assert 'no model.py of it' in why()
-    with pytest.raises(UserError, match='no train.py of it there'):  # this repository itself
+    assert "(model.py is not nanoGPT's)" in why()
+    with pytest.raises(UserError, match="train.py is not nanoGPT's"):  # this repository itself
         bench.load(['peers'], bench.BenchConfig, positional=('command',))

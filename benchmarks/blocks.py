@@ -1,0 +1,338 @@
+"""
+Speed and memory of models on random tokens: the commands blocks, context, amp, compile, decode, head and batch of bench.py.
+
+Each command is a function of a BenchConfig. It prints a table and writes results/<machine>/<command>.json, some with a picture.
+"""
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, process
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import settings
+from benchmarks.measure import ROOT, compare, interleaved, report, side_by_side, sizes, timed, training_step
+from configurator import UserError
+from model import GPT, GPTConfig, chunked_cross_entropy
+from runtime import device as hardware
+from runtime import profiling
+
+untied = partial(GPTConfig, vocab_size=32_000, tie_embeddings=False)
+SHAPES = [  # (shape, sequences a step, divisor of --repeats: the longer a step, the fewer repeats)
+    (untied(n_embd=128, n_layer=4, n_head=4), 16, 2),
+    (untied(n_embd=256, n_layer=6, n_head=8), 16, 3),
+    (untied(n_embd=512, n_layer=12, n_head=8), 8, 5)]
+CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn='gelu')
+
+
+def variants(shape):
+    """{name: GPTConfig} of all blocks at a shape. TriX has the tiles of trix_tiny, scaled with the width."""
+    tiny = settings.load([str(ROOT / 'config' / 'trix_tiny.py')]).pick(GPTConfig)
+    tiles = {key: value for key, value in vars(tiny).items() if key.startswith('trix_')}
+    tiles['trix_hidden'] = (tiny.trix_hidden or tiny.n_embd) * shape.n_embd // tiny.n_embd
+    return {
+        'dense': replace(shape, ffn='gelu'),
+        'swiglu': replace(shape, ffn='swiglu'),
+        'trix': replace(shape, ffn='trix', **tiles),
+        'bitnet': replace(shape, ffn='swiglu', linear='bitnet'),
+        'resonance': replace(shape, mixer='resonance', ffn='gelu'),
+        'none': replace(shape, ffn='none')}
+
+
+def title_of(shape):
+    return f'{shape.n_layer} x {shape.n_embd}'
+
+
+def is_cpu(config):
+    return hardware.resolve(config.device, 'auto')[0].type == 'cpu'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training steps of the blocks
+
+def blocks(config):
+    """
+    Training steps of every block at SHAPES. `dense` is attention with a GELU FFN. `bitnet` is `swiglu` with ternary
+    matrices, so `ratio to swiglu` is its fair comparison. `packed MB`: ternary codes in 2 bits, everything else in bf16.
+    `peak GB`: peak memory of training; on a GPU that of its tensors, on a CPU that of the whole process, torch included.
+    Six models are in memory at once.
+    """
+    # Without a command everything takes five minutes: a CPU skips the largest shape.
+    shapes = SHAPES[:2] if not config.command and is_cpu(config) else SHAPES
+    rows = []
+    for shape, batch_size, divisor in shapes:
+        models = variants(shape)
+        repeats = 2 if config.quick else max(1, config.repeats // divisor)
+        times, peaks = side_by_side(title_of(shape), models, batch_size, repeats, config)
+        for to_dense, to_swiglu in zip(compare(times, 'dense'), compare(times, 'swiglu')):
+            name = to_dense['name']
+            with torch.device('meta'):
+                model = GPT(models[name])
+            rows.append({
+                'shape': title_of(shape), 'block': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6,
+                'tokens/s': batch_size * shape.block_size / to_dense['seconds'], 'spread': to_dense['spread'],
+                'ratio to dense': to_dense['ratio'], 'low': to_dense['low'], 'high': to_dense['high'],
+                'ratio to swiglu': to_swiglu['ratio'], 'peak GB': peaks[name]})
+    report('blocks', rows, config, plot=plot_blocks)
+
+
+def plot_blocks(rows, figure):
+    dense = {row['shape']: row for row in rows if row['block'] == 'dense'}
+    shapes = list(dense)
+    others = list(dict.fromkeys(row['block'] for row in rows if row['block'] != 'dense'))
+    panels = {'ratio to dense': 'training speed (and its quartiles)', 'packed MB': 'packed size',
+              'peak GB': 'peak memory of training'}
+    for axes, (key, title) in zip(figure.subplots(1, 3), panels.items()):
+        for row in rows:
+            if row['block'] == 'dense':
+                continue  # the line at 1
+            i = 1 + others.index(row['block'])
+            x = shapes.index(row['shape']) + 0.16 * (i - (1 + len(others)) / 2)
+            y = row[key] / dense[row['shape']][key]
+            error = [[y - row['low']], [row['high'] - y]] if key == 'ratio to dense' else None
+            label = row['block'] if row['shape'] == shapes[0] else ''  # once in the legend
+            axes.bar(x, y, 0.15, yerr=error, color=f'C{i}', capsize=3, label=label)
+            axes.text(x, 0.03, f'{y:.2f}', ha='center', color='white', rotation=90)
+        axes.axhline(1, color='C0', label='dense')
+        axes.set(title=title, xlabel='layers x width, parameters of dense', ylabel='relative to dense',
+                 xticks=range(len(dense)),
+                 xticklabels=[f'{shape}\n{row["parameters"] / 1e6:.3g}M' for shape, row in dense.items()])
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=1 + len(others))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention against resonance
+
+def context(config):
+    """
+    Attention and resonance over CONTEXTS: training steps of 8192 tokens (one sequence where the context is longer), and
+    decoding steps of one sequence whose cache is nearly full. `ratio`: the speed of resonance over that of attention
+    within a repeat. `spread`: the quartiles of the ratio over its median. `peak GB`: as in `blocks`.
+    """
+    rows = []
+    for T in CONTEXTS:
+        if config.quick and T > 4096:
+            continue
+        batch_size = max(1, 8192 // T)
+        repeats = min(2 if config.quick else max(1, config.repeats // 3), max(1, 3 * 8192 // T))
+        models = {mixer: replace(CONTEXT_SHAPE, block_size=T, mixer=mixer) for mixer in ('attention', 'resonance')}
+        times, decode_times, peaks = side_by_side(f'context {T:,}', models, batch_size, repeats, config,
+                                                  ('train', 'decode'))
+        attention, resonance = compare(times, 'attention')
+        rows.append({
+            'context': T,
+            'attention tokens/s': batch_size * T / attention['seconds'],
+            'resonance tokens/s': batch_size * T / resonance['seconds'],
+            'ratio': resonance['ratio'], 'spread': (resonance['high'] - resonance['low']) / resonance['ratio'],
+            **{f'{mixer} peak GB': peaks[mixer] for mixer in models},
+            **{f'{mixer} ms/token': 1000 * statistics.median(decode_times[mixer]) for mixer in models}})
+    report('context', rows, config, plot=plot_context)
+    last = [row for row in rows if row['context'] <= 8192][-1]
+    print(f'crossover: {crossover(rows) or "none"}; '
+          f'at {last["context"]:,} tokens resonance has {last["ratio"]:.3g} times the speed of attention')
+
+
+def crossover(rows):
+    """The smallest context from which on resonance is never slower. None if it is slower at the largest."""
+    contexts = [row['context'] for i, row in enumerate(rows) if all(later['ratio'] >= 1 for later in rows[i:])]
+    return contexts[0] if contexts else None
+
+
+def plot_context(rows, figure):
+    contexts = [f'{row["context"] / 1024:g}k' for row in rows]  # powers of two, evenly spaced: a logarithmic axis
+    panels = {'tokens/s': 'training speed', 'ms/token': 'decoding, one sequence', 'peak GB': 'peak memory of training'}
+    for axes, (unit, title) in zip(figure.subplots(1, 3), panels.items()):
+        for mixer, marker in (('attention', 'o'), ('resonance', 's')):
+            axes.plot(contexts, [row[f'{mixer} {unit}'] for row in rows], marker=marker, label=mixer)
+        axes.set(title=title, xlabel='context (tokens)', ylabel=unit, ylim=0)
+        if unit == 'tokens/s':
+            axes.autoscale()
+            axes.set_yscale('log', subs=[])
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 3, 5))
+            axes.yaxis.set_major_formatter('{x:,g}')
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precisions and torch.compile
+
+def amp(config):
+    """
+    Training steps of the dense model in each precision that the device supports. A CPU gets the smallest shape only, in
+    fp32 and bf16, because most CPUs multiply bf16 many times slower. `peak GB`: as in `blocks`.
+    """
+    dtypes = [dtype for dtype in ('float32', 'tf32', 'bfloat16', 'float16') if supports(config.device, dtype)]
+    repeats = 2 if config.quick else max(2, config.repeats // 3)
+    rows = []
+    for shape, batch_size, _ in SHAPES[:1] if is_cpu(config) else SHAPES:
+        if is_cpu(config):
+            batch_size = 2
+        models = dict.fromkeys(dtypes, shape)
+        times, peaks = side_by_side(title_of(shape), models, batch_size, repeats, config,
+                                    dtypes={dtype: dtype for dtype in dtypes})
+        for row in compare(times, 'float32'):
+            rows.append({
+                'shape': title_of(shape), 'precision': row['name'],
+                'tokens/s': batch_size * shape.block_size / row['seconds'], 'ratio to float32': row['ratio'],
+                'low': row['low'], 'high': row['high'], 'peak GB': peaks[row['name']]})
+    report('amp', rows, config)
+
+
+def supports(device, dtype):
+    try:
+        hardware.resolve(device, dtype)
+        return True
+    except UserError:
+        return False
+
+
+def compilation(config):
+    """
+    Training steps, eager and compiled, of each kind of block at the size of trix_tiny and at 6 x 256. `repaid after`: tokens
+    of a run after which compiling has saved as much time as it took, or never.
+    """
+    os.environ['TORCHINDUCTOR_CACHE_DIR'] = tempfile.mkdtemp()  # so that nothing is compiled already
+    batch_size = 16
+    repeats = 2 if config.quick else config.repeats
+    rows = []
+    for width, layers in ((128, 3),) if config.quick else ((128, 3), (256, 6)):
+        shape = GPTConfig(n_embd=width, n_layer=layers, n_head=4, vocab_size=8192)
+        tokens = batch_size * shape.block_size
+        for block in ('dense', 'trix', 'bitnet', 'resonance'):
+            models = dict.fromkeys(('eager', 'compiled'), variants(shape)[block])
+            first, times, _ = side_by_side(f'{title_of(shape)}, {block}', models, batch_size, repeats, config,
+                                           ('first', 'train'), compiles={'eager': 'false', 'compiled': 'true'})
+            eager, compiled = compare(times, 'eager')
+            compile_seconds = first['compiled'][0] - compiled['seconds']
+            saved_per_token = (eager['seconds'] - compiled['seconds']) / tokens
+            repaid = f'{compile_seconds / saved_per_token / 1e6:.1f}M tokens' if saved_per_token > 0 else 'never'
+            rows.append({
+                'shape': title_of(shape), 'block': block, 'eager tokens/s': tokens / eager['seconds'],
+                'compiled tokens/s': tokens / compiled['seconds'], 'ratio': compiled['ratio'], 'low': compiled['low'],
+                'high': compiled['high'], 'seconds to compile': compile_seconds, 'repaid after': repaid})
+    report('compile', rows, config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding and the loss
+
+def decode(config):
+    """One sequence of the middle shape: prefill of all but the last 64 tokens of the context, then one token at a time."""
+    shape, _, _ = SHAPES[1]
+    repeats = 3 if config.quick else config.repeats
+    prefill_times, token_times, peaks = side_by_side('decode', variants(shape), 1, repeats, config, ('prefill', 'decode'))
+    rows = []
+    for prefill, token in zip(compare(prefill_times, 'dense'), compare(token_times, 'dense')):
+        rows.append({
+            'block': token['name'], 'prefill tokens/s': (shape.block_size - 64) / prefill['seconds'],
+            'decode tokens/s': 1 / token['seconds'], 'ratio to dense': token['ratio'], 'low': token['low'],
+            'high': token['high'], 'peak GB': peaks[token['name']]})
+    report('decode', rows, config)
+
+
+def head(config):
+    """Forward and backward of the loss: 4096 tokens, width 128, vocabulary 8192."""
+    device, _, description = hardware.resolve(config.device, 'float32')
+    torch.manual_seed(0)
+    x = torch.randn(4096, 128, device=device).requires_grad_()
+    w = (0.02 * torch.randn(8192, 128, device=device)).requires_grad_()
+    y = torch.randint(8192, (4096,), device=device)
+    losses = {'plain': lambda: F.cross_entropy(x @ w.T, y), 'chunked (ours)': lambda: chunked_cross_entropy(x, w, y)}
+    if hasattr(F, 'linear_cross_entropy') and hasattr(torch.nn, 'LinearCrossEntropyOptions'):  # not in older torch
+        for name, options in (
+                ('torch fused', torch.nn.LinearCrossEntropyOptions()),
+                ('torch fused, chunks of 128',
+                 torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128, chunking_method=None))):
+            losses[name] = partial(F.linear_cross_entropy, x, w, y, options=options)
+    print(f'the loss on {description}')
+
+    def seconds(loss):
+        return timed(lambda: torch.autograd.grad(loss(), (x, w)), device)
+    times = interleaved({name: partial(seconds, loss) for name, loss in losses.items()}, config.repeats)
+    report('head', compare(times, 'plain'), config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The largest batch
+
+def batch(config):
+    """
+    The largest batch of --model that fits, to a sixteenth: doubled until it doesn't fit, then bisected. Each batch size is
+    two real training steps in a process of its own. A GPU tries until it is out of memory or over --card_gb. Elsewhere the
+    limit is --card_gb or nine tenths of the free memory, and a batch that smaller ones show to be too large is not tried.
+    """
+    device = hardware.resolve(config.device, config.dtype)[0]
+    model_config = settings.load([config.model]).pick(GPTConfig)
+    T = model_config.block_size
+    memory_limit = config.card_gb or (math.inf if device.type == 'cuda' else 0.9 * free_memory_gb())
+    peaks = {}  # {batch size: peak GB}
+
+    def fits(batch_size):
+        if device.type != 'cuda' and extrapolated(peaks, batch_size) > memory_limit:
+            return False
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+            try:
+                peak = pool.submit(two_steps, model_config, batch_size, config.device, config.dtype).result()
+            except process.BrokenProcessPool:
+                return False
+        if peak is None:
+            print(f'{batch_size:,} x {T:,}: out of memory', flush=True)
+            return False
+        print(f'{batch_size:,} x {T:,}: {peak:.3g} GB', flush=True)
+        peaks[batch_size] = peak
+        return peak <= memory_limit
+
+    largest, too_large = 0, 1
+    while fits(too_large):
+        largest, too_large = too_large, 2 * too_large
+    while too_large - largest > max(1, largest // 16):
+        middle = (largest + too_large) // 2
+        if fits(middle):
+            largest = middle
+        else:
+            too_large = middle
+    if not largest:
+        raise UserError(f'{config.model}: not even one sequence of {T:,} tokens fits into {memory_limit:.3g} GB')
+    options = f' --model={config.model}'
+    if config.card_gb:
+        options += f' --card_gb={config.card_gb:g}'
+    report('batch', [{'config': Path(config.model).stem, 'context': T, 'limit GB': float(min(memory_limit, 1e6)),
+                      'largest batch': largest, 'peak GB': peaks[largest]}], config, options)
+
+
+def extrapolated(peaks, batch_size):
+    """GB of a batch, on the straight line through the two largest of peaks {batch size: GB}. 0 if there are fewer."""
+    if len(peaks) < 2:
+        return 0.0
+    (a, gb_a), (b, gb_b) = sorted(peaks.items())[-2:]
+    return gb_b + (gb_b - gb_a) / (b - a) * (batch_size - b)
+
+
+def two_steps(model_config, batch_size, device, dtype):
+    """Peak GB of two training steps, None if they run out of memory."""
+    device, dtype, _ = hardware.resolve(device, dtype)
+    try:
+        _, step = training_step(model_config, batch_size, device, dtype)
+        step()
+        step()
+    except (RuntimeError, MemoryError) as error:
+        if not profiling.is_out_of_memory(error):
+            raise
+        return None
+    return hardware.peak_memory_gb(device)
+
+
+def free_memory_gb():
+    meminfo = Path('/proc/meminfo')
+    if meminfo.exists():
+        return int(re.search(r'MemAvailable:\s+(\d+)', meminfo.read_text())[1]) * 1024 / 1e9
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9

@@ -1,11 +1,12 @@
 """
-How fast and how large models are once they are deployed: the commands `convert` and `peers --llama_cpp` of bench.py.
+Speed and size of deployed models: the commands `convert` and `peers --llama_cpp` of bench.py.
 """
 import multiprocessing
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,28 +21,34 @@ from configurator import UserError
 from data import TokenData
 from benchmarks.measure import ROOT, compare, interleaved, report
 from model import GPT, GPTConfig
-from benchmarks.quality import TWIN, trained
+from benchmarks.quality import TWIN, ensure_trained
 from tokenizer import load_tokenizer, token_bytes, train_bpe
 from training import validate
 
-PROMPT, NEW = 128, 32  # tokens that are read at once, and that follow one by one
+PROMPT, NEW = 128, 32  # tokens that are read at once, and tokens that are then generated one by one
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In the process of a candidate
 
-def opened(kind, path, threads):
-    """Make read.once of this process: it reads PROMPT tokens, adds NEW one by one -> (seconds of the first, seconds of one of the others)."""
+def start(kind, source, threads):
+    """
+    Prepare this process for `read`: set read.once to a function that returns (seconds to read PROMPT tokens, seconds for each
+    of the NEW tokens that follow). kind and source: 'fp32' and a GPTConfig, 'packed' or 'llama.cpp' and a file.
+    """
     torch.set_num_threads(threads)
     ids = torch.randint(256, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     if kind == 'llama.cpp':
-        llama = gguf.Llama(path, 2 * (PROMPT + NEW), threads)
+        llama = gguf.Llama(source, 2 * (PROMPT + NEW), threads)
 
         def once():
             times = llama.complete(ids[0].tolist(), NEW + 1, ignore_eos=True)['timings']
             return PROMPT / times['prompt_per_second'], 1 / times['predicted_per_second']
     else:
-        model = made(path).eval().requires_grad_(False) if kind == 'fp32' else load_model(path, torch.device('cpu'))[0]
+        if kind == 'fp32':
+            model = new_model(source).eval().requires_grad_(False)
+        else:
+            model, _ = load_model(source, torch.device('cpu'))
 
         def once():
             return decoded(model, ids)
@@ -50,17 +57,18 @@ def opened(kind, path, threads):
 
 @torch.no_grad()
 def decoded(model, ids, new=NEW):
-    """(seconds to read ids, seconds of one of `new` tokens after them)"""
-    cache, start = model.new_cache(1), time.perf_counter()
+    """(seconds to read ids, seconds for each of the `new` tokens that follow)"""
+    cache = model.new_cache(1)
+    start_time = time.perf_counter()
     logits = model(ids, cache=cache, last=True)
-    middle = time.perf_counter()
+    prompt_time = time.perf_counter()
     for _ in range(new):
         logits = model(logits[:, -1:].argmax(-1), cache=cache, last=True)
-    return middle - start, (time.perf_counter() - middle) / new
+    return prompt_time - start_time, (time.perf_counter() - prompt_time) / new
 
 
 def read():
-    time.sleep(0.02)  # the threads of the process that was at work before spin for a few ms
+    time.sleep(0.02)  # the threads of the previous process still spin for a few ms
     return read.once()
 
 
@@ -72,22 +80,29 @@ def peak():
 # llama.cpp beside ours
 
 def shapes():
-    """{name: GPTConfig}: the 95M BitNet, and TriX in place of its FFN with as many hidden units for a token, or as many weights."""
+    """
+    {name: GPTConfig}: the 95M BitNet, and the same with TriX in place of its FFN: with as many hidden units for a token, or as
+    many weights.
+    """
     bitnet = settings.load([str(ROOT / 'config' / 'bitnet_95m.py')]).pick(GPTConfig)
     trix = replace(bitnet, ffn='trix', trix_tiles=8, trix_top_k=2, act_bits=8)
     return {'BitNet': bitnet, 'TriX, as wide': replace(trix, trix_hidden=bitnet.d_ff // 2),
             'TriX, as many weights': replace(trix, trix_hidden=3 * bitnet.d_ff // 4)}
 
 
-def made(shape):
+def new_model(shape):
     torch.manual_seed(0)
     return GPT(shape)
 
 
 def write(folder, name, shape):
-    """Files of a model with randomly initialised weights, in a process that gives its memory back. -> their paths"""
-    model, paths = made(shape).eval(), [folder / f'{name}.safetensors']
-    packed.write(paths[0], packed.pack(model, 'int8'), 'int8', {'config': asdict(shape), 'tokenizer': None, 'step': 0, 'data': {}})
+    """
+    Write a randomly initialised model as a packed file, and BitNet as GGUF files, too -> their paths. It runs in a process of its
+    own, which returns its memory.
+    """
+    model, paths = new_model(shape).eval(), [folder / f'{name}.safetensors']
+    metadata = {'config': asdict(shape), 'tokenizer': None, 'step': 0, 'data': {}}
+    packed.write(paths[0], packed.pack(model, 'int8'), 'int8', metadata)
     if name == 'BitNet':
         tokenizer = train_bpe([(ROOT / 'README.md').read_text()], 512)
         for matrices, embeddings in (('TQ2_0', 'Q8_0'), ('F16', 'F16')):
@@ -98,37 +113,54 @@ def write(folder, name, shape):
 
 def llama_cpp(config):
     """
-    Decoding on the CPU of one sequence with the shape of config/bitnet_95m.py: a prompt of 128 tokens at once, then 32 one by one,
-    each candidate in a process of its own, in turn. All have the same randomly initialised weights. Embeddings are int8 where it
-    says packed or TQ2_0. TriX: 8 tiles of which a token uses 2, with as many hidden units for a token as BitNet's FFN has, or with as
-    many weights. `peak GB`: of the whole process, Python and torch included.
+    Decoding of one sequence on the CPU with the shape of config/bitnet_95m.py: a prompt of 128 tokens at once, then 32 tokens one
+    by one. Each candidate has a process of its own, in turn. All have the same randomly initialised weights. Embeddings are
+    int8 in packed files and in TQ2_0. TriX has 8 tiles, 2 of them for a token, with as many hidden units for a token as BitNet's
+    FFN, or as many weights. `peak GB`: of the whole process, Python and torch included.
     """
-    if missing := [name for name in ('gguf', 'xllamacpp') if not find_spec(name)]:
+    missing = [name for name in ('gguf', 'xllamacpp') if not find_spec(name)]
+    if missing:
         raise UserError(f'--llama_cpp needs {" and ".join(missing)}: pip install -r requirements-dev.txt')
     server, threads = multiprocessing.get_context('forkserver'), torch.get_num_threads()
     server.set_forkserver_preload(['benchmarks.deployed'])  # imported once for all
     with tempfile.TemporaryDirectory() as folder:
-        candidates, reference = {}, 'llama.cpp TQ2_0'
+        candidates = {}  # {name: (kind, source)}, see `start`
         for name, shape in shapes().items():
             with ProcessPoolExecutor(1, server) as pool:
-                own, *others = pool.submit(write, Path(folder), name, shape).result()
-            candidates |= {'BitNet fp32': ('fp32', shape)} if others else {}
-            candidates |= {f'{name} packed': ('packed', own), **{f'llama.cpp {path.stem}': ('llama.cpp', path) for path in others}}
-        pools = {name: ProcessPoolExecutor(1, server, opened, (*which, threads)) for name, which in candidates.items()}
-        try:
-            times = interleaved({name: lambda pool=pool: pool.submit(read).result() for name, pool in pools.items()}, config.repeats)
-            peaks = {name: pool.submit(peak).result() for name, pool in pools.items()}
-        finally:
-            for pool in pools.values():
-                pool.shutdown(cancel_futures=True)
-        megabytes = {name: '' if kind == 'fp32' else path.stat().st_size / 1e6 for name, (kind, path) in candidates.items()}
-    first, one = ({name: [pair[i] for pair in pairs] for name, pairs in times.items()} for i in (0, 1))
-    rows = [{'model': b['name'], 'file MB': megabytes[b['name']], 'prompt tokens/s': PROMPT / a['seconds'], 'to llama.cpp TQ2_0': a['ratio'],
-             'tokens/s': 1 / b['seconds'], 'low': b['low'], 'ratio': b['ratio'], 'high': b['high'], 'peak GB': peaks[b['name']]}
-            for a, b in zip(compare(first, reference), compare(one, reference))]
-    report('peers', rows, config, ' --llama_cpp', name='peers_llama_cpp',
-           to_fp32={row['name']: row['ratio'] for row in compare(one, 'BitNet fp32')},
-           to_bitnet={row['name']: [row['low'], row['ratio'], row['high']] for row in compare(one, 'BitNet packed')})
+                packed_file, *gguf_files = pool.submit(write, Path(folder), name, shape).result()
+            if gguf_files:
+                candidates['BitNet fp32'] = 'fp32', shape
+            candidates[f'{name} packed'] = 'packed', packed_file
+            candidates |= {f'llama.cpp {path.stem}': ('llama.cpp', path) for path in gguf_files}
+        times, peaks = decoded_in_turn(candidates, server, config.repeats)
+        megabytes = {name: '' if kind == 'fp32' else source.stat().st_size / 1e6
+                     for name, (kind, source) in candidates.items()}
+    prompt_times = {name: [prompt for prompt, _ in pairs] for name, pairs in times.items()}
+    token_times = {name: [token for _, token in pairs] for name, pairs in times.items()}
+    reference = 'llama.cpp TQ2_0'
+    rows = []
+    for prompt, token in zip(compare(prompt_times, reference), compare(token_times, reference)):
+        name = token['name']
+        rows.append({
+            'model': name, 'file MB': megabytes[name], 'prompt tokens/s': PROMPT / prompt['seconds'],
+            'to llama.cpp TQ2_0': prompt['ratio'], 'tokens/s': 1 / token['seconds'], 'low': token['low'],
+            'ratio': token['ratio'], 'high': token['high'], 'peak GB': peaks[name]})
+    to_fp32 = {row['name']: row['ratio'] for row in compare(token_times, 'BitNet fp32')}
+    to_bitnet = {row['name']: [row['low'], row['ratio'], row['high']] for row in compare(token_times, 'BitNet packed')}
+    report('peers', rows, config, ' --llama_cpp', name='peers_llama_cpp', to_fp32=to_fp32, to_bitnet=to_bitnet)
+
+
+def decoded_in_turn(candidates, server, repeats):
+    """{name: (kind, source)} -> {name: (seconds of the prompt, seconds of a token) of each repeat}, {name: peak GB}"""
+    threads = torch.get_num_threads()
+    pools = {name: ProcessPoolExecutor(1, server, start, (kind, source, threads))
+             for name, (kind, source) in candidates.items()}
+    try:
+        times = interleaved({name: lambda pool=pool: pool.submit(read).result() for name, pool in pools.items()}, repeats)
+        return times, {name: pool.submit(peak).result() for name, pool in pools.items()}
+    finally:
+        for pool in pools.values():
+            pool.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,43 +168,49 @@ def llama_cpp(config):
 
 def convert(config):
     """
-    config/dense_tiny.py trained, converted by export.py convert (8 tiles of which a token uses 6; FFNs or every matrix ternary), and trained
-    on for a tenth of its steps with the dense model as the teacher. `loss`: nats a token on all of the validation split. `MB`: weights
-    in fp32, with ternary ones in 2 bits and a scale. `tokens/s`: one sequence, one token at a time, in turn, from the packed model
-    where it is ternary.
+    config/dense_tiny.py trained, converted by export.py convert (8 tiles, 6 of them for a token; the FFNs or every matrix
+    ternary), then trained for a tenth of its steps with the dense model as the teacher. `loss`: nats per token on the whole
+    validation split. `MB`: the weights in fp32, ternary ones in 2 bits with a scale. `tokens/s`: one sequence, one token at a
+    time, in turn, from the packed model where it is ternary.
     """
     dense = 'runs/quality/tiny/dense_tiny_1337'
-    trained([str(ROOT / 'config' / TWIN), '--seed=1337', f'--out_dir={dense}', '--resume=auto', f'--device={config.device}',
-             f'--dtype={config.dtype}'])
+    ensure_trained([str(ROOT / 'config' / TWIN), '--seed=1337', f'--out_dir={dense}', '--resume=auto',
+                    f'--device={config.device}', f'--dtype={config.dtype}'])
     device = torch.device('cpu')
     model, state = load_model(dense, device)
     data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
-    lengths, found = token_bytes(load_tokenizer(data.tokenizer)), {'dense': model}
-    for to in ('trix', 'bitnet_ffn', 'bitnet'):
-        out = Path('runs/convert', to)
-        if not out.exists():
-            conversion.convert(dense, model, state, out, to)
-        trained([str(out / 'recover.py'), '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
-        found |= {f'{to}: {name}': stage for name, stage in conversion.stages_of(model, to).items()}
-        found[f'{to}: recovered'] = load_model(out / 'recovered', device)[0]
+    n_bytes = token_bytes(load_tokenizer(data.tokenizer))
     rows, runners = [], {}
-    for name, other in found.items():
-        ternary = conversion.is_ternary(other)
-        loss = validate(other, data, lengths, data.val_windows(), 16, device, torch.float32)['loss']
-        tensors = packed.pack(other) if ternary else other.state_dict()
-        if not ternary and other.config.tie_embeddings:
+    for name, stage in stages(model, state, dense, device, config).items():
+        ternary = conversion.is_ternary(stage)
+        loss = validate(stage, data, n_bytes, data.val_windows(), 16, device, torch.float32)['loss']
+        tensors = packed.pack(stage) if ternary else stage.state_dict()
+        if not ternary and stage.config.tie_embeddings:
             tensors.pop('lm_head.weight')
-        runners[name] = other
-        if ternary:
-            runners[name] = packed.build(other.config, {'packed': tensors, 'embeddings': 'float32'}, name, device)
+        content = {'packed': tensors, 'embeddings': 'float32'}
+        runners[name] = packed.build(stage.config, content, name, device) if ternary else stage
         rows.append({'model': name, 'loss': loss, 'to dense': loss - rows[0]['loss'] if rows else 0.0,
                      'MB': sum(tensor.nbytes for tensor in tensors.values()) / 1e6})
         print(f'{name}: {loss:.4f}', flush=True)
     half = model.config.block_size // 2
+    prompt = torch.zeros(1, min(PROMPT, half), dtype=torch.int64)
 
-    def speed(runner):
-        return decoded(runner, torch.zeros(1, min(PROMPT, half), dtype=torch.int64), min(NEW, half))[1]
-    times = interleaved({name: lambda runner=runner: speed(runner) for name, runner in runners.items()}, config.repeats)
-    for row, one in zip(rows, compare(times, 'dense')):
-        row |= {'tokens/s': 1 / one['seconds'], 'speed': one['ratio']}
+    def seconds_per_token(runner):
+        return decoded(runner, prompt, min(NEW, half))[1]
+    times = interleaved({name: partial(seconds_per_token, runner) for name, runner in runners.items()}, config.repeats)
+    for row, speed in zip(rows, compare(times, 'dense')):
+        row |= {'tokens/s': 1 / speed['seconds'], 'speed': speed['ratio']}
     report('convert', rows, config)
+
+
+def stages(model, state, dense, device, config):
+    """{name: model} of each stage from the dense model, of the run `dense`, to the recovered ternary ones"""
+    found = {'dense': model}
+    for to in ('trix', 'bitnet_ffn', 'bitnet'):
+        out = Path('runs/convert', to)
+        if not out.exists():
+            conversion.convert(dense, model, state, out, to)
+        ensure_trained([str(out / 'recover.py'), '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
+        found |= {f'{to}: {name}': stage for name, stage in conversion.stages_of(model, to).items()}
+        found[f'{to}: recovered'] = load_model(out / 'recovered', device)[0]
+    return found

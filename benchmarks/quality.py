@@ -1,6 +1,6 @@
 """
-Which block learns more: runs on the same tokens in the same order, several seeds, and no ranking where the noise is larger.
-The commands `quality` and `peers` of bench.py, which lists the presets.
+Which model learns more: runs on the same tokens in the same order, with several seeds, and no ranking within the noise.
+The commands `quality` and `peers --nanogpt` of bench.py.
 """
 import importlib.util
 import json
@@ -17,144 +17,180 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import device as hardware
 import settings
 from corpora.preparation import open_dataset
+from benchmarks.measure import ROOT, compare, mean_and_sd, report, side_by_side, sizes, whole_process
 from checkpoint import load_model
 from configurator import UserError, read_json
 from data import TokenData
-from benchmarks.measure import ROOT, compare, mean_and_sd, report, side_by_side, sizes, whole_process
 from model import GPT, GPTConfig
+from runtime import device as hardware
 from runtime.runlog import read_lines
 from tokenizer import load_tokenizer, token_bytes
 from training import validate
 
 TINY, TWIN, SPEEDRUN = 'trix_tiny.py', 'dense_tiny.py', 'speedrun_tiny.py'
 SOURCE = str(ROOT / 'config' / 'recipes' / 'source.py')
-PRESETS = {  # name: {name of a run: its config file and command line}; differences count against the last one
+TILES = ((8, 128, 2), (16, 64, 2), (16, 64, 4))  # number of tiles, hidden units of a tile, tiles of a token
+PRESETS = {  # name: {name of a run: its config file and command line}; the last run is the reference
     'tiny': {'trix_tiny': (TINY,), 'dense_tiny': (TWIN,)},
-    'ffn': {**{ffn: (TWIN, f'--ffn={ffn}') for ffn in ('relu2', 'swiglu')}, 'trix': (TINY,),
-            'bitnet': (TWIN, '--ffn=bitnet'), 'resonance': (TWIN, '--ffn=resonance'), 'none': (TWIN, '--ffn=none'), 'gelu': (TWIN,)},
-    'mixer': {'resonance': (TWIN, '--mixer=resonance'), 'hybrid': (TWIN, '--mixer=resonance', '--attention_every=3'), 'attention': (TWIN,)},
-    'tiles': {**{f'{E}x{h}_top{k}': (TINY, SOURCE, f'--trix_tiles={E}', f'--trix_hidden={h}', f'--trix_top_k={k}')
-                 for E, h, k in ((8, 128, 2), (16, 64, 2), (16, 64, 4))}, 'dense': (TINY, SOURCE, '--ffn=gelu')},
+    'ffn': {
+        'relu2': (TWIN, '--ffn=relu2'),
+        'swiglu': (TWIN, '--ffn=swiglu'),
+        'trix': (TINY,),
+        'bitnet': (TWIN, '--ffn=bitnet'),
+        'resonance': (TWIN, '--ffn=resonance'),
+        'none': (TWIN, '--ffn=none'),
+        'gelu': (TWIN,)},
+    'mixer': {
+        'resonance': (TWIN, '--mixer=resonance'),
+        'hybrid': (TWIN, '--mixer=resonance', '--attention_every=3'),
+        'attention': (TWIN,)},
+    'tiles': {
+        **{f'{E}x{h}_top{k}': (TINY, SOURCE, f'--trix_tiles={E}', f'--trix_hidden={h}', f'--trix_top_k={k}')
+           for E, h, k in TILES},
+        'dense': (TINY, SOURCE, '--ffn=gelu')},
     'routing': {router: (TINY, SOURCE, f'--trix_router={router}') for router in ('signature', 'hash', 'first')},
-    'speedrun': {**{name: (SPEEDRUN, '--ffn=relu2', *words) for name, words in {
-        'adamw': ('--optimizer=adamw', '--matrix_lr=0', '--learning_rate=4e-3'),  # the best of 2, 4 and 8e-3 (seed 1337)
-        'no_qk_norm': ('--qk_norm=false',), 'no_zero_init': ('--zero_init=false',), 'no_taps': ('--embed_taps=0',),
-        'cosine': ('--schedule=cosine',), 'embed_norm': ('--embed_norm=true',), 'softcap_15': ('--logit_softcap=15',)}.items()},
-                 'speedrun_tiny': (SPEEDRUN,), 'base': (SPEEDRUN, '--ffn=relu2')},  # the recipe is the base and what made it better
-    'bitnet': {'bitnet': (TINY, SOURCE, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
-               'dense_twin': (TINY, SOURCE, '--ffn=swiglu')},
-}
-FULL = ('tiny', 'speedrun')  # presets that train as long as the files say, if --tokens says nothing
+    'speedrun': {  # `base` with one change each; speedrun_tiny is `base` with GELU
+        'adamw': (SPEEDRUN, '--ffn=relu2', '--optimizer=adamw', '--matrix_lr=0',
+                  '--learning_rate=4e-3'),  # the best of 2e-3, 4e-3 and 8e-3 (seed 1337)
+        'no_qk_norm': (SPEEDRUN, '--ffn=relu2', '--qk_norm=false'),
+        'no_zero_init': (SPEEDRUN, '--ffn=relu2', '--zero_init=false'),
+        'no_taps': (SPEEDRUN, '--ffn=relu2', '--embed_taps=0'),
+        'cosine': (SPEEDRUN, '--ffn=relu2', '--schedule=cosine'),
+        'embed_norm': (SPEEDRUN, '--ffn=relu2', '--embed_norm=true'),
+        'softcap_15': (SPEEDRUN, '--ffn=relu2', '--logit_softcap=15'),
+        'speedrun_tiny': (SPEEDRUN,),
+        'base': (SPEEDRUN, '--ffn=relu2')},
+    'bitnet': {
+        'bitnet': (TINY, SOURCE, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
+        'dense_twin': (TINY, SOURCE, '--ffn=swiglu')}}
+FULL_LENGTH = ('tiny', 'speedrun')  # presets that train as long as their config files say, unless --tokens is given
 MATCHES = {'params': 'parameters', 'flops': 'MFLOP/token', 'bytes': 'packed MB'}
-STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided 95 % of t with 1, 2, ... degrees of freedom
-PAIRS = (4, 8, 16, 32, 64)  # recall: keys with their values that a sequence shows before it asks for them
+# Student's t: the two-sided 95 % quantile with 1, 2, ... degrees of freedom
+STUDENT_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+RECALL_PAIRS = (4, 8, 16, 32, 64)  # pairs of a key and its value in a sequence of `recall`
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs of a preset
 
-def length(config):
-    """Tokens of each run; 0: as many as its file says."""
-    return config.tokens or (0 if config.preset in FULL else 1_250_000)
+def tokens_of_run(config):
+    """Tokens of each run; 0: as many as its config file says."""
+    if config.tokens or config.preset in FULL_LENGTH:
+        return config.tokens
+    return 1_250_000
 
 
 def runs_of(config):
-    """{name: command line of its run}, as long as length() says, matched as config.match says."""
-    found, tokens = {}, length(config)
+    """{name: command line of the run}, with the length of tokens_of_run() and the widths that config.match asks for."""
+    runs, tokens = {}, tokens_of_run(config)
     for name, (file, *words) in PRESETS[config.preset].items():
         words = [str(ROOT / 'config' / file), *words]
         if tokens:
-            batch = settings.load(words).batch_tokens
-            steps = max(1, round(tokens / batch))
+            steps = max(1, round(tokens / settings.load(words).batch_tokens))
             words += [f'--max_steps={steps}', f'--warmup_steps={steps // 10}', f'--eval_interval={max(1, steps // 10)}',
                       '--eval_tokens=65536', '--sample_interval=0', f'--save_interval={steps}', '--keep=1']
-        found[name] = words
-    data = {name: tuple(vars(settings.load(words))[key] for key in ('dataset', 'tokenizer', 'vocab_size')) for name, words in found.items()}
-    if len(set(data.values())) > 1:
-        raise UserError(f'preset {config.preset}: a loss a token is no measure between runs on different data or tokenizers: '
-                        + ', '.join(f'{name} {" ".join(map(str, each))}' for name, each in data.items()) + ': give all of them the same')
+        runs[name] = words
+    check_same_data(config.preset, runs)
     if config.match:
-        shapes = {name: settings.load(words).pick(GPTConfig) for name, words in found.items()}
+        shapes = {name: settings.load(words).pick(GPTConfig) for name, words in runs.items()}
         *others, reference = shapes
         target = measures(shapes[reference])[MATCHES[config.match]]
         for name in others:
             key, value = matched(shapes[name], MATCHES[config.match], target)
-            found[name].append(f'--{key}={value}')
-    return found
+            runs[name].append(f'--{key}={value}')
+    return runs
+
+
+def check_same_data(preset, runs):
+    """UserError unless all runs have the same data and tokenizer."""
+    keys = ('dataset', 'tokenizer', 'vocab_size')
+    data = {name: tuple(vars(settings.load(words))[key] for key in keys) for name, words in runs.items()}
+    if len(set(data.values())) > 1:
+        listed = ', '.join(f'{name} {" ".join(map(str, values))}' for name, values in data.items())
+        raise UserError(f'preset {preset}: the loss per token cannot be compared between different data or tokenizers: '
+                        f'{listed}: give all runs the same')
 
 
 def measures(shape):
+    """{column: value} of the sizes of a model"""
     with torch.device('meta'):
         model = GPT(shape)
     return {**sizes(model), 'packed MB': model.packed_bytes() / 1e6}
 
 
-def matched(shape, what, target):
+def matched(shape, column, target):
     """
-    (knob, value) that brings a measure of a model next to the target: the hidden width of its FFN, of a TriX tile, or the number
-    of layers where the FFN has no width.
+    (option, value) that brings a size of a model closest to the target: the hidden width of its FFN or of a TriX tile, or
+    the number of layers where the FFN has no width.
     """
-    key, step = {'trix': ('trix_hidden', 8), 'none': ('n_layer', 1), 'resonance': ('n_layer', 1)}.get(shape.ffn, ('d_ff', 8))
+    options = {'trix': ('trix_hidden', 8), 'none': ('n_layer', 1), 'resonance': ('n_layer', 1)}
+    key, unit = options.get(shape.ffn, ('d_ff', 8))
 
-    def measure(n):
-        return measures(replace(shape, **{key: step * n}))[what]
+    def size(n):
+        return measures(replace(shape, **{key: unit * n}))[column]
     low, high = 1, 2
-    while measure(high) < target and high < 2**16:
+    while size(high) < target and high < 2**16:
         low, high = high, 2 * high
-    while high - low > 1:  # measures grow with the knob
+    while high - low > 1:  # the size grows with n
         middle = (low + high) // 2
-        low, high = (middle, high) if measure(middle) < target else (low, middle)
-    return key, step * min((low, high), key=lambda n: abs(measure(n) - target))
+        if size(middle) < target:
+            low = middle
+        else:
+            high = middle
+    return key, unit * min((low, high), key=lambda n: abs(size(n) - target))
 
 
-PLACES = ('out_dir', 'resume', 'device', 'dtype', 'compile', 'other_data', 'verify', 'sample_prompts')  # knobs that don't change what is learnt
+# Options that don't change what is learnt
+NEUTRAL = ('out_dir', 'resume', 'device', 'dtype', 'compile', 'other_data', 'verify', 'sample_prompts')
 
 
-def trained(words):
-    """The run of a command line; one that is there already goes on or is used as it is. UserError if that was made with other knobs."""
+def ensure_trained(words):
+    """
+    Train the run of a command line unless it is already finished; an unfinished one is resumed. UserError if the directory
+    has a run with other options.
+    """
     config = settings.load(words)
     file, now = Path(config.out_dir) / 'config.json', config.as_dict()
     before = read_json(file) if file.is_file() else now
-    changed = [key for key in now if key not in PLACES and json.dumps(before.get(key, now[key])) != json.dumps(now[key])]
+    changed = [key for key in now
+               if key not in NEUTRAL and json.dumps(before.get(key, now[key])) != json.dumps(now[key])]
     if changed:
-        raise UserError(f'{config.out_dir}: a run is there that was made with other knobs ({", ".join(changed)}): move it away, '
-                        'so that it is not taken for this one')
+        raise UserError(f'{config.out_dir}: has a run with other options ({", ".join(changed)}): move it away, '
+                        'so that it is not used for this one')
     status = file.with_name('status.json')
-    ended = status.is_file() and read_json(status).get('state') == 'finished'
-    if ended and before.get('data_fingerprint') == open_dataset(config).fingerprint:
+    finished = status.is_file() and read_json(status).get('state') == 'finished'
+    if finished and before.get('data_fingerprint') == open_dataset(config).fingerprint:
         return  # train.py would only evaluate it again
     if code := subprocess.run([sys.executable, ROOT / 'train.py', *words]).returncode:
-        sys.exit(code)  # it has said why
+        sys.exit(code)  # train.py has printed the reason
 
 
 def quality(config):
     """
-    Train the runs of a preset with several seeds, all on the same tokens in the same order (runs that are there already are used),
-    and evaluate them: those that are as long as their files say on all of the validation split, the others on 131,072 tokens of it.
-    `speed`: training steps, side by side, against the last of the preset. `rank`: the places that a run may have, by paired t-tests over the seeds at 95 %.
+    Train the runs of a preset with several seeds, all on the same tokens in the same order, and evaluate them. Runs that are
+    already finished are used. The validation loss is that of the whole split for runs as long as their config files say,
+    and of 131,072 tokens for the others. `speed`: training steps, side by side, against the last run of the preset. `rank`:
+    the places that a run may have, by paired t-tests over the seeds at 95 %.
     """
     if config.preset == 'recall':
         return recall(config)
-    device, dtype, _ = hardware.resolve(config.device, config.dtype)
+    runs, tokens = runs_of(config), tokens_of_run(config)
+    folder = Path('runs/quality', '-'.join(filter(None, (config.preset, config.match, str(tokens or '')))))
+    folder.mkdir(parents=True, exist_ok=True)
     rows, models, losses, curves = [], {}, {}, {}
-    runs = runs_of(config)
-    tokens = length(config)
-    folder = '-'.join(filter(None, (config.preset, config.match, str(tokens or ''))))
-    Path('runs/quality', folder).mkdir(parents=True, exist_ok=True)
     for name, words in runs.items():
         results, curves[name] = [], []
         for seed in (1337, *range(1, config.seeds)):
-            out = f'runs/quality/{folder}/{name}_{seed}'
-            trained([*words, f'--seed={seed}', f'--out_dir={out}', '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
-            model, state = load_model(out, device)
-            data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
-            lengths = token_bytes(load_tokenizer(data.tokenizer))
-            results.append(validate(model, data, lengths, data.val_windows(131_072 if tokens else 0), 16, device, dtype))
+            out = f'{folder}/{name}_{seed}'
+            ensure_trained([*words, f'--seed={seed}', f'--out_dir={out}', '--resume=auto', f'--device={config.device}',
+                            f'--dtype={config.dtype}'])
+            model, data, result = evaluated(out, tokens, config)
+            results.append(result)
             curves[name].append(evaluations(out))
-        models[name], losses[name] = model.config, [result['loss'] for result in results]
+        models[name] = model.config
+        losses[name] = [result['loss'] for result in results]
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
         rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **mean_and_sd(**spread)})
         print(name, *(f'{loss:.4f}' for loss in losses[name]))
@@ -162,100 +198,124 @@ def quality(config):
     for row, speed, rank in zip(rows, compare(times, name), ranks(losses).values()):
         row |= {'rank': rank, 'tokens/s': 16 * model.config.block_size / speed['seconds'], 'speed': speed['ratio']}
     if config.preset == 'tiny':
-        windows = data.val_windows(131_072 if tokens else 0)
-        loss = bigram(data, settings.load(runs['trix_tiny']), windows)
-        _, y = data.val_batch(windows)
-        rows.append({**dict.fromkeys(rows[0], 0), 'model': 'bigram table', 'rank': '',
-                     **mean_and_sd(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / int(lengths[y].sum())])})
-    options = ''.join(f' --{key}={value}' for key, value, usual in (
-        ('preset', config.preset, 'ffn'), ('match', config.match, ''), ('tokens', config.tokens, 0), ('seeds', config.seeds, 3))
-        if value != usual)
+        bigram_loss = bigram_row(data, settings.load(runs['trix_tiny']), validation_windows(data, tokens))
+        rows.append({**dict.fromkeys(rows[0], 0), 'rank': '', **bigram_loss})
     speeds = {row['model']: row['tokens/s'] for row in rows}
-    report('quality', rows, config, options, lambda rows, figure: plot_curves(curves, speeds, figure),
+    report('quality', rows, config, options_of(config), lambda rows, figure: plot_curves(curves, speeds, figure),
            name='_'.join(filter(None, ('quality', config.preset, config.match))), losses=losses, curves=curves)
     for line in verdicts(losses):
         print(line)
 
 
+def options_of(config):
+    """The options of `quality` that differ from their defaults, as on the command line."""
+    defaults = {'preset': 'ffn', 'match': '', 'tokens': 0, 'seeds': 3}
+    return ''.join(f' --{key}={getattr(config, key)}' for key, default in defaults.items()
+                   if getattr(config, key) != default)
+
+
+def validation_windows(data, tokens):
+    """Windows of the whole validation split for runs of full length (tokens 0), of 131,072 tokens for the others."""
+    return data.val_windows(131_072 if tokens else 0)
+
+
+def evaluated(run, tokens, config):
+    """-> (model, data, validation result) of a finished run"""
+    device, dtype, _ = hardware.resolve(config.device, config.dtype)
+    model, state = load_model(run, device)
+    data = TokenData(state['data']['path'], model.config.block_size, model.config.vocab_size)
+    n_bytes = token_bytes(load_tokenizer(data.tokenizer))
+    return model, data, validate(model, data, n_bytes, validation_windows(data, tokens), 16, device, dtype)
+
+
 def evaluations(run):
-    """[(tokens, validation loss)] of a run"""
+    """[(tokens, validation loss)] over a run"""
     return [(line['tokens'], line['loss']) for line in read_lines(Path(run) / 'metrics.jsonl') if line['kind'] == 'eval']
 
 
 def difference(a, b):
-    """(mean of a - b over the seeds, what it must exceed at 95 %: infinite with one seed)"""
-    d = [x - y for x, y in zip(a, b)]
-    if len(d) < 2:
-        return d[0], math.inf
-    t = STUDENT[len(d) - 2] if len(d) - 2 < len(STUDENT) else 2.2
-    return statistics.mean(d), t * statistics.stdev(d) / math.sqrt(len(d))
+    """(mean of a - b over the seeds, the noise at 95 % that it must exceed: infinite with one seed)"""
+    differences = [x - y for x, y in zip(a, b)]
+    n = len(differences)
+    if n < 2:
+        return differences[0], math.inf
+    t = STUDENT_T[n - 2] if n - 2 < len(STUDENT_T) else 2.2
+    return statistics.mean(differences), t * statistics.stdev(differences) / math.sqrt(n)
 
 
 def ranks(losses):
-    """{name: loss of each seed} -> {name: '1' or '2-4', the places that it may have}, '-' with one seed."""
-    found = {}
-    for name, own in losses.items():
-        against = [difference(own, other) for key, other in losses.items() if key != name]
-        better = sum(gap > noise for gap, noise in against)
-        worse = sum(-gap > noise for gap, noise in against)
-        first, last = 1 + better, len(losses) - worse
-        found[name] = '-' if len(own) < 2 else f'{first}' if first == last else f'{first}-{last}'
-    return found
+    """{name: loss of each seed} -> {name: '1' or '2-4'}, the places that a run may have; '-' with one seed."""
+    places = {}
+    for name, loss in losses.items():
+        against = [difference(loss, other) for key, other in losses.items() if key != name]
+        first = 1 + sum(gap > noise for gap, noise in against)
+        last = len(losses) - sum(-gap > noise for gap, noise in against)
+        if len(loss) < 2:
+            places[name] = '-'
+        else:
+            places[name] = f'{first}' if first == last else f'{first}-{last}'
+    return places
 
 
 def verdicts(losses):
+    """A line for each run but the last: its difference to the last, and whether that is more than noise."""
     *others, reference = losses
     for name in others:
         gap, noise = difference(losses[name], losses[reference])
         if noise == math.inf:
-            yield f'{name} - {reference}: {gap:+.4f} nats a token; one seed tells nothing about the noise'
+            yield f'{name} - {reference}: {gap:+.4f} nats per token; with one seed the noise is unknown'
         else:
-            word = 'inside the noise' if abs(gap) <= noise else f"{name} is {'worse' if gap > 0 else 'better'}"
-            yield f'{name} - {reference}: {gap:+.4f} nats a token +- {noise:.4f} (95 %): {word}'
+            verdict = 'within the noise' if abs(gap) <= noise else f'{name} is {"worse" if gap > 0 else "better"}'
+            yield f'{name} - {reference}: {gap:+.4f} nats per token +- {noise:.4f} (95 %): {verdict}'
 
 
 def plot_curves(curves, speeds, figure):
-    """Validation loss against tokens, and against the seconds that these take at the speed measured side by side."""
-    for axes, unit in zip(figure.subplots(1, 2, sharey=True), ('million tokens', 'seconds of training')):
-        for i, (name, seeds) in enumerate(curves.items()):
-            tokens = [at for at, _ in seeds[0]]
-            loss = np.array([[value for _, value in seed] for seed in seeds if len(seed) == len(tokens)])
-            x = np.array(tokens) / (1e6 if unit[0] == 'm' else speeds[name])
+    """Validation loss against tokens, and against the seconds of these tokens at the speed measured side by side."""
+    by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
+    for i, (name, seeds) in enumerate(curves.items()):
+        tokens = np.array([tokens for tokens, _ in seeds[0]])
+        loss = np.array([[loss for _, loss in seed] for seed in seeds if len(seed) == len(tokens)])
+        for axes, x in ((by_tokens, tokens / 1e6), (by_seconds, tokens / speeds[name])):
             axes.plot(x, loss.mean(0), color=f'C{i}', label=name)
             axes.fill_between(x, loss.min(0), loss.max(0), color=f'C{i}', alpha=0.2, lw=0)
-        low = min(value for seeds in curves.values() for seed in seeds for _, value in seed)
-        axes.set(xlabel=unit, ylabel='validation loss (nats a token)' if unit[0] == 'm' else '', ylim=(low - 0.1, low + 2.5))
+    lowest = min(loss for seeds in curves.values() for seed in seeds for _, loss in seed)
+    by_tokens.set(xlabel='million tokens', ylabel='validation loss (nats a token)', ylim=(lowest - 0.1, lowest + 2.5))
+    by_seconds.set(xlabel='seconds of training')
+    for axes in (by_tokens, by_seconds):
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside right upper')
+    figure.legend(*by_tokens.get_legend_handles_labels(), loc='outside right upper')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recall
 
-def recall_batch(draw, rows, pairs, vocab_size=256):
+def recall_batch(rng, batch_size, pairs, vocab_size=256):
     """
-    Multi-query associative recall (Arora et al., arXiv:2312.04927), in its plainest form: `pairs` different keys, each with a
-    value, then the keys in another order, each followed by its value. -> x, y (rows, 4 pairs) int64, y -1 where nothing is asked.
+    Multi-query associative recall (Arora et al., arXiv:2312.04927) in its plainest form: `pairs` different keys, each followed
+    by a value, then the keys in another order, each followed by its value again.
+    -> x, y (batch_size, 4 pairs) int64; y is the value where a key is repeated, else -1
     """
     half = vocab_size // 2
-    keys = np.argsort(draw.random((rows, half)), 1)[:, :pairs]
-    values = draw.integers(half, vocab_size, (rows, pairs))
-    order = np.argsort(draw.random((rows, pairs)), 1)
-    asked, answers = np.take_along_axis(keys, order, 1), np.take_along_axis(values, order, 1)
-    x = np.concatenate([np.stack(part, 2).reshape(rows, -1) for part in ((keys, values), (asked, answers))], 1)
+    keys = np.argsort(rng.random((batch_size, half)), 1)[:, :pairs]
+    values = rng.integers(half, vocab_size, (batch_size, pairs))
+    order = np.argsort(rng.random((batch_size, pairs)), 1)
+    queries, answers = np.take_along_axis(keys, order, 1), np.take_along_axis(values, order, 1)
+    shown = np.stack((keys, values), 2).reshape(batch_size, -1)  # key, value, key, value, ...
+    repeated = np.stack((queries, answers), 2).reshape(batch_size, -1)
+    x = np.concatenate([shown, repeated], 1)
     y = np.full_like(x, -1)
     y[:, 2 * pairs::2] = answers
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def recall_accuracy(shape, pairs, steps, seed, device):
-    """The share of right answers of a new model trained on `steps` batches of 64, on others."""
+    """The share of correct answers of a new model, on other sequences than the `steps` batches of 64 that it is trained on."""
     torch.manual_seed(seed)
-    model, draw = GPT(shape).to(device), np.random.default_rng(seed)
+    model, rng = GPT(shape).to(device), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     for step in range(steps):
         optimizer.param_groups[0]['lr'] = 3e-3 * min((step + 1) / 100, 1 - step / steps)
-        x, y = (part.to(device) for part in recall_batch(draw, 64, pairs))
+        x, y = (part.to(device) for part in recall_batch(rng, 64, pairs))
         model(x, y).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -267,19 +327,22 @@ def recall_accuracy(shape, pairs, steps, seed, device):
 
 
 def recall(config):
-    """How many of the pairs that it was shown each mixer finds again: accuracy of two layers of width 64, every seed."""
-    device, steps = hardware.resolve(config.device, 'float32')[0], 200 if config.quick else 1500
-    base = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=256, ffn='gelu')
+    """How many of the pairs in a sequence each mixer recalls: the accuracy of two layers of width 64, over the seeds."""
+    device = hardware.resolve(config.device, 'float32')[0]
+    steps = 200 if config.quick else 1500
     mixers = {'resonance': {'mixer': 'resonance'}, 'hybrid': {'mixer': 'resonance', 'attention_every': 2}, 'attention': {}}
     rows = []
-    for pairs in PAIRS[:2] if config.quick else PAIRS:
+    for pairs in RECALL_PAIRS[:2] if config.quick else RECALL_PAIRS:
         row = {'pairs': pairs, 'tokens': 4 * pairs}
-        for name, change in mixers.items():
-            shape = GPTConfig(**base, **change, block_size=4 * pairs)
-            row |= mean_and_sd(**{name: [recall_accuracy(shape, pairs, steps, seed, device) for seed in range(config.seeds)]})
+        for name, options in mixers.items():
+            shape = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=256, ffn='gelu', block_size=4 * pairs, **options)
+            accuracies = [recall_accuracy(shape, pairs, steps, seed, device) for seed in range(config.seeds)]
+            row |= mean_and_sd(**{name: accuracies})
         rows.append(row)
         print(*(f'{key} {value:.3g}' for key, value in row.items()), flush=True)
-    options = ' --preset=recall' + f' --seeds={config.seeds}' * (config.seeds != 3) + ' --quick' * config.quick
+    options = ' --preset=recall'
+    if config.seeds != 3:
+        options += f' --seeds={config.seeds}'
     report('quality', rows, config, options, plot_recall, name='quality_recall')
 
 
@@ -297,60 +360,76 @@ def plot_recall(rows, figure):
 # ----------------------------------------------------------------------------------------------------------------------
 # References
 
+def bigram_row(data, config, windows):
+    """The cells of a table for the bigram table: its name, its loss and its bits per byte."""
+    loss = bigram(data, config, windows)
+    _, y = data.val_batch(windows)
+    n_bytes = int(token_bytes(load_tokenizer(data.tokenizer))[y].sum())
+    return {'model': 'bigram table', **mean_and_sd(loss=[loss], bits_per_byte=[loss / math.log(2) * y.size / n_bytes])}
+
+
 def bigram(data, config, windows):
-    """Loss in nats a token, on windows of the validation split, of a bigram table counted on the tokens that a run of `config`
-    trains on, interpolated with unigrams: p(y|x) = (c(xy) + d n(x) p(y)) / (c(x) + d n(x)), n(x) the number of different
-    successors of x (Witten and Bell 1991 at d = 1). d is the best of seven for the validation split: in the table's favour."""
-    V, rows = data.n_vocab, config.batch_tokens // config.block_size
-    single, pairs = np.ones(V), {}
+    """
+    The loss in nats per token, on windows of the validation split, of a bigram table counted on the tokens that a run of
+    `config` trains on, interpolated with unigrams: p(y|x) = (c(xy) + d n(x) p(y)) / (c(x) + d n(x)), where n(x) is the number
+    of different successors of x (Witten and Bell 1991 at d = 1). d is the best of seven on the validation split itself,
+    which favours the table.
+    """
+    V, batch_size = data.n_vocab, config.batch_tokens // config.block_size
+    unigrams, parts = np.ones(V), []
     for first in range(0, config.max_steps, 100):  # 100 steps at a time
         keys = []
         for step in range(first, min(first + 100, config.max_steps)):
-            x, y = data.batch(step, 0, rows, rows, seed=config.seed)
-            single += np.bincount(y.ravel(), minlength=V)
+            x, y = data.batch(step, 0, batch_size, batch_size, seed=config.seed)
+            unigrams += np.bincount(y.ravel(), minlength=V)
             keys.append((x * V + y).ravel())
-        pairs[first] = np.unique(np.concatenate(keys), return_counts=True)
-    keys, where = np.unique(np.concatenate([k for k, _ in pairs.values()]), return_inverse=True)
-    counts = np.bincount(where, weights=np.concatenate([c for _, c in pairs.values()]))
-    total, successors = np.bincount(keys // V, weights=counts, minlength=V), np.bincount(keys // V, minlength=V)
-    single /= single.sum()
+        parts.append(np.unique(np.concatenate(keys), return_counts=True))
+    keys, positions = np.unique(np.concatenate([keys for keys, _ in parts]), return_inverse=True)
+    counts = np.bincount(positions, weights=np.concatenate([counts for _, counts in parts]))  # of each pair in keys
+    total = np.bincount(keys // V, weights=counts, minlength=V)  # c(x)
+    successors = np.bincount(keys // V, minlength=V)  # n(x)
+    unigrams /= unigrams.sum()
     x, y = (a.ravel() for a in data.val_batch(windows))
     at = np.minimum(np.searchsorted(keys, x * V + y), len(keys) - 1)
-    seen = np.where(keys[at] == x * V + y, counts[at], 0)
+    pair_counts = np.where(keys[at] == x * V + y, counts[at], 0)
 
     def loss(d):
         extra = d * np.maximum(successors[x], 1)
-        return -np.log((seen + extra * single[y]) / (total[x] + extra)).mean()
+        return -np.log((pair_counts + extra * unigrams[y]) / (total[x] + extra)).mean()
     return min(loss(d) for d in (0.3, 0.5, 0.7, 1, 1.5, 2, 3))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # nanoGPT beside ours
 
-PEER_RATES = (4e-3, 8e-3, 1.6e-2)  # learning rates that nanoGPT may choose from (1e-3 and 2e-3 are behind)
+PEER_RATES = (4e-3, 8e-3, 1.6e-2)  # learning rates for nanoGPT; 1e-3 and 2e-3 are worse
 PEER_TOKENS, PEER_BATCH = 5_000_000, 16 * 256
+PEER_STEPS = PEER_TOKENS // PEER_BATCH
 PEER_SHAPE = ['--n_layer=3', '--n_head=4', '--n_embd=128', '--block_size=256', '--batch_size=16']
-# The same model as nanoGPT's, and what surrounds the steps switched off.
-SAME = ['--vocab_size=8192', '--ffn=gelu', '--positions=learned', '--norm=layernorm', '--compile=false']
-BARE = ['--eval_interval=0', '--sample_interval=0', '--save_interval=0', '--log_interval=1']
-# nanoGPT's train.py has its seed written in it: this adds to it. Its arguments: the seed, then its own.
-WITH_SEED = ("import sys, torch; plain, seed = torch.manual_seed, int(sys.argv.pop(1)); torch.manual_seed = lambda n: plain(n + seed); "
+SAME_MODEL = ['--vocab_size=8192', '--ffn=gelu', '--positions=learned', '--norm=layernorm', '--compile=false']
+ONLY_STEPS = ['--eval_interval=0', '--sample_interval=0', '--save_interval=0', '--log_interval=1']
+# Runs nanoGPT's train.py with a number added to its seed, which is a constant there. Arguments: the number, then nanoGPT's own.
+WITH_SEED = ("import sys, torch; plain, seed = torch.manual_seed, int(sys.argv.pop(1)); "
+             "torch.manual_seed = lambda n: plain(n + seed); "
              "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; exec(open('train.py').read())")
 
 
 def missing_from_nanogpt(path):
-    """What a directory lacks to be a checkout of nanoGPT, '' if nothing."""
-    for name, marks in (('train.py', ('gradient_accumulation_steps', 'configurator.py')), ('configurator.py', ()),
-                        ('model.py', ('class GPTConfig', 'class GPT('))):
+    """The reason why a directory is not a checkout of nanoGPT, '' if it is one."""
+    marks = {'train.py': ('gradient_accumulation_steps', 'configurator.py'), 'configurator.py': (),
+             'model.py': ('class GPTConfig', 'class GPT(')}
+    for name, expected in marks.items():
         file = Path(path) / name
         text = file.read_text(errors='replace') if file.is_file() else ''
-        if not text or any(mark not in text for mark in marks):
-            return f'no {name} of it' if text else f'no {name}'
+        if not text:
+            return f'no {name}'
+        if any(mark not in text for mark in expected):
+            return f"{name} is not nanoGPT's"
     return ''
 
 
 def nanogpt(config, data, folder, out, seed, *words):
-    """-> (directory, command line) of nanoGPT's own train.py on our bins, which get a place under `folder` as it expects them."""
+    """-> (directory, command line) of nanoGPT's own train.py on our bins, which are linked in `folder` as it expects them."""
     for split in ('train', 'val'):
         (folder / f'{split}.bin').unlink(missing_ok=True)
         os.symlink((data.path / f'{split}.bin').resolve(), folder / f'{split}.bin')
@@ -359,95 +438,110 @@ def nanogpt(config, data, folder, out, seed, *words):
     device = hardware.resolve(config.device, config.dtype)[0].type
     return Path(config.nanogpt).resolve(), [
         sys.executable, '-c', WITH_SEED, seed, *PEER_SHAPE, f'--device={device}', f'--dataset={folder.resolve()}',
-        f'--out_dir={out.resolve()}', '--gradient_accumulation_steps=1', '--compile=False', '--eval_iters=1', '--log_interval=1',
-        '--dropout=0.0', *words]
+        f'--out_dir={out.resolve()}', '--gradient_accumulation_steps=1', '--compile=False', '--eval_iters=1',
+        '--log_interval=1', '--dropout=0.0', *words]
 
 
 def peers(config):
     """
-    nanoGPT's own train.py against ours on the same bins: 3 layers, width 128, 4 heads, context 256, vocabulary 8192, 16 sequences
-    a step. First the steps, each run as a process of its own, in turn: the same plain GPT, and config/speedrun_tiny.py. Then, unless
-    --quick, time to loss (see `race`).
+    nanoGPT's own train.py against ours on the same bins: 3 layers, width 128, 4 heads, context 256, vocabulary 8192, 16
+    sequences a step. First the speed, with each run a process of its own, in turn: the same plain GPT, then
+    config/speedrun_tiny.py. After that, unless --quick, the time to a loss (see `race`).
     """
     device = hardware.resolve(config.device, config.dtype)[0].type
     data = open_dataset(settings.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
     recipe, steps = str(ROOT / 'config' / SPEEDRUN), config.repeats + 5
-    sizes = {'nanoGPT': PEER_BATCH, 'ours': PEER_BATCH, 'speedrun_tiny': settings.load([recipe]).batch_tokens}
-    times, memory = {name: [] for name in sizes}, dict.fromkeys(sizes, 0.0)
+    batch_tokens = {'nanoGPT': PEER_BATCH, 'ours': PEER_BATCH, 'speedrun_tiny': settings.load([recipe]).batch_tokens}
+    times, memory = {name: [] for name in batch_tokens}, dict.fromkeys(batch_tokens, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for repeat in range(3):
-            train_py = [sys.executable, 'train.py']
-            here = [f'--dataset={data.path.resolve()}', f'--device={device}', f'--max_steps={steps}', *BARE]
+            shared = [f'--dataset={data.path.resolve()}', f'--device={device}', f'--max_steps={steps}', *ONLY_STEPS]
             commands = {
-                'nanoGPT': nanogpt(config, data, folder, folder / 'theirs', 0, '--eval_interval=1000000', f'--max_iters={steps}'),
-                'ours': (ROOT, [*train_py, *PEER_SHAPE, *SAME, *here, f'--out_dir={folder}/ours{repeat}']),
-                'speedrun_tiny': (ROOT, [*train_py, recipe, *here, '--warmup_steps=0', f'--out_dir={folder}/fast{repeat}'])}
+                'nanoGPT': nanogpt(config, data, folder, folder / 'theirs', 0, '--eval_interval=1000000',
+                                   f'--max_iters={steps}'),
+                'ours': (ROOT, [sys.executable, 'train.py', *PEER_SHAPE, *SAME_MODEL, *shared,
+                                f'--out_dir={folder}/ours{repeat}']),
+                'speedrun_tiny': (ROOT, [sys.executable, 'train.py', recipe, *shared, '--warmup_steps=0',
+                                         f'--out_dir={folder}/fast{repeat}'])}
             for name, (cwd, words) in commands.items():
-                _, peak, said = whole_process(words, cwd=cwd)
+                _, peak, output = whole_process(words, cwd=cwd)
                 if name == 'nanoGPT':
-                    seconds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', said)]
+                    seconds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', output)]
                 else:
-                    seconds = [sizes[name] / float(s.replace(',', '')) for s in re.findall(r'([\d,]+) tokens/s', said)]
-                times[name] += [PEER_BATCH / sizes[name] * s for s in seconds[4:steps]]  # the first steps warm up; of as many tokens each
+                    speeds = re.findall(r'([\d,]+) tokens/s', output)
+                    seconds = [batch_tokens[name] / float(speed.replace(',', '')) for speed in speeds]
+                # The first steps warm up. The others are scaled to as many tokens as a step of nanoGPT has.
+                times[name] += [PEER_BATCH / batch_tokens[name] * s for s in seconds[4:steps]]
                 memory[name] = max(memory[name], peak)
-    rows = compare({name: seconds[:min(map(len, times.values()))] for name, seconds in times.items()}, 'nanoGPT')
+    count = min(map(len, times.values()))
+    rows = compare({name: seconds[:count] for name, seconds in times.items()}, 'nanoGPT')
     report('peers', [{**row, 'tokens/s': PEER_BATCH / row['seconds'], 'peak GB': memory[row['name']],
-                      'memory ratio': memory[row['name']] / memory['nanoGPT']} for row in rows], config, ' --nanogpt=PATH')
+                      'memory ratio': memory[row['name']] / memory['nanoGPT']} for row in rows],
+           config, ' --nanogpt=PATH')
     if not config.quick:
         race(config, data, {row['name']: row['seconds'] / PEER_BATCH for row in rows})
 
 
-def race(config, data, seconds):
+def race(config, data, seconds_per_token):
     """
-    Time to loss: nanoGPT trains on PEER_TOKENS at the best of PEER_RATES (chosen with its first seed), and config/speedrun_tiny.py
-    until its validation loss is no higher, on all of the validation split by the same code; config.seeds seeds each. Seconds are
-    those of training alone: tokens times the seconds a token that `peers` has measured side by side. What is trained is kept.
+    Time to a loss. nanoGPT trains on PEER_TOKENS with the best of PEER_RATES, chosen with its first seed.
+    config/speedrun_tiny.py trains until its validation loss is no higher. Both losses are on the whole validation split,
+    with config.seeds seeds each. Seconds are those of training alone: tokens times the seconds per token that `peers`
+    has measured side by side. The runs are kept in runs/peers.
     """
-    folder, steps = Path('runs/peers'), PEER_TOKENS // PEER_BATCH
+    folder, recipe = Path('runs/peers'), str(ROOT / 'config' / SPEEDRUN)
 
-    def loss_of(rate, seed):
+    def nanogpt_result(rate, seed):
         loss = nanogpt_trained(config, data, rate, seed, folder / f'nanogpt_{rate:g}_{seed}')
         print(f'nanoGPT, learning rate {rate:g}, seed {seed}: {loss:.4f}', flush=True)
         return loss
-    rate = min(PEER_RATES, key=lambda rate: loss_of(rate, 0))
-    rows, recipe = [], str(ROOT / 'config' / SPEEDRUN)
+    best_rate = min(PEER_RATES, key=lambda rate: nanogpt_result(rate, 0))
+    nanogpt_tokens = PEER_STEPS * PEER_BATCH
+    nanogpt_seconds = nanogpt_tokens * seconds_per_token['nanoGPT']
+    rows = []
     for seed in range(config.seeds):
-        target, out = loss_of(rate, seed), folder / f'speedrun_tiny_{seed}'
-        trained([recipe, f'--dataset={data.path.resolve()}', '--eval_tokens=0', '--eval_interval=100', '--sample_interval=0',
-                 f'--seed={1337 + seed}', f'--out_dir={out}', '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
+        target = nanogpt_result(best_rate, seed)
+        out = folder / f'speedrun_tiny_{seed}'
+        ensure_trained([recipe, f'--dataset={data.path.resolve()}', '--eval_tokens=0', '--eval_interval=100',
+                        '--sample_interval=0', f'--seed={1337 + seed}', f'--out_dir={out}', '--resume=auto',
+                        f'--device={config.device}', f'--dtype={config.dtype}'])
         curve = evaluations(out)
-        tokens = next((tokens for tokens, loss in curve if loss <= target), None)
-        theirs = steps * PEER_BATCH * seconds['nanoGPT']
-        rows.append({'seed': seed, 'nanoGPT loss': target, 'nanoGPT tokens': steps * PEER_BATCH, 'nanoGPT seconds': theirs,
-                     'speedrun_tiny loss': curve[-1][1], 'tokens to nanoGPT\'s loss': tokens or 'never',
-                     'seconds to it': tokens * seconds['speedrun_tiny'] if tokens else 'never',
-                     'part of the time': tokens * seconds['speedrun_tiny'] / theirs if tokens else 'never'})
-    report('peers', rows, config, ' --nanogpt=PATH', name='peers_race', learning_rate=rate)
+        row = {'seed': seed, 'nanoGPT loss': target, 'nanoGPT tokens': nanogpt_tokens,
+               'nanoGPT seconds': nanogpt_seconds, 'speedrun_tiny loss': curve[-1][1]}
+        reached = [tokens for tokens, loss in curve if loss <= target]
+        if reached:
+            seconds = reached[0] * seconds_per_token['speedrun_tiny']
+            row |= {"tokens to nanoGPT's loss": reached[0], 'seconds to it': seconds,
+                    'part of the time': seconds / nanogpt_seconds}
+        else:
+            row |= dict.fromkeys(("tokens to nanoGPT's loss", 'seconds to it', 'part of the time'), 'never')
+        rows.append(row)
+    report('peers', rows, config, ' --nanogpt=PATH', name='peers_race', learning_rate=best_rate)
 
 
 def nanogpt_trained(config, data, rate, seed, out):
     """
-    The loss on all of our validation split that nanoGPT's own loop reaches after PEER_TOKENS. It is kept in `out` beside what it was
-    trained with, and read from there if that is still the same.
+    The loss on our whole validation split that nanoGPT's own loop reaches after PEER_TOKENS. out/loss.json keeps it with
+    what it was trained with; if that is the same, it is read from there.
     """
-    steps, kept = PEER_TOKENS // PEER_BATCH, out / 'loss.json'
-    knobs = [f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={steps}', f'--lr_decay_iters={steps}', '--warmup_iters=100',
-             '--beta2=0.99', f'--eval_interval={steps}']
-    made_with = {'seed': seed, 'knobs': PEER_SHAPE + knobs, 'data': data.fingerprint}
-    result = read_json(kept) if kept.is_file() else {}
-    if {**result, 'loss': None} != {**made_with, 'loss': None}:
+    file = out / 'loss.json'
+    options = [f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={PEER_STEPS}',
+               f'--lr_decay_iters={PEER_STEPS}', '--warmup_iters=100', '--beta2=0.99', f'--eval_interval={PEER_STEPS}']
+    trained_with = {'seed': seed, 'knobs': PEER_SHAPE + options, 'data': data.fingerprint}
+    result = read_json(file) if file.is_file() else {}
+    if {**result, 'loss': None} != {**trained_with, 'loss': None}:
         out.mkdir(parents=True, exist_ok=True)
-        cwd, words = nanogpt(config, data, out, out, seed, *knobs)
+        cwd, words = nanogpt(config, data, out, out, seed, *options)
         whole_process(words, cwd=cwd)
-        result = {**made_with, 'loss': nanogpt_loss(config, data, out / 'ckpt.pt')}
-        kept.write_text(json.dumps(result))
+        result = {**trained_with, 'loss': nanogpt_loss(config, data, out / 'ckpt.pt')}
+        file.write_text(json.dumps(result))
     return result['loss']
 
 
 @torch.no_grad()
 def nanogpt_loss(config, data, path):
-    """The loss of a checkpoint of nanoGPT on all of our validation split, by its own model."""
+    """The loss of a checkpoint of nanoGPT on our whole validation split, computed by nanoGPT's own model."""
     spec = importlib.util.spec_from_file_location('nanogpt_model', Path(config.nanogpt) / 'model.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

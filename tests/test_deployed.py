@@ -1,4 +1,4 @@
-"""What is said of deployed models is measured on them."""
+"""The figures of deployed models are measured on the deployed models."""
 import json
 from dataclasses import replace
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ def test_a_conversion_is_followed_from_the_dense_model_to_the_recovered_one(corp
         (here / out).parent.mkdir(parents=True)
         code, said = finish(arguments(corpus, here / out, '--ffn=gelu', '--dropout=0', '--sample_interval=0', '--max_steps=200'))
         assert code == 0, said
-    monkeypatch.setattr(deployed, 'trained', trained)
+    monkeypatch.setattr(deployed, 'ensure_trained', trained)
     bench.main(['convert', '--repeats=1', '--device=cpu'])
     rows = rows_of(here, 'convert')
     assert [name.split(':')[0] for name in rows] == ['dense'] + 5 * ['trix'] + 2 * ['bitnet_ffn'] + 2 * ['bitnet']

@@ -1,4 +1,4 @@
-"""Comparisons are matched, paired and ranked as a reviewer would have it."""
+"""Runs are matched, paired over seeds and ranked only beyond the noise."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import bench
-from benchmarks import measure
-from benchmarks import quality
 import train
-from configurator import UserError
+from benchmarks import measure, quality
 from benchmarks.measure import whole_process
+from configurator import UserError
 from model import GPTConfig
 from runs import finish
 from test_prepare import prepared, texts, write_jsonl
@@ -35,8 +34,8 @@ def test_widths_bring_every_run_next_to_the_last_one(preset, what):
 def test_the_match_is_on_the_command_line_of_all_but_the_last():
     config = bench.load(['quality', '--preset=ffn', '--match=flops'], bench.BenchConfig, positional=('command',))
     runs = quality.runs_of(config)
-    knobs = {name: words[-1].partition('=')[0] for name, words in runs.items()}
-    assert knobs == {'relu2': '--d_ff', 'swiglu': '--d_ff', 'trix': '--trix_hidden', 'bitnet': '--d_ff', 'resonance': '--n_layer',
+    options = {name: words[-1].partition('=')[0] for name, words in runs.items()}
+    assert options == {'relu2': '--d_ff', 'swiglu': '--d_ff', 'trix': '--trix_hidden', 'bitnet': '--d_ff', 'resonance': '--n_layer',
                      'none': '--n_layer', 'gelu': '--keep'}
     assert all(train.load(words).max_steps == 305 for words in runs.values())
 
@@ -48,9 +47,9 @@ def test_ranks_are_places_that_the_noise_allows():
     assert quality.ranks(noisy) == {'a': '1-2', 'b': '1-2', 'c': '3'}
     assert quality.ranks({'a': [1.0], 'b': [2.0]}) == {'a': '-', 'b': '-'}
     assert quality.difference([1, 2, 4], [0, 0, 0]) == pytest.approx((7 / 3, 4.303 * 1.5275 / 3**0.5), rel=1e-3)  # Student's t, 2 degrees
-    said = list(quality.verdicts(noisy))
-    assert 'a is better' in said[0] and 'b is better' in said[1]
-    assert 'inside the noise' in next(quality.verdicts({'a': noisy['a'], 'b': noisy['b']}))
+    lines = list(quality.verdicts(noisy))
+    assert 'a is better' in lines[0] and 'b is better' in lines[1]
+    assert 'within the noise' in next(quality.verdicts({'a': noisy['a'], 'b': noisy['b']}))
     assert 'one seed' in next(quality.verdicts({'a': [1.0], 'b': [2.0]}))
 
 
@@ -76,7 +75,7 @@ def test_attention_learns_to_recall_and_accuracy_starts_at_chance():
 @pytest.mark.parametrize('word', ['--dataset=wikitext2', '--vocab_size=1000', '--tokenizer=gpt2'])
 def test_runs_on_different_data_or_tokenizers_are_not_ranked_by_loss(word, monkeypatch):
     monkeypatch.setitem(quality.PRESETS, 'ffn', {'a': (quality.TWIN,), 'b': (quality.TWIN, word)})
-    with pytest.raises(UserError, match='no measure between runs on different data or tokenizers: a pylib bpe 8192, b '):
+    with pytest.raises(UserError, match='cannot be compared between different data or tokenizers: a pylib bpe 8192, b '):
         quality.runs_of(bench.load(['quality'], bench.BenchConfig, positional=('command',)))
 
 
@@ -101,7 +100,7 @@ def test_the_bigram_table_is_that_of_witten_and_bell():
 
 @pytest.mark.parametrize('preset, words, steps', [
     ('tiny', [], 1220), ('tiny', ['--tokens=40960'], 10), ('speedrun', [], 610), ('routing', [], 305), ('routing', ['--tokens=8192'], 2)])
-def test_runs_are_as_long_as_is_said(preset, words, steps):
+def test_runs_have_the_length_of_the_preset_or_of_tokens(preset, words, steps):
     config = bench.load(['quality', f'--preset={preset}', *words], bench.BenchConfig, positional=('command',))
     assert {train.load(run).max_steps for run in quality.runs_of(config).values()} == {steps}
 
@@ -109,7 +108,7 @@ def test_runs_are_as_long_as_is_said(preset, words, steps):
 def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path / 'results')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quality, 'trained', lambda words: codes.append(finish(words)[0]))
+    monkeypatch.setattr(quality, 'ensure_trained', lambda words: codes.append(finish(words)[0]))
     monkeypatch.setattr(quality, 'side_by_side', lambda *words: ({'relu2': [1.0, 1.0], 'gelu': [2.0, 2.0]}, {}))
     codes = []
     prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x')
@@ -129,15 +128,15 @@ def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
     assert (folder / 'quality_ffn_params.png').read_bytes()[1:4] == b'PNG'
 
 
-def test_a_run_that_was_made_with_other_knobs_is_not_taken_for_this_one(tmp_path, monkeypatch):
+def test_a_run_that_was_made_with_other_options_is_not_taken_for_this_one(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(quality.subprocess, 'run', lambda words: started.append(words) or SimpleNamespace(returncode=0))
     words = ['--n_embd=64', f'--out_dir={tmp_path}', '--device=cpu']
     (tmp_path / 'config.json').write_text(json.dumps({**train.load(words).as_dict(), 'device': 'cuda', 'data_fingerprint': 'x'}))
-    quality.trained(words)
+    quality.ensure_trained(words)
     assert len(started) == 1
-    with pytest.raises(UserError, match='made with other knobs .learning_rate, seed.: move it away'):
-        quality.trained([*words, '--learning_rate=0.5', '--seed=7'])
+    with pytest.raises(UserError, match='has a run with other options .learning_rate, seed.: move it away'):
+        quality.ensure_trained([*words, '--learning_rate=0.5', '--seed=7'])
     assert len(started) == 1
 
 
@@ -150,7 +149,7 @@ def test_a_finished_run_is_not_started_again_unless_the_data_has_changed(tmp_pat
         (tmp_path / 'config.json').write_text(json.dumps({**train.load(words).as_dict(), 'data_fingerprint': fingerprint}))
         (tmp_path / 'status.json').write_text(json.dumps({'state': state}))
         started.clear()
-        quality.trained(words)
+        quality.ensure_trained(words)
         assert len(started) == times
 
 
@@ -197,7 +196,7 @@ def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(
         out.mkdir(parents=True)
         (out / 'metrics.jsonl').write_text(''.join(json.dumps({'kind': 'eval', 'step': i, 'tokens': 1000 * i, 'loss': loss}) + '\n'
                                                    for i, loss in enumerate(next(losses))))
-    monkeypatch.setattr(quality, 'trained', trained)
+    monkeypatch.setattr(quality, 'ensure_trained', trained)
     config = bench.load(['peers', f"--nanogpt={tmp_path / 'nano'}", '--seeds=2', '--device=cpu'], bench.BenchConfig, positional=('command',))
     quality.race(config, quality.TokenData(data, 16, 300), {'nanoGPT': 2e-3, 'ours': 1e-3, 'speedrun_tiny': 1e-3})
     folder, = (tmp_path / 'results').iterdir()

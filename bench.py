@@ -1,24 +1,27 @@
 """
-All measurements and comparisons. Candidates run in turn, and ratios compare them within one repeat. Results go to results/.
+All measurements and comparisons. Candidates run in turn, and a ratio compares two of them within one repeat. Results
+go to results/.
 
-    python bench.py                          # the speed of every block on this machine, on one page, in five minutes
-    python bench.py blocks                   # training steps of every block at 9M, 21M and 70M parameters (six minutes)
-    python bench.py amp                      # fp32, TF32, bf16 and fp16, as far as the device supports them
-    python bench.py compile                  # what torch.compile gains on this machine, and its cost (fifteen minutes)
-    python bench.py context                  # attention against resonance, 512 to 32,768 tokens of context (eight minutes)
-    python bench.py decode                   # one sequence, one token at a time
-    python bench.py batch --model=FILE       # the largest batch that fits
-    python bench.py head                     # the loss: chunked, torch's fused one and the plain formula
-    python bench.py quality                  # what each FFN learns from the same tokens, three seeds (hours on a CPU)
-    python bench.py quality --preset=mixer   # or recall, routing, tiles, bitnet, speedrun, tiny; --match=params, flops or bytes
-    python bench.py peers --nanogpt=PATH     # a checkout of nanoGPT: its model and loop against ours
-    python bench.py peers --llama_cpp        # packed models decode beside llama.cpp (two minutes)
-    python bench.py convert                  # a dense model made ternary: loss, size and speed of each stage (six minutes after training)
-    python bench.py scaling                  # one process against several, each with one thread or one GPU (five minutes)
-    python bench.py plan                     # what train.py --plan estimates for eight runs, and what they take (five minutes)
-    python bench.py loop                     # what surrounds a step: loading, logging, a checkpoint (a minute)
-    python bench.py data                     # encoding, preparing and loading: speed and memory (eight minutes)
-    python bench.py tables                   # write the tables of results/README.md from the JSON files in results/
+    python bench.py                         # the speed of every block on this machine, on one page (five minutes)
+    python bench.py blocks                  # training steps of every block at 9M, 21M and 70M parameters (six minutes)
+    python bench.py amp                     # fp32, TF32, bf16 and fp16, as far as the device supports them
+    python bench.py compile                 # what torch.compile gains on this machine, and its cost (fifteen minutes)
+    python bench.py context                 # attention against resonance, 512 to 32,768 tokens (eight minutes)
+    python bench.py decode                  # one sequence, one token at a time
+    python bench.py batch --model=FILE      # the largest batch that fits
+    python bench.py head                    # the loss: chunked, torch's fused one and the plain formula
+    python bench.py quality                 # what each FFN learns from the same tokens, three seeds (hours on a CPU)
+    python bench.py quality --preset=mixer  # or recall, routing, tiles, bitnet, speedrun, tiny;
+                                            # --match=params, flops or bytes
+    python bench.py peers --nanogpt=PATH    # a checkout of nanoGPT: its model and loop against ours
+    python bench.py peers --llama_cpp       # packed models decode beside llama.cpp (two minutes)
+    python bench.py convert                 # a dense model made ternary: loss, size and speed of each stage
+                                            # (six minutes after training)
+    python bench.py scaling                 # one process against several, each with a thread or a GPU (five minutes)
+    python bench.py plan                    # what train.py --plan estimates, and what the runs take (five minutes)
+    python bench.py loop                    # what surrounds a step: loading, logging, a checkpoint (a minute)
+    python bench.py data                    # encoding, preparing and loading: speed and memory (eight minutes)
+    python bench.py tables                  # write the tables of results/README.md from the JSON files in results/
 """
 from dataclasses import dataclass
 
@@ -30,9 +33,9 @@ from benchmarks import blocks, deployed, loop, preparing, quality, tables
 class BenchConfig:
     command: str = ''  # one of the commands above; can be given without --command=
     repeats: int = 15  # timed repeats of each candidate; fewer in the commands whose repeats take long
-    quick: bool = False  # few repeats, contexts up to 4096, small corpora, no race to nanoGPT's loss; nothing in head and loop
+    quick: bool = False  # fewer repeats, contexts up to 4096, smaller corpora, no time to nanoGPT's loss
     preset: str = 'ffn'  # quality: ffn, mixer, recall, routing, tiles, bitnet, speedrun or tiny
-    match: str = ''  # quality: equal params, flops (of a token) or bytes (packed): scale the width of all but the last run
+    match: str = ''  # quality: scale widths to equal params, flops (of a token) or bytes (packed)
     tokens: int = 0  # quality: tokens of each run; 0: that of its config file in tiny and speedrun, else 1,250,000
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT

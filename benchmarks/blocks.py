@@ -1,7 +1,9 @@
 """
-Speed and memory of models on random tokens: the commands blocks, context, amp, compile, decode, head and batch of bench.py.
+Speed and memory of models on random tokens: the commands blocks, context, amp, compile, decode, head and batch of
+bench.py.
 
-Each command is a function of a BenchConfig. It prints a table and writes results/<machine>/<command>.json, some with a picture.
+Each command is a function of a BenchConfig. It prints a table and writes results/<machine>/<command>.json, some with
+a picture.
 """
 import math
 import multiprocessing
@@ -61,9 +63,9 @@ def is_cpu(config):
 def blocks(config):
     """
     Training steps of every block at SHAPES. `dense` is attention with a GELU FFN. `bitnet` is `swiglu` with ternary
-    matrices, so `ratio to swiglu` is its fair comparison. `packed MB`: ternary codes in 2 bits, everything else in bf16.
-    `peak GB`: peak memory of training; on a GPU that of its tensors, on a CPU that of the whole process, torch included.
-    Six models are in memory at once.
+    matrices, so `ratio to swiglu` is its fair comparison. `packed MB`: ternary codes in 2 bits, everything else in
+    bf16. `peak GB`: peak memory of training; on a GPU that of its tensors, on a CPU that of the whole process, torch
+    included. Six models are in memory at once.
     """
     # Without a command everything takes five minutes: a CPU skips the largest shape.
     shapes = SHAPES[:2] if not config.command and is_cpu(config) else SHAPES
@@ -197,8 +199,8 @@ def supports(device, dtype):
 
 def compilation(config):
     """
-    Training steps, eager and compiled, of each kind of block at the size of trix_tiny and at 6 x 256. `repaid after`: tokens
-    of a run after which compiling has saved as much time as it took, or never.
+    Training steps, eager and compiled, of each kind of block at the size of trix_tiny and at 6 x 256. `repaid after`:
+    tokens of a run after which compiling has saved as much time as it took, or never.
     """
     os.environ['TORCHINDUCTOR_CACHE_DIR'] = tempfile.mkdtemp()  # so that nothing is compiled already
     batch_size = 16
@@ -226,10 +228,13 @@ def compilation(config):
 # Decoding and the loss
 
 def decode(config):
-    """One sequence of the middle shape: prefill of all but the last 64 tokens of the context, then one token at a time."""
+    """
+    One sequence of the middle shape: prefill of all but the last 64 tokens of the context, then one token at a time.
+    """
     shape, _, _ = SHAPES[1]
     repeats = 3 if config.quick else config.repeats
-    prefill_times, token_times, peaks = side_by_side('decode', variants(shape), 1, repeats, config, ('prefill', 'decode'))
+    prefill_times, token_times, peaks = side_by_side('decode', variants(shape), 1, repeats, config,
+                                                     ('prefill', 'decode'))
     rows = []
     for prefill, token in zip(compare(prefill_times, 'dense'), compare(token_times, 'dense')):
         rows.append({
@@ -266,9 +271,10 @@ def head(config):
 
 def batch(config):
     """
-    The largest batch of --model that fits, to a sixteenth: doubled until it doesn't fit, then bisected. Each batch size is
-    two real training steps in a process of its own. A GPU tries until it is out of memory or over --card_gb. Elsewhere the
-    limit is --card_gb or nine tenths of the free memory, and a batch that smaller ones show to be too large is not tried.
+    The largest batch of --model that fits, to a sixteenth: doubled until it doesn't fit, then bisected. Each batch
+    size is two real training steps in a process of its own. A GPU tries until it is out of memory or over --card_gb.
+    Elsewhere the limit is --card_gb or nine tenths of the free memory, and a batch that smaller ones show to be too
+    large is not tried.
     """
     device = hardware.resolve(config.device, config.dtype)[0]
     model_config = settings.load([config.model]).pick(GPTConfig)

@@ -33,8 +33,9 @@ PROMPT, NEW = 128, 32  # tokens that are read at once, and tokens that are then 
 
 def start(kind, source, threads):
     """
-    Prepare this process for `read`: set read.once to a function that returns (seconds to read PROMPT tokens, seconds for each
-    of the NEW tokens that follow). kind and source: 'fp32' and a GPTConfig, 'packed' or 'llama.cpp' and a file.
+    Prepare this process for `read`: set read.once to a function that returns (seconds to read PROMPT tokens, seconds
+    for each of the NEW tokens that follow). kind and source: 'fp32' and a GPTConfig, 'packed' or 'llama.cpp' and a
+    file.
     """
     torch.set_num_threads(threads)
     ids = torch.randint(256, (1, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -81,8 +82,8 @@ def peak():
 
 def shapes():
     """
-    {name: GPTConfig}: the 95M BitNet, and the same with TriX in place of its FFN: with as many hidden units for a token, or as
-    many weights.
+    {name: GPTConfig}: the 95M BitNet, and the same with TriX in place of its FFN: with as many hidden units for a
+    token, or as many weights.
     """
     bitnet = settings.load([str(ROOT / 'config' / 'bitnet_95m.py')]).pick(GPTConfig)
     trix = replace(bitnet, ffn='trix', trix_tiles=8, trix_top_k=2, act_bits=8)
@@ -97,8 +98,8 @@ def new_model(shape):
 
 def write(folder, name, shape):
     """
-    Write a randomly initialised model as a packed file, and BitNet as GGUF files, too -> their paths. It runs in a process of its
-    own, which returns its memory.
+    Write a randomly initialised model as a packed file, and BitNet as GGUF files, too -> their paths. It runs in a
+    process of its own, which returns its memory.
     """
     model, paths = new_model(shape).eval(), [folder / f'{name}.safetensors']
     metadata = {'config': asdict(shape), 'tokenizer': None, 'step': 0, 'data': {}}
@@ -113,10 +114,11 @@ def write(folder, name, shape):
 
 def llama_cpp(config):
     """
-    Decoding of one sequence on the CPU with the shape of config/bitnet_95m.py: a prompt of 128 tokens at once, then 32 tokens one
-    by one. Each candidate has a process of its own, in turn. All have the same randomly initialised weights. Embeddings are
-    int8 in packed files and in TQ2_0. TriX has 8 tiles, 2 of them for a token, with as many hidden units for a token as BitNet's
-    FFN, or as many weights. `peak GB`: of the whole process, Python and torch included.
+    Decoding of one sequence on the CPU with the shape of config/bitnet_95m.py: a prompt of 128 tokens at once, then
+    32 tokens one by one. Each candidate has a process of its own, in turn. All have the same randomly initialised
+    weights. Embeddings are int8 in packed files and in TQ2_0. TriX has 8 tiles, 2 of them for a token, with as many
+    hidden units for a token as BitNet's FFN, or as many weights. `peak GB`: of the whole process, Python and torch
+    included.
     """
     missing = [name for name in ('gguf', 'xllamacpp') if not find_spec(name)]
     if missing:
@@ -156,7 +158,8 @@ def decoded_in_turn(candidates, server, repeats):
     pools = {name: ProcessPoolExecutor(1, server, start, (kind, source, threads))
              for name, (kind, source) in candidates.items()}
     try:
-        times = interleaved({name: lambda pool=pool: pool.submit(read).result() for name, pool in pools.items()}, repeats)
+        reads = {name: lambda pool=pool: pool.submit(read).result() for name, pool in pools.items()}
+        times = interleaved(reads, repeats)
         return times, {name: pool.submit(peak).result() for name, pool in pools.items()}
     finally:
         for pool in pools.values():
@@ -168,10 +171,10 @@ def decoded_in_turn(candidates, server, repeats):
 
 def convert(config):
     """
-    config/dense_tiny.py trained, converted by export.py convert (8 tiles, 6 of them for a token; the FFNs or every matrix
-    ternary), then trained for a tenth of its steps with the dense model as the teacher. `loss`: nats per token on the whole
-    validation split. `MB`: the weights in fp32, ternary ones in 2 bits with a scale. `tokens/s`: one sequence, one token at a
-    time, in turn, from the packed model where it is ternary.
+    config/dense_tiny.py trained, converted by export.py convert (8 tiles, 6 of them for a token; the FFNs or every
+    matrix ternary), then trained for a tenth of its steps with the dense model as the teacher. `loss`: nats per token
+    on the whole validation split. `MB`: the weights in fp32, ternary ones in 2 bits with a scale. `tokens/s`: one
+    sequence, one token at a time, in turn, from the packed model where it is ternary.
     """
     dense = 'runs/quality/tiny/dense_tiny_1337'
     ensure_trained([str(ROOT / 'config' / TWIN), '--seed=1337', f'--out_dir={dense}', '--resume=auto',

@@ -29,8 +29,8 @@ from runtime.runlog import read_lines
 
 def training_run(folder, processes, config, *words):
     """
-    Start train.py on trix_tiny, or several processes of it under torchrun, with one thread each on a CPU. It trains and logs
-    and does nothing else; its metrics are in the folder, its output in <folder>.txt. -> subprocess.Popen
+    Start train.py on trix_tiny, or several processes of it under torchrun, with one thread each on a CPU. It trains
+    and logs and does nothing else; its metrics are in the folder, its output in <folder>.txt. -> subprocess.Popen
     """
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
     command = [sys.executable, *launcher, ROOT / 'train.py', ROOT / 'config' / TINY, f'--out_dir={folder}',
@@ -54,9 +54,9 @@ def training_lines(folder, *processes):
 
 def scaling(config):
     """
-    trix_tiny with 16 x 256 tokens a step in each process: 1, 2, 4 and 8 processes in turn, as far as there are GPUs or cores.
-    `efficiency`: tokens/s against that many times one process alone. `of the machine`: against that many separate runs
-    at the same time. These share memory and clock, too, so it shows what DDP itself costs.
+    trix_tiny with 16 x 256 tokens a step in each process: 1, 2, 4 and 8 processes in turn, as far as there are GPUs
+    or cores. `efficiency`: tokens/s against that many times one process alone. `of the machine`: against that many
+    separate runs at the same time. These share memory and clock, too, so it shows what DDP itself costs.
     """
     device = hardware.resolve(config.device, config.dtype)[0]
     available = torch.cuda.device_count() if device.type == 'cuda' else os.cpu_count()
@@ -76,7 +76,8 @@ def scaling(config):
         rows.append({
             'processes': n, 'tokens/s': statistics.median(together[n]),
             'efficiency': statistics.median(a / n / b for a, b in zip(together[n], together[1])),
-            'of the machine': statistics.median(of_the_machine), 'low': min(of_the_machine), 'high': max(of_the_machine)})
+            'of the machine': statistics.median(of_the_machine),
+            'low': min(of_the_machine), 'high': max(of_the_machine)})
     report('scaling', rows, config)
 
 
@@ -92,7 +93,8 @@ def speed_separately(out, n, config, device):
     runs = []
     for i in range(n):
         where = f'--device=cuda:{i}' if device.type == 'cuda' else f'--device={config.device}'
-        runs.append(training_run(outs[i], 1, config, '--batch_tokens=4096', '--max_steps=20', '--log_interval=1', where))
+        runs.append(training_run(outs[i], 1, config, '--batch_tokens=4096', '--max_steps=20', '--log_interval=1',
+                                 where))
     return sum(median_speed(training_lines(out, *runs)) for out in outs)
 
 
@@ -123,8 +125,8 @@ PLANNED = {  # name: config file and command line
 
 def plan(config):
     """
-    What `train.py --plan` estimates for PLANNED, and what a run of 14 steps then takes: GB on top of Python and torch (the
-    plan's `base`), and seconds a step, the median of the last ten.
+    What `train.py --plan` estimates for PLANNED, and what a run of 14 steps then takes: GB on top of Python and torch
+    (the plan's `base`), and seconds a step, the median of the last ten.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +144,8 @@ def plan(config):
             memory = max(line['mem_gb'] for line in lines) - base_gb
             seconds = statistics.median(lines[0]['tokens'] / line['tokens_per_s'] for line in lines[4:])
             row = {'planned GB': planned, 'GB': memory, 'planned/measured GB': planned / memory,
-                   'planned s/step': planned_seconds, 's/step': seconds, 'planned/measured s': planned_seconds / seconds}
+                   'planned s/step': planned_seconds, 's/step': seconds,
+                   'planned/measured s': planned_seconds / seconds}
             print(name, *(f'{value:.3g}' for value in row.values()), flush=True)
             rows.append({'run': name, **row})
     report('plan', rows, config)

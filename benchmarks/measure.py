@@ -1,8 +1,9 @@
 """
-How bench.py measures: candidates in turn, ratios within a repeat, each model in a process of its own; results in results/.
+How bench.py measures: candidates in turn, ratios within a repeat, each model in a process of its own; results in
+results/.
 
-    times = interleaved({'ours': function, 'theirs': function}, repeats=15)     # functions return seconds
-    report('mine', compare(times, 'theirs'), config)                            # -> results/<machine>/mine.json, and a table
+    times = interleaved({'ours': function, 'theirs': function}, repeats=15)  # the functions return seconds
+    report('mine', compare(times, 'theirs'), config)  # prints a table and writes results/<machine>/mine.json
 """
 import functools
 import itertools
@@ -47,8 +48,8 @@ def timed(function, device):
 
 def interleaved(candidates, repeats, warmup=2):
     """
-    {name: function that returns seconds} -> {name: seconds of each repeat}. Candidates run in turn, so that a drift of the
-    machine's speed affects all of them alike. The first `warmup` rounds don't count.
+    {name: function that returns seconds} -> {name: seconds of each repeat}. Candidates run in turn, so that a drift
+    of the machine's speed affects all of them alike. The first `warmup` rounds don't count.
     """
     rounds = [{name: function() for name, function in candidates.items()} for _ in range(warmup + repeats)]
     return {name: [seconds[name] for seconds in rounds[warmup:]] for name in candidates}
@@ -56,8 +57,9 @@ def interleaved(candidates, repeats, warmup=2):
 
 def compare(times, reference):
     """
-    {name: seconds of each repeat} -> rows of {name, seconds, spread, ratio, low, high}: the median of the seconds, their
-    quartiles over that, and the speed against `reference` within a repeat: its median and quartiles over the repeats.
+    {name: seconds of each repeat} -> rows of {name, seconds, spread, ratio, low, high}: the median of the seconds,
+    their quartiles over that, and the speed against `reference` within a repeat: its median and quartiles over the
+    repeats.
     """
     rows = []
     for name, seconds in times.items():
@@ -71,9 +73,9 @@ def compare(times, reference):
 
 def report(title, rows, config, options='', plot=None, name='', **more):
     """
-    Print rows as a Markdown table and write results/<machine>/<name or title>.json: the rows, `more`, and what is needed to
-    measure them again. plot(rows, figure) draws a .png beside it. With --quick the files end in _quick, so that they never
-    replace a longer measurement.
+    Print rows as a Markdown table and write results/<machine>/<name or title>.json: the rows, `more`, and what is
+    needed to measure them again. plot(rows, figure) draws a .png beside it. With --quick the files end in _quick, so
+    that they never replace a longer measurement.
     """
     print(f'\n{markdown(rows)}')
     stem = name or title
@@ -120,7 +122,8 @@ def slug(machine):
 def whole_process(words, **options):
     """Run a program -> seconds, GB of its largest process, its output. UserError if it fails."""
     # A small Python starts it, because Linux charges a new process with the memory of the process that starts it.
-    wait = ("import os, sys, time; start = time.perf_counter(); pid = os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:]); "
+    wait = ("import os, sys, time; start = time.perf_counter(); "
+            "pid = os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:]); "
             "_, status, usage = os.wait4(pid, 0); "
             "print(time.perf_counter() - start, usage.ru_maxrss, file=sys.stderr); "
             "sys.exit(os.waitstatus_to_exitcode(status))")
@@ -162,7 +165,9 @@ def training_step(model_config, batch_size, device, dtype, compile='false'):
 
 @torch.no_grad()
 def decoding(model, device, dtype):
-    """A generator: first it fills the cache of one sequence up to the last 64 positions, then each step adds a token."""
+    """
+    A generator: first it fills the cache of one sequence up to the last 64 positions, then each step adds a token.
+    """
     cache = model.eval().new_cache(1)
     idx = torch.randint(model.config.vocab_size, (1, model.config.block_size - 64), device=device)
     while True:
@@ -193,10 +198,12 @@ def do(job):
 
 def side_by_side(title, models, batch_size, repeats, config, jobs=('train',), dtypes=None, compiles=None):
     """
-    {name: GPTConfig} -> {name: seconds of each repeat} for each of the jobs, then {name: peak GB}. Each model has a process
-    of its own, so that its peak memory is its own, too. The jobs: `train`, a step on `batch_size` sequences; `first`, the
-    first step, which compiles; `prefill`, all but the last 64 tokens of one sequence; `decode`, one more token of it.
-    dtypes {name: dtype}: instead of config.dtype. compiles {name: 'true' or 'false'}: instead of 'auto', as in train.py.
+    {name: GPTConfig} -> {name: seconds of each repeat} for each of the jobs, then {name: peak GB}. Each model has a
+    process of its own, so that its peak memory is its own, too. The jobs: `train`, a step on `batch_size` sequences;
+    `first`, the first step, which compiles; `prefill`, all but the last 64 tokens of one sequence; `decode`, one more
+    token of it.
+    dtypes {name: dtype}: instead of config.dtype. compiles {name: 'true' or 'false'}: instead of 'auto', as in
+    train.py.
     """
     print(f'{title}: {repeats} repeats on {hardware.resolve(config.device, config.dtype)[2]}', flush=True)
     server = multiprocessing.get_context('forkserver')
@@ -214,7 +221,8 @@ def side_by_side(title, models, batch_size, repeats, config, jobs=('train',), dt
         times = [interleaved(candidates(job), repeats, warmup=1) for job in jobs]
         return *times, {name: peak() for name, peak in candidates('peak').items()}
     except process.BrokenProcessPool:
-        raise UserError(f'{title}: the process of a model has died; without a message above, it ran out of memory') from None
+        raise UserError(f'{title}: the process of a model has died; without a message above, '
+                        'it ran out of memory') from None
     finally:
         for pool in pools.values():
             pool.shutdown(cancel_futures=True)

@@ -1,7 +1,8 @@
 """
 Preparing and opening data: the command data of bench.py.
 
-It writes three tables: results/<machine>/data.json (encoding), data_memory.json (preparing) and data_shards.json (opening shards).
+It writes three tables: results/<machine>/data.json (encoding), data_memory.json (preparing) and data_shards.json
+(opening shards).
 """
 import contextlib
 import io
@@ -36,8 +37,8 @@ new_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context('spawn
 
 def data(config):
     """
-    What prepare.py and data.py do: the speed of encoding text, the memory to prepare a small and a large corpus and to train
-    a byte-level BPE, and shards opened and read.
+    What prepare.py and data.py do: the speed of encoding text, the memory to prepare a small and a large corpus and
+    to train a byte-level BPE, and shards opened and read.
     """
     with tempfile.TemporaryDirectory() as folder:
         encoding_speed(folder, config)
@@ -49,8 +50,8 @@ def data(config):
 
 def texts_of_pylib(folder, megabytes):
     """
-    The path of a .jsonl with so much text: the standard library, again and again. Each copy of a file ends with a line of its
-    own, so that no document is a duplicate.
+    The path of a .jsonl with so much text: the standard library, again and again. Each copy of a file ends with a
+    line of its own, so that no document is a duplicate.
     """
     texts = [document.text for document in corpus.pylib_corpus().documents() if document.text]
     path = Path(folder) / f'{megabytes}.jsonl'
@@ -82,9 +83,9 @@ def run_prepare(path, out, *words):
 
 def encoding_speed(folder, config):
     """
-    MB/s of text with a BPE of 8,192: one thread of tiktoken, one thread in each of several processes, the processes of
-    prepare.py, and prepare.py from file to file. `of the machine`: against as many threads of tiktoken at the same time,
-    each in a process that has its text already.
+    MB/s of text with a BPE of 8,192: one thread of tiktoken, one thread in each of several processes, the processes
+    of prepare.py, and prepare.py from file to file. `of the machine`: against as many threads of tiktoken at the same
+    time, each in a process that has its text already.
     """
     processes = min(os.cpu_count(), 16)
     repeats = 2 if config.quick else max(1, config.repeats // 2)
@@ -135,8 +136,8 @@ def seconds_of_prepare(batches, folder, processes):
 
 def start_encoding(folder, path):
     """
-    Prepare a process for `encoding_seconds`: the tokenizer of the folder with the split pattern as tiktoken ships it for
-    GPT-2, and 25 MB of the text.
+    Prepare a process for `encoding_seconds`: the tokenizer of the folder with the split pattern as tiktoken ships it
+    for GPT-2, and 25 MB of the text.
     """
     global encoding, sample
     ours = load_tokenizer(folder)
@@ -204,7 +205,9 @@ def opened_shards(folder):
 
 
 def write_shards(path):
-    """990 shards of the train split and 10 of the val split. The ids are holes in the files, so they take no disk space."""
+    """
+    990 shards of the train split and 10 of the val split. The ids are holes in the files, so they take no disk space.
+    """
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {'descr': '<u2', 'fortran_order': False, 'shape': (100, 32_768)})
     size = head.tell() + 2 * 100 * 32_768

@@ -122,8 +122,8 @@ def measures(shape):
 
 def matched(shape, column, target):
     """
-    (option, value) that brings a size of a model closest to the target: the hidden width of its FFN or of a TriX tile, or
-    the number of layers where the FFN has no width.
+    (option, value) that brings a size of a model closest to the target: the hidden width of its FFN or of a TriX
+    tile, or the number of layers where the FFN has no width.
     """
     options = {'trix': ('trix_hidden', 8), 'none': ('n_layer', 1), 'resonance': ('n_layer', 1)}
     key, unit = options.get(shape.ffn, ('d_ff', 8))
@@ -148,8 +148,8 @@ NEUTRAL = ('out_dir', 'resume', 'device', 'dtype', 'compile', 'other_data', 'ver
 
 def ensure_trained(words):
     """
-    Train the run of a command line unless it is already finished; an unfinished one is resumed. UserError if the directory
-    has a run with other options.
+    Train the run of a command line unless it is already finished; an unfinished one is resumed. UserError if the
+    directory has a run with other options.
     """
     config = settings.load(words)
     file, now = Path(config.out_dir) / 'config.json', config.as_dict()
@@ -169,10 +169,10 @@ def ensure_trained(words):
 
 def quality(config):
     """
-    Train the runs of a preset with several seeds, all on the same tokens in the same order, and evaluate them. Runs that are
-    already finished are used. The validation loss is that of the whole split for runs as long as their config files say,
-    and of 131,072 tokens for the others. `speed`: training steps, side by side, against the last run of the preset. `rank`:
-    the places that a run may have, by paired t-tests over the seeds at 95 %.
+    Train the runs of a preset with several seeds, all on the same tokens in the same order, and evaluate them. Runs
+    that are already finished are used. The validation loss is that of the whole split for runs as long as their
+    config files say, and of 131,072 tokens for the others. `speed`: training steps, side by side, against the last
+    run of the preset. `rank`: the places that a run may have, by paired t-tests over the seeds at 95 %.
     """
     if config.preset == 'recall':
         return recall(config)
@@ -230,7 +230,8 @@ def evaluated(run, tokens, config):
 
 def evaluations(run):
     """[(tokens, validation loss)] over a run"""
-    return [(line['tokens'], line['loss']) for line in read_lines(Path(run) / 'metrics.jsonl') if line['kind'] == 'eval']
+    lines = read_lines(Path(run) / 'metrics.jsonl')
+    return [(line['tokens'], line['loss']) for line in lines if line['kind'] == 'eval']
 
 
 def difference(a, b):
@@ -291,8 +292,8 @@ def plot_curves(curves, speeds, figure):
 
 def recall_batch(rng, batch_size, pairs, vocab_size=256):
     """
-    Multi-query associative recall (Arora et al., arXiv:2312.04927) in its plainest form: `pairs` different keys, each followed
-    by a value, then the keys in another order, each followed by its value again.
+    Multi-query associative recall (Arora et al., arXiv:2312.04927) in its plainest form: `pairs` different keys, each
+    followed by a value, then the keys in another order, each followed by its value again.
     -> x, y (batch_size, 4 pairs) int64; y is the value where a key is repeated, else -1
     """
     half = vocab_size // 2
@@ -309,7 +310,10 @@ def recall_batch(rng, batch_size, pairs, vocab_size=256):
 
 
 def recall_accuracy(shape, pairs, steps, seed, device):
-    """The share of correct answers of a new model, on other sequences than the `steps` batches of 64 that it is trained on."""
+    """
+    The share of correct answers of a new model, on other sequences than the `steps` batches of 64 that it is trained
+    on.
+    """
     torch.manual_seed(seed)
     model, rng = GPT(shape).to(device), np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
@@ -327,15 +331,21 @@ def recall_accuracy(shape, pairs, steps, seed, device):
 
 
 def recall(config):
-    """How many of the pairs in a sequence each mixer recalls: the accuracy of two layers of width 64, over the seeds."""
+    """
+    How many of the pairs in a sequence each mixer recalls: the accuracy of two layers of width 64, over the seeds.
+    """
     device = hardware.resolve(config.device, 'float32')[0]
     steps = 200 if config.quick else 1500
-    mixers = {'resonance': {'mixer': 'resonance'}, 'hybrid': {'mixer': 'resonance', 'attention_every': 2}, 'attention': {}}
+    base = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=256, ffn='gelu')
+    mixers = {
+        'resonance': replace(base, mixer='resonance'),
+        'hybrid': replace(base, mixer='resonance', attention_every=2),
+        'attention': base}
     rows = []
     for pairs in RECALL_PAIRS[:2] if config.quick else RECALL_PAIRS:
         row = {'pairs': pairs, 'tokens': 4 * pairs}
-        for name, options in mixers.items():
-            shape = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=256, ffn='gelu', block_size=4 * pairs, **options)
+        for name, shape in mixers.items():
+            shape = replace(shape, block_size=4 * pairs)
             accuracies = [recall_accuracy(shape, pairs, steps, seed, device) for seed in range(config.seeds)]
             row |= mean_and_sd(**{name: accuracies})
         rows.append(row)
@@ -370,10 +380,10 @@ def bigram_row(data, config, windows):
 
 def bigram(data, config, windows):
     """
-    The loss in nats per token, on windows of the validation split, of a bigram table counted on the tokens that a run of
-    `config` trains on, interpolated with unigrams: p(y|x) = (c(xy) + d n(x) p(y)) / (c(x) + d n(x)), where n(x) is the number
-    of different successors of x (Witten and Bell 1991 at d = 1). d is the best of seven on the validation split itself,
-    which favours the table.
+    The loss in nats per token, on windows of the validation split, of a bigram table counted on the tokens that a run
+    of `config` trains on, interpolated with unigrams: p(y|x) = (c(xy) + d n(x) p(y)) / (c(x) + d n(x)), where n(x) is
+    the number of different successors of x (Witten and Bell 1991 at d = 1). d is the best of seven on the validation
+    split itself, which favours the table.
     """
     V, batch_size = data.n_vocab, config.batch_tokens // config.block_size
     unigrams, parts = np.ones(V), []
@@ -408,7 +418,7 @@ PEER_STEPS = PEER_TOKENS // PEER_BATCH
 PEER_SHAPE = ['--n_layer=3', '--n_head=4', '--n_embd=128', '--block_size=256', '--batch_size=16']
 SAME_MODEL = ['--vocab_size=8192', '--ffn=gelu', '--positions=learned', '--norm=layernorm', '--compile=false']
 ONLY_STEPS = ['--eval_interval=0', '--sample_interval=0', '--save_interval=0', '--log_interval=1']
-# Runs nanoGPT's train.py with a number added to its seed, which is a constant there. Arguments: the number, then nanoGPT's own.
+# Runs nanoGPT's train.py with a number added to its seed, which is a constant there. The number is the first argument.
 WITH_SEED = ("import sys, torch; plain, seed = torch.manual_seed, int(sys.argv.pop(1)); "
              "torch.manual_seed = lambda n: plain(n + seed); "
              "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; exec(open('train.py').read())")
@@ -429,7 +439,10 @@ def missing_from_nanogpt(path):
 
 
 def nanogpt(config, data, folder, out, seed, *words):
-    """-> (directory, command line) of nanoGPT's own train.py on our bins, which are linked in `folder` as it expects them."""
+    """
+    -> (directory, command line) of nanoGPT's own train.py on our bins, which are linked in `folder` as it expects
+    them.
+    """
     for split in ('train', 'val'):
         (folder / f'{split}.bin').unlink(missing_ok=True)
         os.symlink((data.path / f'{split}.bin').resolve(), folder / f'{split}.bin')
@@ -486,9 +499,9 @@ def peers(config):
 def race(config, data, seconds_per_token):
     """
     Time to a loss. nanoGPT trains on PEER_TOKENS with the best of PEER_RATES, chosen with its first seed.
-    config/speedrun_tiny.py trains until its validation loss is no higher. Both losses are on the whole validation split,
-    with config.seeds seeds each. Seconds are those of training alone: tokens times the seconds per token that `peers`
-    has measured side by side. The runs are kept in runs/peers.
+    config/speedrun_tiny.py trains until its validation loss is no higher. Both losses are on the whole validation
+    split, with config.seeds seeds each. Seconds are those of training alone: tokens times the seconds per token that
+    `peers` has measured side by side. The runs are kept in runs/peers.
     """
     folder, recipe = Path('runs/peers'), str(ROOT / 'config' / SPEEDRUN)
 
@@ -522,8 +535,8 @@ def race(config, data, seconds_per_token):
 
 def nanogpt_trained(config, data, rate, seed, out):
     """
-    The loss on our whole validation split that nanoGPT's own loop reaches after PEER_TOKENS. out/loss.json keeps it with
-    what it was trained with; if that is the same, it is read from there.
+    The loss on our whole validation split that nanoGPT's own loop reaches after PEER_TOKENS. out/loss.json keeps it
+    with what it was trained with; if that is the same, it is read from there.
     """
     file = out / 'loss.json'
     options = [f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={PEER_STEPS}',

@@ -3,7 +3,8 @@ The tables of results/README.md, written from the JSON files beside it. Its pros
 
     python bench.py tables        # fill in every table, and print which files of results/ no table shows
 
-A line `<!-- MACHINE/NAME: column, column -->` stands before each table: the file results/MACHINE/NAME.json and its columns.
+A line `<!-- MACHINE/NAME: column, column -->` stands before each table: the file results/MACHINE/NAME.json and its
+columns.
 """
 import re
 from pathlib import Path
@@ -16,7 +17,9 @@ MARK = re.compile(r'(<!-- ([\w.-]+/\w+): (.*?) -->\n)((?:.*\|.*\n)*)')  # and th
 
 
 def write(folder):
-    """Fill in the tables of the folder's README.md. UserError, and nothing written, where a file or a column is missing."""
+    """
+    Fill in the tables of the folder's README.md. UserError, and nothing written, where a file or a column is missing.
+    """
     path = folder / 'README.md'
     page = filled(path.read_text(encoding='utf-8'), folder)
     with replacing(path) as file:

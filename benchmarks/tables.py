@@ -52,8 +52,9 @@ def names_shown(page):
 
 
 def names_of_files(folder):
-    """{'MACHINE/NAME'} of the JSON files in a folder"""
-    return {f'{path.parent.name}/{path.stem}' for path in folder.glob('*/*.json')}
+    """{'MACHINE/NAME'} of the JSON files in a folder, without those of --quick, which git ignores"""
+    names = {f'{path.parent.name}/{path.stem}' for path in folder.glob('*/*.json')}
+    return {name for name in names if not name.endswith('_quick')}
 
 
 def markdown(rows):

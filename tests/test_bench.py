@@ -1,5 +1,6 @@
 """Comparisons are computed correctly, the candidates are what the tables say, and every promised file is written."""
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,13 +74,15 @@ def test_blocks_writes_table_and_picture(tmp_path, monkeypatch):
     rows = written(tmp_path, 'blocks', [
         'shape', 'block', 'parameters', 'used by a token', 'MFLOP/token', 'packed MB', 'tokens/s', 'spread',
         'ratio to dense', 'low', 'high', 'ratio to swiglu', 'peak GB'])
-    assert [row['block'] for row in rows] == list(blocks.variants(shape)) and {row['shape'] for row in rows} == {'1 x 16'}
+    assert [row['block'] for row in rows] == list(blocks.variants(shape))
+    assert {row['shape'] for row in rows} == {'1 x 16'}
     assert rows[0]['ratio to dense'] == rows[1]['ratio to swiglu'] == 1 and all(0.05 < row['peak GB'] < 5 for row in rows)
 
 
 def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
-    monkeypatch.setattr(blocks, 'CONTEXT_SHAPE', replace(blocks.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=2, vocab_size=64))
+    shape = replace(blocks.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=2, vocab_size=64)
+    monkeypatch.setattr(blocks, 'CONTEXT_SHAPE', shape)
     monkeypatch.setattr(blocks, 'CONTEXTS', (128, 8192))  # --quick leaves the second one out
     bench.main(['context', '--quick', '--device=cpu'])
     rows = written(tmp_path, 'context', [
@@ -94,8 +97,8 @@ def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
 
 
 def test_the_end_of_a_candidates_process_is_one_clear_line(monkeypatch):
-    shape = replace(blocks.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=3)  # impossible: the process fails as it builds it
-    with pytest.raises(UserError, match='here: the process of a model has died; without a message above, it ran out of memory'):
+    shape = replace(blocks.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=3)  # impossible: building it fails
+    with pytest.raises(UserError, match='here: the process of a model has died; without a message above'):
         measure.side_by_side('here', {'bad': shape}, 1, 1, bench.load(['--device=cpu'], bench.BenchConfig))
 
 
@@ -111,7 +114,8 @@ def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, 
     def training_lines(folder, *processes):
         speed = {'0_1': 100, '0_2': 180}.get(folder.rsplit('/')[-1], 95)
         return [{'tokens_per_s': 1}] * 5 + [{'tokens_per_s': speed}] * 3
-    monkeypatch.setattr(loop, 'training_run', training_run), monkeypatch.setattr(loop, 'training_lines', training_lines)
+    monkeypatch.setattr(loop, 'training_run', training_run)
+    monkeypatch.setattr(loop, 'training_lines', training_lines)
     bench.main(['scaling', '--quick', '--device=cpu'])
     one, two = json.loads(result_file(tmp_path, 'scaling_quick.json').read_text())['rows']
     assert (one['tokens/s'], one['efficiency'], two['tokens/s'], two['efficiency']) == (100, 1, 180, 0.9)
@@ -139,7 +143,8 @@ def test_plans_are_set_beside_what_the_runs_take(tmp_path, monkeypatch):
 def test_the_loop_is_timed_on_a_real_run(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     lines = [{'kind': 'train', 'step': step, 'tokens_per_s': 4096.0, 'loader_wait': 0.01} for step in range(6)]
-    monkeypatch.setattr(loop, 'training_run', lambda *words: None), monkeypatch.setattr(loop, 'training_lines', lambda *words: lines)
+    monkeypatch.setattr(loop, 'training_run', lambda *words: None)
+    monkeypatch.setattr(loop, 'training_lines', lambda *words: lines)
     bench.main(['loop', '--repeats=2', '--device=cpu'])
     rows = {row['what']: row for row in json.loads(result_file(tmp_path, 'loop.json').read_text())['rows']}
     assert rows['step']['ms'] == 1000 and rows['waiting for a batch']['ms'] == 10
@@ -193,7 +198,8 @@ def test_the_largest_batch_is_found_to_a_sixteenth_without_trying_what_cannot_fi
     def two_steps(model, rows, device, dtype):
         tried.append(rows)
         return 0.6 + per_row * rows
-    monkeypatch.setattr(blocks, 'two_steps', two_steps), monkeypatch.setattr(blocks, 'ProcessPoolExecutor', SamePool)
+    monkeypatch.setattr(blocks, 'two_steps', two_steps)
+    monkeypatch.setattr(blocks, 'ProcessPoolExecutor', SamePool)
     bench.main(['batch', f'--card_gb={limit}', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
     row, = json.loads(result_file(tmp_path, 'batch.json').read_text())['rows']
     most = int((limit - 0.6) / per_row + 1e-6)
@@ -240,8 +246,9 @@ class SamePool:
 # ----------------------------------------------------------------------------------------------------------------------
 # The tables of results/README.md
 
-NOT_SHOWN = {  # measurements in results/ without a table: `peers` was made again on the EPYC, `head` is one of many commands
-    'intel-xeon-2.50ghz-2-threads/head', 'intel-xeon-2.50ghz-2-threads/peers'}
+NOT_SHOWN = {  # measurements in results/ without a table
+    'intel-xeon-2.50ghz-2-threads/head',  # the reason for a choice in the code, not a result of its own
+    'intel-xeon-2.50ghz-2-threads/peers'}  # the table shows the later one of the EPYC
 
 
 def test_every_table_of_the_results_is_that_of_its_json_file():
@@ -251,8 +258,12 @@ def test_every_table_of_the_results_is_that_of_its_json_file():
 
 
 def test_every_measurement_is_shown_or_listed_as_not_shown():
+    listed = subprocess.run(['git', 'ls-files', 'results/*/*.json'], cwd=measure.ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip('without git, the measurements of this machine are not told from those of the repository')
+    committed = {path.removeprefix('results/').removesuffix('.json') for path in listed.stdout.splitlines()}
     shown = tables.names_shown((tables.RESULTS / 'README.md').read_text(encoding='utf-8'))
-    assert tables.names_of_files(tables.RESULTS) - shown == NOT_SHOWN
+    assert len(committed) > 10 and committed - shown == NOT_SHOWN
 
 
 @pytest.fixture
@@ -262,7 +273,9 @@ def small_results(tmp_path, monkeypatch):
     rows = [{'name': 'a', 'tokens': 1234567, 'ratio': 1.23456}, {'name': 'long name', 'tokens': 8, 'ratio': 1.0}]
     (tmp_path / 'cpu' / 'speed.json').write_text(json.dumps({'rows': rows}))
     (tmp_path / 'cpu' / 'other.json').write_text(json.dumps({'rows': rows}))
-    (tmp_path / 'README.md').write_text('Before.\n\n<!-- cpu/speed: name, ratio, tokens -->\n| old |\n\nAfter ².\n', encoding='utf-8')
+    (tmp_path / 'cpu' / 'other_quick.json').write_text(json.dumps({'rows': rows}))
+    page = 'Before.\n\n<!-- cpu/speed: name, ratio, tokens -->\n| old |\n\nAfter ².\n'
+    (tmp_path / 'README.md').write_text(page, encoding='utf-8')
     monkeypatch.setattr(tables, 'RESULTS', tmp_path)
     return tmp_path
 

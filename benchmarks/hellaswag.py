@@ -71,7 +71,8 @@ def download(file):
 
 def parse(lines, where, count=0):
     """
-    The first `count` lines (0: all) -> [(context, 4 endings, label)]. UserError names the first line that is not an item.
+    The first `count` lines (0: all) -> [(context, 4 endings, label)]. UserError names the first line that is not an
+    item.
     """
     items = []
     for number, line in enumerate(lines[:count or None], 1):

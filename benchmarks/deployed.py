@@ -123,7 +123,7 @@ def llama_cpp(config):
     missing = [name for name in ('gguf', 'xllamacpp') if not find_spec(name)]
     if missing:
         raise UserError(f'--llama_cpp needs {" and ".join(missing)}: pip install -r requirements-dev.txt')
-    server, threads = multiprocessing.get_context('forkserver'), torch.get_num_threads()
+    server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['benchmarks.deployed'])  # imported once for all
     with tempfile.TemporaryDirectory() as folder:
         candidates = {}  # {name: (kind, source)}, see `start`

@@ -3,7 +3,7 @@ Config files and --key=value -> one typed, checked config. Imported by every scr
 
     config = load(argv, GPTConfig, TrainConfig, usage=__doc__)   # python train.py config/a.py config/b.py --n_layer=12
     model = GPT(config.pick(GPTConfig))
-    print(config.table())
+    print(config.changes())
 
 The keys are the fields of the dataclasses; a field's trailing comment is its documentation, printed by --help.
 A config file is plain Python: `n_layer = 12`. It reads the defaults and the values of earlier files as variables.
@@ -56,8 +56,15 @@ class Config:
         values = {key: getattr(self, key) for key in self.origin}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    def table(self):
-        return columns([(key, repr(getattr(self, key)), where) for key, where in self.origin.items()])
+    def changes(self, width=118):
+        """What differs from the defaults, in lines: where it comes from, and the keys with their values."""
+        groups = {}
+        for key, where in self.origin.items():
+            if where != 'default':
+                groups.setdefault(where, []).append(f'{key}={getattr(self, key)!r}')
+        lines = [f'{where}: {", ".join(pairs)}' for where, pairs in groups.items()]
+        return '\n'.join(textwrap.fill(line, width, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
+                         for line in lines) or 'every option has its default (--help lists them)'
 
 
 def load(argv, *classes, positional=(), usage='', check=None):

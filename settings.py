@@ -42,7 +42,7 @@ class TrainConfig:
     eval_interval: int = 100  # steps between validations; like every interval, 0 switches it off
     eval_tokens: int = 65_536  # tokens of a validation, always the same windows (0: all of the split)
     log_interval: int = 10  # steps between lines on the console and in metrics.jsonl
-    sample_interval: int = 100  # steps between samples: every prompt, greedy, typical and wild
+    sample_interval: int = 100  # steps between samples, none at step 0: every prompt, greedy, typical and wild
     sample_prompts: str = '|The|In this|def|import'  # prompts of those samples, '|' between them (empty: the start of a document)
     sample_tokens: int = 64  # tokens of each
     save_interval: int = 100  # steps between checkpoints (there is one at the end and at every better validation, too)

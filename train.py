@@ -56,7 +56,7 @@ def main(argv):
     group = parallel.start(config.dist_timeout)
     say = runlog.speak if group.main else (lambda text: None)
     with before_the_loop(say):
-        say(config.table())
+        say(config.changes())
         if config.plan:
             if group.main:
                 say(plan.page(config, *micro_batches(config, group.world), open_dataset(config, prepare=False), group.world))
@@ -244,7 +244,7 @@ def loop(run, interrupt):
         model.set_top_k(schedules.top_k(progress.step, config))
         with meter.paused():
             better = is_due(run, config.eval_interval) and run_validation(run, stopping)
-            if run.encoding and is_due(run, config.sample_interval) and not run.stopped:
+            if run.encoding and progress.step and is_due(run, config.sample_interval) and not run.stopped:
                 run_samples(run, stopping)
             give_hints(run)
             if stopping() or should_save(run, better):

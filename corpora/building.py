@@ -152,7 +152,7 @@ def batches(corpus, config, is_new, cut=None, shard=(0, 1), number=0, position=(
     key, (i, n) = str(config.seed).encode()[:64], shard
     (read, at), counts, texts, size = position, Counter(), {'train': [], 'val': []}, 0
     for document in corpus.documents(at):
-        if config.max_documents and read == config.max_documents:
+        if config.max_documents and not corpus.own_splits and read == config.max_documents:
             break
         read, at, text = read + 1, document.position, document.text
         if not text or text.isspace():

@@ -81,6 +81,7 @@ MARKS = {codecs.BOM_UTF8: 'utf-8',
          codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',  # before UTF-16, whose marks these begin with
          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 JSON_START = re.compile(rb'\s*(\[\s*)*\{\s*("[^"\n]*"\s*:|\})')
+ISO_2022_JP = re.compile(rb'\x1b\$[@B]')  # it switches to two bytes a character, all of them ASCII
 MARKUP_START = re.compile(rb'\s*<(!doctype html|html|\?xml)', re.IGNORECASE)
 
 
@@ -240,7 +241,7 @@ def text_corpus(config, path):
 def nanochat_corpus(config, path):
     """
     The .parquet files of nanochat: the last one by name is validation (nanochat/dataset.py in github.com/karpathy/nanochat).
-    It is read first, so that --max_tokens leaves it whole.
+    It is read first, so that --max_tokens and --max_documents leave it whole.
     """
     files, left_out = find_files(path, ('parquet',))
     if len(files) < 2:
@@ -263,8 +264,27 @@ def files_corpus(config, files, left_out, own_splits=False):
             split = ('train' if end[0] else 'val') if own_splits else None
             yield Document(text_of(row, dropped, reading), dropped, split, end)
 
-    return Corpus(source, '', documents, partial(file_progress, files, reading), own_splits, inputs=stamp(files),
+    progress = partial(file_progress, files, reading)
+    if own_splits and config.max_documents:
+        documents, progress = of_train_documents(config.max_documents, documents, progress)
+    return Corpus(source, '', documents, progress, own_splits, inputs=stamp(files),
                   check=partial(check_files, files, reading), contents=partial(contents, files, left_out, reading))
+
+
+def of_train_documents(limit, documents, progress=lambda position: None):
+    """
+    documents() and progress() of a corpus with splits of its own, val first, that ends after `limit` documents of train. Its
+    positions are [position, documents of train so far].
+    """
+    def limited(position=None):
+        inner, count = position or (None, 0)
+        for document in documents(inner):
+            if document.split == 'train':
+                if count == limit:
+                    return
+                count += 1
+            yield document._replace(position=[document.position, count])
+    return limited, lambda position: progress(position[0] if position else None)
 
 
 def find_files(path, kinds):
@@ -275,15 +295,15 @@ def find_files(path, kinds):
     path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
         found = list(Path(path).rglob('*'))
-        files = [file for file in found if kind(file) in kinds]
-        left_out = [file for file in found if kind(file) not in kinds and file.is_file()]
+        files = [file for file in found if kind(file) in kinds and not is_metadata(file)]
+        left_out = [file for file in found if file not in files and file.is_file()]
     else:  # what is named is read even if its ending says nothing: `kind_of` looks at the content
         found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
         files = [file for file in map(Path, found) if (kind(file) or 'txt') in kinds]
-        readable_files = [file for file in files if ending(file)[0] not in NOT_TEXT]
-        if readable_files:  # otherwise they were meant, and `kind_of` says what to do
-            left_out = [file for file in files if ending(file)[0] in NOT_TEXT and file.is_file()]
-            files = readable_files
+        unwanted = [file for file in files if ending(file)[0] in NOT_TEXT or len(files) > 1 and is_metadata(file)]
+        if len(unwanted) < len(files):  # otherwise they were meant, and `kind_of` says what to do
+            left_out = [file for file in unwanted if file.is_file()]
+            files = [file for file in files if file not in unwanted]
     for file in files:
         if not file.exists():
             raise UserError(f'{file}: broken symbolic link to {os.readlink(file)}')
@@ -294,6 +314,16 @@ def find_files(path, kinds):
         raise SourceMissing(f'{path}: no such file, and no directory or glob with {endings} files '
                             '(.gz or .zst too, except .parquet)' + (f'; left out: {listed(left_out)}' if left_out else ''))
     return files, left_out
+
+
+def is_metadata(path):
+    """Whether a .json file among others holds no rows, as the dataset_info.json of a download."""
+    if ending(path)[0] != '.json' or not path.is_file():
+        return False
+    try:
+        return not starts_with_object(*read_head(path, 'utf-8'))
+    except UserError:  # no text at all
+        return True
 
 
 def ending(path):
@@ -337,6 +367,10 @@ def read_head(path, encoding):
         data = file.read(HEAD)
     is_cut = len(data) == HEAD
     is_utf8 = b'\0' not in data and not_utf8_at(data) is None
+    if is_utf8 and not data.isascii() and not encoding.startswith('utf') and encoding == encoding_of(path, data, encoding):
+        raise UserError(f'{path}: its text is UTF-8, not {encoding}: leave --encoding out, or name the files of one encoding alone')
+    if encoding == 'utf-8' and (escape := ISO_2022_JP.search(data)):
+        raise UserError(f'{path}: an escape sequence of iso2022_jp at byte {escape.start()}, which --encoding=iso2022_jp reads')
     for magic, content in (MAGIC if is_utf8 else MAGIC | PRINTABLE_MAGIC).items():
         if data.startswith(magic):
             raise UserError(f'{path}: its content is {content}')
@@ -882,13 +916,18 @@ def wikitext_corpus(config):
             line = text_of(row, dropped, reading) or ''  # null, or dropped for bad_text
             yield line + '\n' * (split in tables and not line.endswith('\n')), dropped, end  # where '' is an empty line
 
+    # A limit takes whole val and as much of train.
+    order = ('val', 'train') if config.max_documents or config.max_tokens else ('train', 'val')
+
     def documents(position=None):
-        split, start = position or ('train', None)
-        for name in ('train', 'val') if split == 'train' else ('val',):
+        split, start = position or (order[0], None)
+        for name in order[order.index(split):]:
             for text, dropped, end in articles(split_lines(name, start)):
                 yield Document(text, dropped, name, [name, end])
             start = None
 
+    if config.max_documents:
+        documents, _ = of_train_documents(config.max_documents, documents)
     return Corpus(source, '', documents, own_splits=True, test=lambda: ''.join(line for line, *_ in split_lines('test')),
                   inputs=inputs, check=check)
 

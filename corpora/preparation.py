@@ -45,7 +45,7 @@ class PrepareConfig:
     vocab_size: int = 8192  # bpe: tokens, the end-of-text token included
     val_ratio: float = 0.05  # share of the documents that is kept for validation (wikitext* have splits of their own)
     max_tokens: int = 0  # train tokens after which reading stops, 0: all
-    max_documents: int = 0  # documents after which reading stops, 0: all
+    max_documents: int = 0  # documents after which reading stops, 0: all (of train, where the corpus has its own splits)
     shard: str = ''  # i/n: prepare the i-th (from 0) of n parts, each on its own machine; together they are the whole
     out: str = ''  # directory to make, '': data/NAME
     num_proc: int = 0  # processes that encode, 0: one a CPU
@@ -150,8 +150,10 @@ def open_dataset(config, prepare=True, verify='once'):
         if others := sorted(str(file.parent) for file in path.parent.glob('fineweb_edu*/meta.json')) if name == 'fineweb_edu' else []:
             speak(f'  prepared already, for --dataset=DIR: {", ".join(others)}')
         command = [sys.executable, str(SCRIPT), f'--dataset={name}', f'--out={path}', *words]
-        if code := subprocess.run(command).returncode:
-            sys.exit(code)  # prepare.py has said why
+        if code := subprocess.run(command).returncode:  # prepare.py has said why
+            if code == 2:
+                speak(f'prepare.py has more options: python prepare.py --dataset={name} --out=DIR ..., then --dataset=DIR here')
+            sys.exit(code)
     return open_data(path, config.block_size, config.vocab_size, verify)
 
 

@@ -64,8 +64,9 @@ def find_cut(corpus, config, limit):
             raise UserError(f'{config.dataset}: a single character of text is not enough for train and val: more text')
         return Cut(numbers[texts[boundary]], 0)
     offset = len(text.encode()[:int(target) - starts[last]].decode(errors='ignore'))
-    offset = min(max(offset, 1), len(text) - 1)
-    line_ends = [match.end() for match in LINE_END.finditer(text) if match.end() < len(text)]
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())  # neither part is blank
+    offset = min(max(offset, begin + 1), max(end, 2) - 1)
+    line_ends = [match.end() for match in LINE_END.finditer(text) if begin < match.end() < end]
     nearest = min(line_ends, key=lambda end: abs(end - offset), default=0)
     if nearest and is_near(starts[last] + len(text[:nearest].encode())):
         offset = nearest

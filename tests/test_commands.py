@@ -71,6 +71,14 @@ def test_wikitext_from_downloaded_files_keeps_its_splits_and_the_raw_test_split(
     assert (made['test']['words'], made['test']['lines']) == (len(raw.split()), 12) == (3 * 14, 12)
 
 
+    words = ['--dataset=wikitext2', f"--source={tmp_path / 'in'}", '--vocab_size=260', '--num_proc=1']
+    for limit, train in (('--max_documents=3', 3), ('--max_tokens=150', None)):  # of train alone: val stays whole
+        run(*words, limit, f"--out={tmp_path / limit}")
+        assert documents(tmp_path / limit, 'val') == documents(tmp_path / 'out', 'val')
+        whole, part = (documents(tmp_path / name, 'train') for name in ('out', limit))
+        assert 0 < len(part) < 20 and part[:-1] == whole[:len(part) - 1] and train in (None, len(part))
+
+
 @pytest.fixture(scope='module')
 def packed(tmp_path_factory):
     """A directory with a text, its bins under data/, and rows of 1,025 ids made of them."""

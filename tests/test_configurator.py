@@ -92,19 +92,11 @@ def test_as_dict_survives_json_in_field_order():
     assert json.loads(json.dumps(values)) == values
 
 
-def test_table_says_key_value_and_origin_in_aligned_columns(write):
-    config = load([write('warmup_steps = 12'), '--dataset=a b'], Train)
-    assert config.table().split('\n') == [
-        "learning_rate    0.0003  default",
-        "dataset          'a b'   command line",
-        "warmup_steps     12      config/x.py",
-        "mandatory_steps  ()      default",
-        "compile          True    default"]
-
-
-def test_one_long_value_does_not_widen_the_table_for_all():
-    table = load([f'--dataset={"x" * 200}'], Train).table().split('\n')
-    assert len(table[1]) > 200 and len(table[0]) < 80
+def test_changes_say_what_differs_from_the_defaults_and_where_it_comes_from(write):
+    config = load([write('warmup_steps = 12'), '--dataset=a b', '--compile=false'], Train)
+    assert config.changes() == "command line: dataset='a b', compile=False\nconfig/x.py: warmup_steps=12"
+    assert config.changes(25).split('\n') == ["command line:", "  dataset='a b',", "  compile=False", "config/x.py:", "  warmup_steps=12"]
+    assert load([], Train).changes() == 'every option has its default (--help lists them)'
 
 
 def test_two_classes_with_the_same_field_are_refused():

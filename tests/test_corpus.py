@@ -30,7 +30,7 @@ LOAD_DATASET = datasets.load_dataset
 
 def config(dataset, **changes):
     options = {'source': '', 'subset': 'sample-10BT', 'text_field': 'text', 'min_score': 3.0, 'bad_text': 'refuse', 'encoding': 'utf-8',
-               'bad_rows': 1.0} | changes
+               'bad_rows': 1.0, 'max_documents': 0, 'max_tokens': 0} | changes
     return SimpleNamespace(dataset=str(dataset), **options | {'source': str(options['source'])})
 
 
@@ -273,7 +273,7 @@ def test_memory_stays_bounded_for_one_large_row_group(tmp_path):
         writer.write_table(pa.table({'text': [f'{i}' + 'x' * 4000 for i in range(25_000)]}, schema), row_group_size=10**6)
     code = ('import pyarrow, sys, types\nfrom corpora import corpus\n'
             'of = corpus.open_corpus(types.SimpleNamespace(dataset=sys.argv[1], text_field="text", bad_text="refuse",\n'
-            '                                             encoding="utf-8", bad_rows=1))\n'
+            '                                             encoding="utf-8", bad_rows=1, max_documents=0, max_tokens=0))\n'
             'print(sum(len(document.text) for document in of.documents()), pyarrow.default_memory_pool().max_memory())')
     command = [sys.executable, '-c', code, f'text:{tmp_path}/a.parquet']
     length, peak = map(int, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())

@@ -22,7 +22,7 @@ ROWS = ''.join(json.dumps({'id': k, 'text': text}) + '\n' for k, text in enumera
 
 def config(dataset, **changes):
     options = {'source': '', 'subset': '', 'text_field': 'text', 'min_score': 3.0, 'bad_text': 'refuse', 'encoding': 'utf-8',
-               'bad_rows': 0.01}
+               'bad_rows': 0.01, 'max_documents': 0, 'max_tokens': 0}
     return SimpleNamespace(dataset=dataset, **options | changes)
 
 
@@ -419,3 +419,31 @@ def test_whatever_is_given_is_read_exactly_or_refused(tmp_path, ending, content)
                     assert as_text in decoded or data.isspace()
                 else:
                     assert as_text == text or text.isspace()
+
+
+def test_a_json_file_without_rows_is_left_out_of_a_directory_and_refused_by_name(tmp_path):
+    written(tmp_path / 'a.jsonl', b'{"text": "one"}\n')
+    written(tmp_path / 'dataset_info.json', b'{\n  "features": {}\n}\n')
+    corpus = opened(tmp_path)
+    assert [document.text for document in corpus.documents()] == ['one']
+    assert corpus.contents() == 'reading 1 .jsonl file; left out: 1 .json'
+    assert [document.text for document in opened(f'{tmp_path}/*').documents()] == ['one']
+    with pytest.raises(UserError, match='dataset_info.json: JSON without an object on its first line'):
+        opened(f'{tmp_path}/dataset_info.json')
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'latin-1', 'cp1251', 'gb18030'])
+def test_utf8_is_not_read_as_another_encoding(tmp_path, encoding):
+    written(tmp_path / 'a.txt', 'ein Café in Zürich'.encode())
+    with pytest.raises(UserError, match='a.txt: its text is UTF-8, not .*: leave --encoding out'):
+        opened(f'{tmp_path}/a.txt', encoding=encoding)
+    written(tmp_path / 'a.txt', b'plain')
+    assert [document.text for document in opened(f'{tmp_path}/a.txt', encoding=encoding).documents()] == ['plain']
+
+
+def test_iso_2022_jp_is_recognised_and_read(tmp_path):
+    text = '日本語のテキスト'
+    written(tmp_path / 'a.txt', text.encode('iso2022_jp'))
+    with pytest.raises(UserError, match='an escape sequence of iso2022_jp at byte 0, which --encoding=iso2022_jp reads'):
+        opened(f'{tmp_path}/a.txt')
+    assert [document.text for document in opened(f'{tmp_path}/a.txt', encoding='iso2022_jp').documents()] == [text]

@@ -70,7 +70,7 @@ def test_the_plan_is_what_a_run_of_train_py_takes(words, corpus, tmp_path):
            *words, f'--dataset={corpus}', f'--out_dir={tmp_path}/run', '--max_steps=6', '--eval_interval=0', '--sample_interval=0',
            '--save_interval=0', '--log_interval=1']
     # not in a fork of the tests, which has memory of theirs to use again
-    done = subprocess.run([sys.executable, '-c', 'import sys, torch, torch._dynamo, device, train; torch.set_num_threads(1); '
+    done = subprocess.run([sys.executable, '-c', 'import sys, torch, torch._dynamo, train; from runtime import device; torch.set_num_threads(1); '
                            'print("base", device.peak_memory_gb(torch.device("cpu"))); train.main(sys.argv[1:])', *run],
                           cwd=Path(plan.__file__).parent.parent, capture_output=True, text=True)
     said = done.stdout

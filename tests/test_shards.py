@@ -378,7 +378,7 @@ def test_memory_of_a_check_is_bounded_whatever_the_size_of_the_file(tmp_path):
     file = tmp_path / 'a.npy'
     npy(file, shape='(10, 10000000)', body=b'')
     os.truncate(file, 128 + 2 * 10**8)  # 200 MB, of which the disk has none
-    program = (f'import resource, shards\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+    program = (f'import resource\nfrom corpora import shards\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
                f'assert shards.check("{file}", 10)["tokens"] == 10**8\n'
                'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)')
     result = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)

@@ -290,13 +290,15 @@ def of_train_documents(limit, documents, progress=lambda position: None):
 def find_files(path, kinds):
     """
     (the files of these kinds at a path, in a directory and its subdirectories, or of a glob, sorted; how many files with
-    which endings are left out). Files are listed, not opened. Raises UserError.
+    which endings are left out). Files are listed, not opened, but for .json. Raises UserError.
     """
     path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
         found = list(Path(path).rglob('*'))
-        files = [file for file in found if kind(file) in kinds and not is_metadata(file)]
-        left_out = [file for file in found if file not in files and file.is_file()]
+        known = [file for file in found if kind(file) in kinds]
+        files = [file for file in known if not is_metadata(file)] or known  # alone they were meant: `kind_of` says what to do
+        kept = set(files)
+        left_out = [file for file in found if file.is_file() and file not in kept]
     else:  # what is named is read even if its ending says nothing: `kind_of` looks at the content
         found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
         files = [file for file in map(Path, found) if (kind(file) or 'txt') in kinds]
@@ -367,7 +369,9 @@ def read_head(path, encoding):
         data = file.read(HEAD)
     is_cut = len(data) == HEAD
     is_utf8 = b'\0' not in data and not_utf8_at(data) is None
-    if is_utf8 and not data.isascii() and not encoding.startswith('utf') and encoding == encoding_of(path, data, encoding):
+    unmarked = encoding == encoding_of(path, data, encoding)
+    # Text in another encoding is seldom UTF-8, too, and hardly ever for ten characters.
+    if is_utf8 and unmarked and not encoding.startswith('utf') and len(re.sub('[\0-\x7f]+', '', data.decode(errors='ignore'))) >= 10:
         raise UserError(f'{path}: its text is UTF-8, not {encoding}: leave --encoding out, or name the files of one encoding alone')
     if encoding == 'utf-8' and (escape := ISO_2022_JP.search(data)):
         raise UserError(f'{path}: an escape sequence of iso2022_jp at byte {escape.start()}, which --encoding=iso2022_jp reads')

@@ -151,7 +151,7 @@ def open_dataset(config, prepare=True, verify='once'):
             speak(f'  prepared already, for --dataset=DIR: {", ".join(others)}')
         command = [sys.executable, str(SCRIPT), f'--dataset={name}', f'--out={path}', *words]
         if code := subprocess.run(command).returncode:  # prepare.py has said why
-            if code == 2:
+            if code == 2 and name.startswith('text:'):
                 speak(f'prepare.py has more options: python prepare.py --dataset={name} --out=DIR ..., then --dataset=DIR here')
             sys.exit(code)
     return open_data(path, config.block_size, config.vocab_size, verify)

@@ -95,7 +95,7 @@ def test_as_dict_survives_json_in_field_order():
 def test_changes_say_what_differs_from_the_defaults_and_where_it_comes_from(write):
     config = load([write('warmup_steps = 12'), '--dataset=a b', '--compile=false'], Train)
     assert config.changes() == "command line: dataset='a b', compile=False\nconfig/x.py: warmup_steps=12"
-    assert config.changes(25).split('\n') == ["command line:", "  dataset='a b',", "  compile=False", "config/x.py:", "  warmup_steps=12"]
+    assert config.changes(25).split('\n') == ["command line: dataset='a", "  b', compile=False", "config/x.py:", "  warmup_steps=12"]
     assert load([], Train).changes() == 'every option has its default (--help lists them)'
 
 

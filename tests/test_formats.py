@@ -104,7 +104,7 @@ def test_a_position_of_an_earlier_version_is_one_line(tmp_path, position):
 
 
 def test_listing_prints_nothing_and_opens_nothing(tmp_path, capsys, monkeypatch):
-    written(tmp_path / 'a.json', b'[1]')
+    written(tmp_path / 'a.jsonl', b'[1]')
     written(tmp_path / 'b.txt', b'\0')
     monkeypatch.setattr(corpus, 'uncompressed', None)
     assert opened(tmp_path, check=False).source['files'] == 2 and capsys.readouterr() == ('', '')
@@ -434,7 +434,7 @@ def test_a_json_file_without_rows_is_left_out_of_a_directory_and_refused_by_name
 
 @pytest.mark.parametrize('encoding', ['cp1252', 'latin-1', 'cp1251', 'gb18030'])
 def test_utf8_is_not_read_as_another_encoding(tmp_path, encoding):
-    written(tmp_path / 'a.txt', 'ein Café in Zürich'.encode())
+    written(tmp_path / 'a.txt', 'ein Café in Zürich; '.encode() * 5)
     with pytest.raises(UserError, match='a.txt: its text is UTF-8, not .*: leave --encoding out'):
         opened(f'{tmp_path}/a.txt', encoding=encoding)
     written(tmp_path / 'a.txt', b'plain')

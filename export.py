@@ -20,6 +20,7 @@ from pathlib import Path
 from configurator import UserError, load, run, utf8_path  # before torch, whose import Ctrl-C may interrupt
 
 from deploy import convert, gguf, huggingface, packed, parity
+from files import named_at_last
 from runtime import device as hardware
 
 
@@ -80,14 +81,15 @@ def pack(config):
     model, state, out = load_run(config, 'packed.safetensors')
     embeddings = config.embeddings or 'float32'
     tensors = packed.pack(model, embeddings)
-    packed.write(out, tensors, embeddings, state)
-    print_sizes(model, tensors, out)
     source, ids = parity.real_text(state, model.config)
-    exported = packed.load_model(out, next(model.parameters()).device)[0]
-    parity.compare(out, parity.logits_of(model, ids), parity.logits_of(exported, ids), source)
+    with named_at_last(out) as work:
+        packed.write(work, tensors, embeddings, state)
+        print_sizes(model, tensors, out, work.stat().st_size)
+        exported = packed.load_model(work, next(model.parameters()).device)[0]
+        parity.compare(out, parity.logits_of(model, ids), parity.logits_of(exported, ids), source)
 
 
-def print_sizes(model, tensors, out):
+def print_sizes(model, tensors, out, size):
     """Bytes in fp32 and in the packed file: of every ternary matrix, of every kind of tensor, and in all."""
     kinds = defaultdict(lambda: [0, 0])  # kind: [bytes in fp32, bytes in the file]
     for name, tensor in tensors.items():
@@ -105,7 +107,6 @@ def print_sizes(model, tensors, out):
         kinds[kind][0] += before
         kinds[kind][1] += tensor.nbytes
     total_before, total = (sum(sizes) for sizes in zip(*kinds.values()))
-    size = out.stat().st_size
     kinds['tokenizer, config, names'] = [0, size - total]
     for kind, (before, after) in kinds.items():
         ratio = f': {before / after:.4g}x' if before else ''
@@ -116,18 +117,20 @@ def print_sizes(model, tensors, out):
 
 def to_gguf(config):
     model, state, out = load_run(config, 'model.gguf')
-    description = gguf.write(out, model, state['tokenizer'], config.matrices, config.embeddings)
-    print(f'{out}: {out.stat().st_size:,} bytes, {description}')
-    parity.disable_document_mask(model)
-    gguf.compare_with_llama_cpp(out, model, state)
+    with named_at_last(out) as work:
+        description = gguf.write(work, model, state['tokenizer'], config.matrices, config.embeddings)
+        print(f'{out}: {work.stat().st_size:,} bytes, {description}')
+        parity.disable_document_mask(model)
+        gguf.compare_with_llama_cpp(work, model, state, out)
 
 
 def to_huggingface(config):
     model, state, out = load_run(config, 'hf')
-    name = huggingface.write(out, model, state)
-    print(f'{out}: {name}, {sum(file.stat().st_size for file in out.iterdir()):,} bytes')
-    parity.disable_document_mask(model)
-    huggingface.compare_with_transformers(out, model, state)
+    with named_at_last(out) as work:
+        name = huggingface.write(work, model, state)
+        print(f'{out}: {name}, {sum(file.stat().st_size for file in work.iterdir()):,} bytes')
+        parity.disable_document_mask(model)
+        huggingface.compare_with_transformers(work, model, state, out)
 
 
 def to_ternary(config):

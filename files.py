@@ -10,6 +10,8 @@ import os
 import shutil
 from pathlib import Path
 
+from configurator import UserError
+
 
 @contextlib.contextmanager
 def replacing(path, sync=True):
@@ -48,6 +50,27 @@ def replacing_directory(path):
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def named_at_last(path):
+    """
+    A place beside `path` for a file or a directory that is written, read and compared in here. It becomes `path` if all of that
+    went well, else it is removed. A UserError in here speaks of `path`.
+    """
+    path = Path(path)
+    folder = path.with_name(f'.{path.name}.tmp')
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=not path.suffix)  # a directory may be new with those above it
+        yield folder / path.name
+        (folder / path.name).replace(path)
+    except UserError as error:
+        raise UserError(*(str(line).replace(f'{folder}/', f'{path.parent}/') for line in error.args))
+    except OSError as error:
+        raise UserError(f'{path}: could not be written ({error.strerror or error})')
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path, content):

@@ -242,9 +242,9 @@ class Llama:
         return {each['id']: each['logprob'] for each in logprobs['content'][0]['top_logprobs']} if logprobs else {}
 
 
-def compare_with_llama_cpp(path, model, state):
+def compare_with_llama_cpp(path, model, state, name=None):
     """
-    Print how well llama.cpp with a GGUF file agrees with the trained model on the next token after PROMPTS texts ->
+    Print how well llama.cpp with a GGUF file, called `name`, agrees with the trained model on the next token after PROMPTS texts ->
     (fraction with the same most likely token, largest difference of log-probabilities) of the last comparison. Returns
     None, with a message, if llama.cpp is not installed.
     """
@@ -254,7 +254,7 @@ def compare_with_llama_cpp(path, model, state):
         print('not compared with llama.cpp: the package xllamacpp is not installed (pip install xllamacpp)')
         return None
     except RuntimeError as error:
-        raise UserError(f'{path}: written, but llama.cpp cannot load it ({error})')
+        raise UserError(f'{path}: llama.cpp cannot load it ({error})')
     source, ids = real_text(state, model.config)
     end = load_tokenizer(state['tokenizer']).eot_token
     T = max(0, min(32, ids.size(1) - 2))  # room in the context for the end-of-text token and for an answer
@@ -269,7 +269,7 @@ def compare_with_llama_cpp(path, model, state):
         largest = max(differences, default=0.0)
         same = [max(answer, key=answer.get, default=end) == ours[i].argmax().item() for i, answer in enumerate(theirs)]
         top = sum(same) / len(prompts)
-        print(f'{path} in llama.cpp compared with the trained model{note} after {len(prompts)} texts of {source}: '
+        print(f'{name or path} in llama.cpp compared with the trained model{note} after {len(prompts)} texts of {source}: '
               f'same most likely token {100 * top:.0f} %, '
               f'log-probabilities of the ten most likely differ by at most {largest:.2g}')
     return top, largest

@@ -57,8 +57,9 @@ def write(out, model, state):
     return type(other).__name__
 
 
-def compare_with_transformers(out, model, state):
-    """Print how well transformers agrees with the trained model. UserError if it reads another end of a text."""
+def compare_with_transformers(out, model, state, name=None):
+    """Print how well transformers agrees with the trained model; `name` is what the export is called. UserError if it reads
+    another end of a text."""
     transformers, end = load_transformers(), end_of_text(state['tokenizer'])
     source, ids = real_text(state, model.config)
     other = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
@@ -69,7 +70,7 @@ def compare_with_transformers(out, model, state):
         raise UserError(f'{out}: transformers reads {found} as the end-of-text tokens, and this model has {end}')
     for note, mode in activation_modes(model):
         with mode:
-            compare(f'{out} in transformers', logits_of(model, ids), theirs, source + note)
+            compare(f'{name or out} in transformers', logits_of(model, ids), theirs, source + note)
 
 
 def to_llama(model, transformers, special_ids):

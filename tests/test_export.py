@@ -156,7 +156,7 @@ def test_what_llama_cpp_does_not_answer_is_one_line(opened, tmp_path, tokenizer)
     with pytest.raises(UserError, match='llama.cpp: request .* exceeds the available context size'):
         opened('llama')[1].next_token([1] * 100)
     (tmp_path / 'x.gguf').write_bytes(b'no model')
-    with pytest.raises(UserError, match='x.gguf: written, but llama.cpp cannot load it'):
+    with pytest.raises(UserError, match='x.gguf: llama.cpp cannot load it'):
         compare_with_llama_cpp(tmp_path / 'x.gguf', trained(**MODELS['llama']), {'data': {}, 'tokenizer': tokenizer})
 
 
@@ -309,3 +309,30 @@ def test_weights_beyond_f16_are_refused_before_a_gguf_file_is_begun(tokenizer, t
         write(tmp_path / 'x.gguf', model, tokenizer)
     assert not list(tmp_path.iterdir())
     write(tmp_path / 'x.gguf', model, tokenizer, 'F32', 'F32')
+
+
+@pytest.mark.parametrize('words, owner, comparison', [
+    (['pack', 'x.safetensors'], export.parity, 'compare'), (['gguf', 'x.gguf'], export.gguf, 'compare_with_llama_cpp'),
+    (['hf', 'hf'], export.huggingface, 'compare_with_transformers')], ids=['pack', 'gguf', 'hf'])
+@pytest.mark.parametrize('fails', [True, False])
+def test_an_export_gets_its_name_after_it_was_compared(words, owner, comparison, fails, tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip('transformers', reason='a development requirement')
+    model, out = trained(**THEIRS['bitnet']), tmp_path / words[1]
+    checkpoint.save(tmp_path / 'run.pt', {'model': model.state_dict(), 'optimizer': {}, 'step': 1, 'config': vars(model.config),
+                                          'tokenizer': tokenizer, 'data': {}})
+    names, original = [], getattr(owner, comparison)
+
+    def compare(*arguments):
+        names.append([path.name for path in tmp_path.iterdir()])
+        original(*arguments)
+        if fails:
+            raise UserError(f'{tmp_path}/.{out.name}.tmp/{out.name}: not the same')
+    monkeypatch.setattr(owner, comparison, compare)
+    argv = [words[0], str(tmp_path / 'run.pt'), str(out), '--device=cpu', *(['--matrices=F16'] if words[0] == 'gguf' else [])]
+    if fails:
+        with pytest.raises(UserError, match=f'^{out}: not the same$'):
+            export.main(argv)
+    else:
+        export.main(argv)
+    assert names == [['run.pt', f'.{out.name}.tmp']] or names == [[f'.{out.name}.tmp', 'run.pt']]
+    assert {path.name for path in tmp_path.iterdir()} == {'run.pt', *([] if fails else [out.name])}

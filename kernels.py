@@ -1,11 +1,13 @@
-"""The formulas of model.py that have a fast path: gradients written by hand, convolutions by FFT, the loss in chunks.
+"""Fast paths for the formulas of model.py: hand-written gradients, FFT convolutions, the chunked loss.
 
-Each is a formula of one or two lines, stated in its docstring, and tested against that formula. Imported by model.py.
+Each docstring states a formula of one or two lines. The tests compare the fast path with that formula.
+model.py imports this file.
 
-One rule for torch.compile, decided by `traced()`: gradients written by hand are for eager execution. What torch.compile traces is
-the plain formula, which the compiler fuses; or an operator that it does not look into (`torch.library.custom_op`); or an
-autograd.Function without in-place operations whose results are no aliases of each other: for those torch 2.11 computes wrong
-gradients, silently (github.com/pytorch/pytorch/issues/180642).
+`traced()` decides which path runs. Eager execution uses the hand-written gradients. torch.compile traces one of these:
+  - the plain formula, which the compiler fuses
+  - an opaque operator (`torch.library.custom_op`)
+  - an autograd.Function without in-place operations and without outputs that alias each other. With in-place operations
+    or aliases, torch 2.11 silently computes wrong gradients (github.com/pytorch/pytorch/issues/180642).
 """
 import contextlib
 import sys
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OLDEST = (2, 11)  # the oldest torch with which the tests pass; .ci/run has it, too
+OLDEST = (2, 11)  # the oldest torch version that passes the tests; .ci/run repeats this number
 if tuple(map(int, torch.__version__.split('.')[:2])) < OLDEST:
     print(f'torch {torch.__version__} is too old: nanoTriX needs {".".join(map(str, OLDEST))} or newer (pip install torch==2.13.0)', file=sys.stderr)
     sys.exit(2)
@@ -24,12 +26,12 @@ custom_op, traced = torch.library.custom_op, torch.compiler.is_compiling
 
 
 def autocast(device, dtype):
-    """A context for a forward: matrix products in `dtype`, nothing changed for fp32."""
+    """Context for a forward pass: matrix products run in `dtype`. Does nothing for fp32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
 def autocast_dtype(x):
-    """The dtype of a matrix product with x: the one of autocast where it is on, else x.dtype."""
+    """The dtype of a matrix product with x: the autocast dtype if autocast is on, else x.dtype."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
@@ -37,8 +39,9 @@ def autocast_dtype(x):
 # Norm
 
 class FastRMS(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + 1e-6) * weight over the last dimension, in two to three times less time than F.rms_norm on a CPU,
-    which has no fused kernel there (torch 2.13)."""
+    """x / sqrt(mean(x^2) + 1e-6) * weight over the last dimension.
+
+    On a CPU it is two to three times faster than F.rms_norm, which has no fused CPU kernel (torch 2.13)."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -71,7 +74,9 @@ def rms(x, weight=None):  # RMSNorm over the last dimension
 
 @custom_op('nanotrix::embedding_gradient', mutates_args=())
 def embedding_gradient(grad: Tensor, idx: Tensor, n: int) -> Tensor:
-    """The gradient of an (n, C) embedding. inductor would add its rows up by atomic operations, in another order every time."""
+    """The gradient of an (n, C) embedding, deterministic.
+
+    inductor would sum the rows with atomic operations, in a different order each time."""
     return torch.ops.aten.embedding_dense_backward(grad, idx, n, -1, False)
 
 
@@ -91,24 +96,24 @@ class TracedEmbedding(torch.autograd.Function):
 
 
 def embedding(idx, weight):
-    """idx (...) int64, weight (n, C) -> (..., C), with a gradient that is the same every time."""
+    """idx (...) int64, weight (n, C) -> (..., C). The gradient is deterministic."""
     return TracedEmbedding.apply(idx, weight) if traced() else F.embedding(idx, weight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# TriX: rows to their tiles, the hidden layer, a matrix for each tile
+# TriX: token-to-tile permutation, the hidden layer, one matrix per tile
 
-def spread(x, order, back, k):  # (N, C) -> (N k, C): every row k times, in the order of the tiles
+def spread(x, order, back, k):  # (N, C) -> (N k, C): repeats every row k times, sorted by tile
     return x.index_select(0, order // k if k > 1 else order)
 
 
-def gather(x, order, back, k):  # (N k, C) -> (N, C): the sum of a token's k rows
+def gather(x, order, back, k):  # (N k, C) -> (N, C): sums the k rows of each token
     x = x.index_select(0, back)
     return x.view(-1, k, x.size(-1)).sum(1) if k > 1 else x
 
 
 class Spread(torch.autograd.Function):
-    """spread, with its adjoint `gather` as gradient: no scatter-add, so it is fast and the same every time."""
+    """spread, with its adjoint `gather` as gradient. It avoids scatter-add, so it is fast and deterministic."""
 
     @staticmethod
     def forward(ctx, x, order, back, k):
@@ -136,7 +141,7 @@ class Gather(torch.autograd.Function):
 
 
 class GatedHidden(torch.autograd.Function):
-    """gated_hidden in fewer passes over memory than the formula takes."""
+    """gated_hidden with fewer passes over memory than the plain formula."""
 
     @staticmethod
     def forward(ctx, z, gate):
@@ -156,14 +161,14 @@ class GatedHidden(torch.autograd.Function):
 
 
 def gated_hidden(z, gate):
-    """gate * RMSNorm(relu(z)^2): z (..., h), gate (..., 1) fp32 -> (..., h), computed in fp32, in the dtype of z."""
+    """gate * RMSNorm(relu(z)^2): z (..., h), gate (..., 1) fp32 -> (..., h). Computes in fp32, returns z.dtype."""
     if not traced():
         return GatedHidden.apply(z, gate)
     u = F.relu(z.float()).square()
     return (gate * u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).type_as(z)
 
 
-def product_per_tile(x, weights, sizes):  # sizes: a list, the rows of each tile
+def product_per_tile(x, weights, sizes):  # sizes: list of the number of rows per tile
     out = x.new_empty(len(x), weights.size(1))
     for rows, weight, to in zip(x.split(sizes), weights, out.split(sizes)):
         torch.mm(rows, weight.T, out=to)
@@ -179,7 +184,7 @@ def product_per_tile_gradients(grad, x, weights, sizes):
 
 
 class TileLoop(torch.autograd.Function):
-    """grouped_linear as a loop over the tiles."""
+    """grouped_linear as a loop over tiles."""
 
     @staticmethod
     def forward(ctx, x, weights, sizes):
@@ -194,7 +199,7 @@ class TileLoop(torch.autograd.Function):
 
 @custom_op('nanotrix::tile_loop', mutates_args=())
 def tile_loop(x: Tensor, weights: Tensor, sizes: Tensor) -> Tensor:
-    """TileLoop for torch.compile: the sizes of the loop depend on the data."""
+    """TileLoop for torch.compile, which cannot trace sizes that depend on the data."""
     return product_per_tile(x, weights, sizes.tolist())
 
 
@@ -210,7 +215,7 @@ tile_loop.register_autograd(lambda ctx, grad: (*tile_loop_gradients(grad.contigu
 
 
 class GroupedMM(torch.autograd.Function):
-    """grouped_linear by F.grouped_mm: no wait for the host. ends (E,) int32: where the rows of each tile end."""
+    """grouped_linear by F.grouped_mm, without a host sync. ends (E,) int32: the end row of each tile."""
 
     @staticmethod
     def forward(ctx, x, weights, ends):
@@ -221,16 +226,18 @@ class GroupedMM(torch.autograd.Function):
     def backward(ctx, grad):
         x, weights, ends = ctx.saved_tensors
         grad = grad.contiguous()
-        empty = ends == F.pad(ends[:-1], (1, 0))  # some GPUs leave rubbish there (github.com/pytorch/pytorch/issues/172439)
+        # Some GPUs leave garbage in the gradient of an empty tile (github.com/pytorch/pytorch/issues/172439).
+        empty = ends == F.pad(ends[:-1], (1, 0))
         dw = F.grouped_mm(grad.T, x, offs=ends).masked_fill(empty[:, None, None], 0)
         return F.grouped_mm(grad, weights, offs=ends), dw, None
 
 
 def grouped_linear(x, weights, sizes):
-    """x (N, in), sorted by tile, weights (E, out, in) -> (N, out), each tile's rows by its own weight, in the dtype of autocast.
+    """x (N, in) sorted by tile, weights (E, out, in) -> (N, out), in the autocast dtype.
 
-    sizes: a list, the rows of each tile, or an int64 tensor of them: a product a tile; or an int32 tensor, where the rows of each
-    tile end: one F.grouped_mm."""
+    Each tile multiplies its rows by its own weight. The type of `sizes` chooses the method:
+      list or int64 tensor   the number of rows per tile: one product per tile
+      int32 tensor           the end row of each tile: one F.grouped_mm"""
     x, weights = x.to(autocast_dtype(x)), weights.to(autocast_dtype(x))
     if not torch.is_tensor(sizes):
         return TileLoop.apply(x, weights, sizes)
@@ -238,7 +245,7 @@ def grouped_linear(x, weights, sizes):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Resonance: convolutions along T, causal
+# Resonance: causal convolutions along T
 
 def convolve(u, h):
     n = fft_size(2 * len(h) - 1)
@@ -256,7 +263,7 @@ def convolve_gradients(grad, u, h, need_u=True, need_h=True):
 
 
 class CausalConvolution(torch.autograd.Function):
-    """causal_convolution, which keeps u and h for backward, not their spectra."""
+    """causal_convolution that saves u and h for backward, not their spectra."""
 
     @staticmethod
     def forward(ctx, u, h):
@@ -270,7 +277,7 @@ class CausalConvolution(torch.autograd.Function):
 
 @custom_op('nanotrix::causal_convolution', mutates_args=())
 def convolution(u: Tensor, h: Tensor) -> Tensor:
-    """CausalConvolution for torch.compile, which would keep the spectra."""
+    """CausalConvolution for torch.compile, which would otherwise save the spectra."""
     return convolve(u, h)
 
 
@@ -286,11 +293,14 @@ convolution.register_autograd(lambda ctx, grad: convolution_gradients(grad, *ctx
 
 
 def document_groups(age):
-    """The documents of a batch by length, so that those of about one length are convolved together.
+    """Group the documents of a batch by length, so that documents of similar length are convolved together.
 
-    age (B, T) int64: the distance of each position from the start of its document; a document that began before the first
-    position counts as beginning there. -> [(index (n, L), inside (n, L) bool)], a pair for each power of two: where the n documents of at
-    most L positions lie in (B * T,), and which of the L positions belong to them. One wait for the host."""
+    age (B, T) int64: the distance of each position from the start of its document. A document that began before the
+    first position counts as beginning at the first position.
+
+    Returns [(index (n, L), inside (n, L) bool)], one pair per power of two. A pair describes n documents of at most
+    L positions. `index` holds their positions in the flat batch (B * T,). `inside` is True where one of the L positions
+    belongs to the document. Costs one host sync."""
     B, T = age.shape
     first = (age == 0).cpu()
     first[:, 0] = True
@@ -326,7 +336,7 @@ def convolve_documents_gradients(grad, u, h, groups):
 
 
 class DocumentConvolution(torch.autograd.Function):
-    """document_convolution in eager execution, with groups that all layers share."""
+    """document_convolution in eager execution. All layers share the groups."""
 
     @staticmethod
     def forward(ctx, u, h, groups):
@@ -341,7 +351,7 @@ class DocumentConvolution(torch.autograd.Function):
 
 @custom_op('nanotrix::document_convolution', mutates_args=())
 def document_convolution_op(u: Tensor, h: Tensor, age: Tensor) -> Tensor:
-    """DocumentConvolution for torch.compile: the sizes of the groups depend on the data."""
+    """DocumentConvolution for torch.compile, which cannot trace group sizes that depend on the data."""
     return convolve_documents(u, h, document_groups(age))
 
 
@@ -360,20 +370,22 @@ document_convolution_op.register_autograd(
 def document_convolution(u, h, age, groups=None):
     """causal_convolution within documents: y[:, t] = sum over s of h[t - s] u[:, s] for t - age[:, t] <= s <= t.
 
-    u (B, T, C) contiguous, h (T, C), fp32; age (B, T): see document_groups, which made `groups` (None: the compiler is tracing).
-    Exact: nothing of another document enters a transform. A document of n positions costs an FFT of fewer than 4n, so that rows of
-    short documents take less time than rows of one."""
+    u (B, T, C) contiguous fp32, h (T, C) fp32, age (B, T) as in document_groups. `groups` is the result of
+    document_groups(age), or None while the compiler is tracing.
+    The result is exact: each document has its own transform. A document of n positions costs an FFT of fewer than 4n
+    points, so a row of short documents takes less time than a row with one long document."""
     return document_convolution_op(u, h, age) if groups is None else DocumentConvolution.apply(u, h, groups)
 
 
 def causal_convolution(u, h):
-    """u (B, T, C), h (T, C), fp32 -> y (B, T, C): y[:, t] = sum over s <= t of h[t - s] u[:, s], by FFTs of at least 2T - 1, so that
-    nothing wraps around."""
+    """u (B, T, C), h (T, C), fp32 -> y (B, T, C): y[:, t] = sum over s <= t of h[t - s] u[:, s].
+
+    The FFTs have at least 2T - 1 points, so nothing wraps around."""
     return convolution(u, h) if traced() else CausalConvolution.apply(u, h)
 
 
 def fft_size(n):
-    """The smallest 2^a, 3 2^a or 5 2^a that is at least n: sizes that every FFT library is fast at."""
+    """The smallest 2^a, 3 * 2^a or 5 * 2^a that is at least n. Every FFT library is fast at these sizes."""
     return min(base << max(0, (-(-n // base) - 1).bit_length()) for base in (1, 3, 5))
 
 
@@ -400,18 +412,23 @@ class ShortFilter(torch.autograd.Function):
 
 
 def reached(x, j, age):
-    """x (B, T - j, C) where the position t = j, j + 1, ... of its second dimension lies at least j behind the start of its
-    document, else 0; x itself if age is None."""
+    """Zero the entries of x (B, T - j, C) where tap j would reach across the start of a document.
+
+    The second dimension of x stands for the positions t = j, j + 1, ... An entry stays if its position is at least j
+    tokens after the start of its document. Returns x unchanged if age is None."""
     return x if age is None else x.masked_fill(age[:, j:, None] < j, 0)
 
 
 def short_filter(z, w, age=None):
-    """z (B, T, C), w (n, C) -> sum over j of w[j] z[:, t - j], zeros before the start; with age (B, T), the distance of each
-    position from the start of its document, zeros before that."""
+    """z (B, T, C), w (n, C) -> (B, T, C): sum over j of w[j] z[:, t - j].
+
+    z counts as 0 before the first position. age (B, T) is the distance of each position from the start of its document.
+    With age, z counts as 0 before the start of the document."""
     if not traced():
         return ShortFilter.apply(z, w, age)
     n, T = w.size(0), z.size(1)
-    z = F.pad(z, (0, 0, n - 1, 0))  # every tap sees T rows: inductor can't fuse sums over different numbers of them (torch 2.11)
+    # Pad so that every tap has T rows: inductor can't fuse sums over different row counts (torch 2.11).
+    z = F.pad(z, (0, 0, n - 1, 0))
     taps = [w[j] * z[:, n - 1 - j:n - 1 - j + T] for j in range(n)]
     return sum(taps if age is None else (tap.masked_fill(age[..., None] < j, 0) for j, tap in enumerate(taps)))
 
@@ -420,12 +437,14 @@ def short_filter(z, w, age=None):
 # The loss
 
 def loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, low, need):
-    """-> the sum of the losses (), its gradients by x and by weight (empty without `need`). low: the dtype of the matrix products.
+    """-> (sum of the losses (), gradient of x, gradient of weight). Without `need` the gradients are empty.
 
-    All in one pass, a few rows of logits at a time, so that no logits are kept and none are computed twice: beside its inputs
-    this holds one chunk of logits and the two gradients. (Idea: Liger Kernel, arXiv:2410.10989.) On two CPU cores it
-    is level, within the noise, with F.linear_cross_entropy of torch 2.13 in chunks of 128 and faster than its default:
-    `bench.py head`."""
+    low: the dtype of the matrix products.
+
+    One pass computes losses and gradients for a few rows at a time. It stores no logits and computes no logits twice.
+    Besides its inputs, it holds one chunk of logits and the two gradients (idea: Liger Kernel, arXiv:2410.10989).
+    On two CPU cores it matches F.linear_cross_entropy of torch 2.13 with chunks of 128, within the noise, and is faster
+    than the default of F.linear_cross_entropy. To measure: `bench.py head`."""
     w, teacher_w = weight.to(low), teacher_w if teacher_w is None else teacher_w.to(low)
     rows = max(64, 2 ** 20 // len(weight) // 64 * 64)  # 4 MB of fp32 logits stay in a core's cache
     if x.device.type != 'cpu':
@@ -458,12 +477,12 @@ def loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teache
                 dx[i:i + rows] = p @ w
                 dw.addmm_(p.T, xs) if low == torch.float32 else dw.add_(p.T @ xs)
                 del p
-            del logits  # before the next chunk is made, not after
+            del logits  # free this chunk before the next one is allocated
     return loss, dx, dw.to(weight.dtype)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of the losses with its gradients, by loss_and_gradients."""
+    """The sum of the losses. Forward computes the gradients with loss_and_gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, *rest):
@@ -480,7 +499,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 @custom_op('nanotrix::cross_entropy', mutates_args=())
 def cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, teacher_x: Optional[Tensor], teacher_w: Optional[Tensor],
                      teacher_cap: float, share: float, low: torch.dtype, need: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """ChunkedCrossEntropy for torch.compile, which would unroll the loop over the chunks."""
+    """ChunkedCrossEntropy for torch.compile, which would otherwise unroll the loop over chunks."""
     return loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, low, need)
 
 
@@ -500,10 +519,12 @@ cross_entropy_op.register_autograd(lambda ctx, grad, *_: (ctx.saved_tensors[0] *
 
 
 def chunked_cross_entropy(x, weight, targets, softcap=0.0, soft=None):
-    """Mean cross-entropy in nats of logits x @ weight.T, or softcap * tanh(logits / softcap), over the rows whose target is not -1.
+    """Mean cross-entropy in nats over the rows whose target is not -1.
 
-    x (N, C), weight (V, C), targets (N,) int64 -> scalar fp32; nan if every target is -1, as F.cross_entropy. soft: (x (N, C'),
-    weight (V, C'), softcap, share) of a teacher with distribution q; the loss is then (1 - share) cross-entropy + share KL(q || p)."""
+    x (N, C), weight (V, C), targets (N,) int64 -> scalar fp32. The result is nan if every target is -1, as in
+    F.cross_entropy. The logits are x @ weight.T, or softcap * tanh(x @ weight.T / softcap) if softcap is not 0.
+    soft: (x (N, C'), weight (V, C'), softcap, share) of a teacher with distribution q. With a teacher, the loss is
+    (1 - share) * cross-entropy + share * KL(q || p)."""
     teacher_x, teacher_w, teacher_cap, share = soft or (None, None, 0.0, 0.0)
     arguments = x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, autocast_dtype(x)
     if traced():

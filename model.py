@@ -1,13 +1,14 @@
-"""The language model: its config, its blocks, the loss, the initialisation, parameter and FLOP counts.
+"""The language model: config, blocks, loss, initialisation, parameter and FLOP counts.
 
     from model import GPT, GPTConfig
     model  = GPT(GPTConfig(ffn='trix'))
     logits = model(idx)                   # (B, T) int64 -> (B, T, vocab_size)
-    loss   = model(idx, targets)          # mean cross-entropy in nats, fp32; never holds all logits; target -1 is ignored
-    logits = model(part, cache=cache)     # cache = model.new_cache(B); the values of the full forward, position by position
+    loss   = model(idx, targets)          # mean cross-entropy in nats, fp32; ignores targets of -1
+    logits = model(part, cache=cache)     # cache = model.new_cache(B); decoding, same values as the full forward
 
-A block is pre-norm with the residual outside: x + mixer(norm(x)), then x + ffn(norm(x)). To add one, write a class that
-maps (B, T, C) to (B, T, C) and name it in MIXERS or FFNS.
+The loss never holds all logits at once.
+A block is pre-norm with an outer residual: x + mixer(norm(x)), then x + ffn(norm(x)). To add a mixer or an FFN, write a
+class that maps (B, T, C) to (B, T, C) and add it to MIXERS or FFNS.
 """
 import math
 from dataclasses import dataclass, replace
@@ -61,11 +62,11 @@ class GPTConfig:
     eot_id: int = -1  # document_mask: the id of the end-of-text token (train.py takes it from the data)
 
     def mixers(self):
-        """The mixer of each layer, by name."""
+        """The name of the mixer of each layer."""
         return ['attention' if self.attention_every and (i + 1) % self.attention_every == 0 else self.mixer for i in range(self.n_layer)]
 
     def problems(self):
-        """Impossible settings, one line each; empty if the model can be built."""
+        """A list of invalid settings, one message each. Empty if the config is valid."""
         found = []
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
@@ -115,20 +116,21 @@ class GPTConfig:
 # Ternary weights (BitNet b1.58, arXiv:2402.17764)
 
 def ternary_codes(weight, dims=None):
-    """Latent weights -> (codes in {-1, 0, 1}, scale = mean |weight| over dims, kept as size 1), both fp32."""
-    weight = weight.detach().float()  # in bf16 0.2 % of the codes would flip
+    """Latent weights -> (codes in {-1, 0, 1}, scale), both fp32. scale is mean |weight| over dims, with keepdim."""
+    weight = weight.detach().float()  # fp32, because bf16 would flip 0.2 % of the codes
     scale = weight.abs().mean(dims or tuple(range(weight.dim())), keepdim=True).clamp(min=1e-5)
     return (weight / scale).round_().clamp_(-1, 1), scale
 
 
 class OncePerStep:
-    """make(weight), made anew only when the weight has changed: once an optimizer step, not once a micro-step or token.
+    """Caches make(weight) until the weight changes: one call per optimizer step, not one per micro-step or token.
 
-    Autograd's version counter tells of changes in place, but not of those by a fused optimizer or through `.data`. So any
-    step of a torch.optim optimizer counts as a change, and so does (on the CPU, where looking is cheap) a change of
-    any of some sixty weights. A compiled model makes it anew every time, fused with what follows."""
+    Autograd's version counter detects in-place changes. It misses changes by a fused optimizer or through `.data`.
+    So every step of a torch.optim optimizer counts as a change. On the CPU, where reading weights is cheap, a change
+    in a sample of about sixty weights counts too. A compiled model does not cache: it fuses make() with the code that
+    follows."""
     steps = 0  # optimizer steps in this process
-    keep = True  # False: make it anew every time, where memory is dearer (FSDP)
+    keep = True  # False: never cache, to save memory (FSDP)
 
     def __init__(self, make):
         self.make, self.seen, self.key, self.value = make, None, None, None
@@ -140,7 +142,7 @@ class OncePerStep:
         probe = weight.detach().flatten()[::weight.numel() // 64 + 1] if weight.device.type == 'cpu' else None
         if key != self.key or probe is not None and not torch.equal(probe, self.probe):
             self.key, self.value, self.probe = key, self.make(weight), probe if probe is None else probe.clone()
-            self.seen = weight.detach()  # held, so that no other weight can come to the same address
+            self.seen = weight.detach()  # keeps the memory alive, so that no other weight can get the same address
         return self.value
 
 
@@ -152,7 +154,7 @@ register_optimizer_step_post_hook(count_step)
 
 
 class StraightThrough(torch.autograd.Function):
-    """straight_through without an addition."""
+    """straight_through without the addition."""
 
     @staticmethod
     def forward(ctx, x, value):
@@ -164,14 +166,14 @@ class StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x, value):
-    """The value, with the gradient of x."""
+    """Returns value in forward. Passes the gradient to x in backward."""
     if not traced():
         return StraightThrough.apply(x, value)
-    return value.detach() + (x - x.detach())  # exactly the value, for the bracket is exactly 0
+    return value.detach() + (x - x.detach())  # exactly value, because x - x is exactly 0
 
 
 def ternary_statistics(weight, codes, scale, before):
-    """Where the codes stand. before: the int8 codes at the last call, or None -> (statistics, int8 codes now)."""
+    """Statistics of the codes -> (statistics, int8 codes now). before: the int8 codes of the last call, or None."""
     now = codes.to(torch.int8)
     return {'ternary_minus': (codes < 0).float().mean().item(), 'ternary_zero': (codes == 0).float().mean().item(),
             'ternary_plus': (codes > 0).float().mean().item(), 'ternary_scale': scale.mean().item(),
@@ -180,20 +182,22 @@ def ternary_statistics(weight, codes, scale, before):
 
 
 def int8(x):
-    """Round to 255 levels of the largest magnitude in the last dimension, that is per token; straight-through."""
+    """Round each token to 255 levels of its largest magnitude in the last dimension. Straight-through gradient."""
     codes, scale = int8_codes(x.detach())
     return straight_through(x, (codes / scale).type_as(x))
 
 
 def int8_codes(x):
-    """x (..., C) -> (codes, whole numbers in [-127, 127], as fp32, and their scale (..., 1)): x is about codes / scale."""
+    """x (..., C) -> (codes (..., C), scale (..., 1)), both fp32, with x close to codes / scale.
+
+    The codes are integers in [-127, 127]."""
     x = x.float()
     scale = 127 / torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_(min=1e-5)
     return (x * scale).round_(), scale
 
 
 class BitProduct(torch.autograd.Function):
-    """bit_product, which keeps the int8 codes for backward, not x."""
+    """bit_product that saves the int8 codes for backward, not x."""
 
     @staticmethod
     def forward(ctx, x, weight, codes, scale):
@@ -211,14 +215,15 @@ class BitProduct(torch.autograd.Function):
         return dx, dw.float(), None, None
 
 
-def fp16_unit(dtype):  # whole sums could overflow fp16; 1/128 is exact there, too
+def fp16_unit(dtype):  # integer sums could overflow fp16, and a factor of 1/128 is exact in fp16
     return 128 if dtype == torch.float16 else 1
 
 
 def bit_product(x, weight, codes, scale):
-    """x (..., in) rounded to int8 codes, times ternary codes (out, in), times both scales; straight-through gradients.
+    """x (..., in), ternary codes (out, in) -> (..., out): int8 codes of x times ternary codes times both scales.
 
-    The product of the codes is a whole number below 127 in < 2^24, exact in any order of summing."""
+    The gradients are straight-through. The product of the codes is an integer of at most 127 * in < 2^24.
+    So it is exact in any summation order."""
     if not traced():
         return BitProduct.apply(x, weight, codes, scale)
     (q, s), unit = int8_codes(x.detach()), fp16_unit(autocast_dtype(x))
@@ -227,8 +232,8 @@ def bit_product(x, weight, codes, scale):
 
 
 class BitLinear(nn.Linear):
-    """Linear layer with ternary weights and int8 activations; `sub_norm` puts a parameter-free RMSNorm before it."""
-    rounds = True  # False: activations as they are, to compare with programs that don't round them
+    """Linear layer with ternary weights and int8 activations. `sub_norm` adds a parameter-free RMSNorm before it."""
+    rounds = True  # False: don't round activations, to compare with programs that don't round them
 
     def __init__(self, n_in, n_out, bias, sub_norm):
         super().__init__(n_in, n_out, bias=bias)
@@ -237,7 +242,7 @@ class BitLinear(nn.Linear):
     def forward(self, x):
         x = rms(x) if self.sub_norm else x
         if self.training:
-            self.use = x.detach().flatten(0, -2)[:16].clone()  # a few tokens, for the statistics
+            self.use = x.detach().flatten(0, -2)[:16].clone()  # a few tokens for statistics()
         codes, scale = self.codes(self.weight)
         y = bit_product(x, self.weight, codes, scale) if self.rounds else F.linear(x, codes * scale)
         return y if self.bias is None else y + self.bias
@@ -249,7 +254,7 @@ class BitLinear(nn.Linear):
 
 
 def linear(config, n_in, n_out, last=False):
-    """A matrix of a block, as config.linear says; `last` marks the one before the residual stream."""
+    """A matrix of a block, of the type config.linear. `last` marks the last matrix before the residual stream."""
     if config.linear == 'bitnet':
         return BitLinear(n_in, n_out, config.bias, sub_norm=last and config.sub_norm)
     return nn.Linear(n_in, n_out, bias=config.bias)
@@ -258,26 +263,29 @@ def linear(config, n_in, n_out, last=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # Document masks
 
-FLEX_DEVICES = {'cuda'}  # where a compiled model uses FlexAttention; elsewhere the mask is a tensor
+FLEX_DEVICES = {'cuda'}  # devices where a compiled model uses FlexAttention. Other devices use a mask tensor.
 
 
 @dataclass
 class Documents:
-    """The documents in a batch of tokens (document_mask), found once a forward, for all layers.
+    """The documents in a batch of tokens (document_mask). Computed once per forward, for all layers.
 
-    A document ends with its end-of-text token. The next token begins a document, at learned position 0, and sees nothing before
-    it. The end-of-text token belongs to the old document, and its target, the first token of the next one, counts in the loss."""
+    A document ends with its end-of-text token. The next token begins a new document at learned position 0 and sees no
+    earlier token. The target of an end-of-text token is the first token of the next document. This target counts in the
+    loss."""
     age: torch.Tensor  # (B, T) int64: how far each token is behind the first token of its document
     mask: torch.Tensor | BlockMask = None  # for attention: (B, 1, T, positions so far) bool, or for FlexAttention
     groups: list = None  # for resonance in eager execution: document_groups(age)
 
     def begun(self):
-        """(B, T) bool: whether the document of a token began before these T tokens (only with a cache)."""
+        """(B, T) bool: True if the token's document began before these T tokens (only with a cache)."""
         return self.age > torch.arange(self.age.size(1), device=self.age.device)
 
 
 def document_ages(idx, eot_id, before):
-    """(B, T) int64: how many tokens of its own document stand before each token. before (B,): for the first one."""
+    """idx (B, T) -> (B, T) int64: the number of earlier tokens in each token's document.
+
+    before (B,): this number for the first token."""
     T = idx.size(1)
     positions = torch.arange(T, device=idx.device)
     begin = torch.where(idx[:, :-1] == eot_id, positions[1:], -2**62)  # (B, T - 1)
@@ -285,14 +293,14 @@ def document_ages(idx, eot_id, before):
 
 
 def document_mask(age, start):
-    """age (B, T) of the tokens from position `start` on -> (B, 1, T, start + T) bool: the positions that each of them sees."""
+    """age (B, T) -> (B, 1, T, start + T) bool: True where a token sees a position. `start`: the first position."""
     T = age.size(1)
     distance = start + torch.arange(T, device=age.device)[:, None] - torch.arange(start + T, device=age.device)
     return ((distance >= 0) & (distance <= age[..., None]))[:, None]
 
 
 def flex_document_mask(age):
-    """document_mask as a BlockMask: FlexAttention skips blocks in which nothing is seen."""
+    """document_mask as a BlockMask. FlexAttention skips fully masked blocks."""
     B, T = age.shape
 
     def sees(b, h, q, k):
@@ -301,17 +309,17 @@ def flex_document_mask(age):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Mixers: (B, T, C) -> (B, T, C) across positions, causally
+# Mixers: (B, T, C) -> (B, T, C), causal, across positions
 
 class ShortCache:
-    """The positions that a short filter still looks at. Without gradients."""
+    """The last inputs that a short filter still needs. Without gradients."""
 
     def __init__(self):
         self.recent = None
 
     @torch.no_grad()
     def filter(self, x, weight, age=None):
-        if self.recent is None:  # not earlier: the device is known only now
+        if self.recent is None:  # created here, because the device is unknown before the first call
             self.recent = x.new_zeros(len(x), len(weight) - 1, x.size(2))
         T, x = x.size(1), torch.cat((self.recent.type_as(x), x), 1)
         self.recent = x[:, T:].clone()
@@ -320,14 +328,16 @@ class ShortCache:
 
 
 class KVCache:
-    """Keys and values of one attention layer for up to block_size positions; `pos` counts those that are filled."""
+    """Keys and values of one attention layer for up to block_size positions. `pos` counts the filled positions."""
 
     def __init__(self, B, block_size):
         self.B, self.block_size, self.pos, self.k, self.v = B, block_size, 0, None, None
 
     def tensors(self, like):
-        """Keys and values (B, n_kv_head, block_size, hs), filled up to pos; made in the first call for one of (B, n_kv_head, T, hs)."""
-        if self.k is None:  # not earlier: under autocast the dtype is known only now
+        """Keys and values (B, n_kv_head, block_size, hs), filled up to pos.
+
+        The first call allocates them with the dtype and device of `like` (B, n_kv_head, T, hs)."""
+        if self.k is None:  # allocated here, because autocast decides the dtype in the first call
             _, nh, _, hs = like.shape
             self.k, self.v = (like.new_empty(self.B, nh, self.block_size, hs) for _ in 'kv')
         return self.k, self.v
@@ -340,7 +350,7 @@ class KVCache:
 
 
 def rotary_tables(config, device=None):
-    """Cosines and sines of the angles of every position, (block_size, hs / 2) each."""
+    """Cosines and sines of the rotary angles of every position, (block_size, hs / 2) each."""
     hs = config.n_embd // config.n_head
     angle = torch.outer(torch.arange(config.block_size, device=device).float(), 10_000.0 ** (-torch.arange(0, hs, 2, device=device) / hs))
     return angle.cos(), angle.sin()
@@ -367,10 +377,10 @@ class Attention(nn.Module):
     def new_cache(self, B):
         return KVCache(B, self.block_size)
 
-    def flops_per_token(self, T):  # forward, beside the matrices
+    def flops_per_token(self, T):  # forward FLOPs, without the matrices
         return 4 * self.o_proj.in_features * T
 
-    def rotate(self, x, start):  # (B, nh, T, hs); pairs are (i, i + hs/2), the layout of Llama checkpoints
+    def rotate(self, x, start):  # (B, nh, T, hs); rotates pairs (i, i + hs/2), the layout of Llama checkpoints
         cos, sin = self.cos[start:start + x.size(2)], self.sin[start:start + x.size(2)]
         a, b = x.float().chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
@@ -388,7 +398,7 @@ class Attention(nn.Module):
         mask, gqa = documents.mask if documents else None, self.n_kv_head != self.n_head
         if cache:
             k, v = cache.append(k, v)
-            if start and T > 1 and documents is None:  # a chunk that continues: row i sees start + i + 1 keys
+            if start and T > 1 and documents is None:  # later chunk: row i sees start + i + 1 keys
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         if isinstance(mask, BlockMask):
             y = flex_attention(q.type_as(v), k.type_as(v), v, block_mask=mask, enable_gqa=gqa)
@@ -400,15 +410,16 @@ class Attention(nn.Module):
 
 
 class Resonance(nn.Module):
-    """A bank of damped oscillators, applied by FFT: y = q * (h (*) u + D u), u = k v, causal by construction.
+    """A bank of damped oscillators, applied by FFT: y = q * (h (*) u + D u) with u = k v. It is causal by construction.
 
-    z = W x (3C) goes through a causal depthwise convolution of width 4 and is split into q, k, v. The K modes of a layer,
-    lambda_k = exp(-exp(nu_k) + i theta_k), are shared by its channels; channel c weighs them by
-    a_kc = magnitude e^(i phase): h_c[t] = Re sum_k a_kc lambda_k^t, t >= 0. The convolution costs O(T log T), decoding
-    O(C K) a token whatever the context, and the matrices are those of attention, 4 C^2. (Gates and short filter as in
-    Hyena, arXiv:2302.10866; decaying modes as in LRU, arXiv:2303.06349.) In the mixer's or in the FFN's place.
+    A causal depthwise convolution of width 4 filters z = W x (3C). The result splits into q, k and v.
+    All channels of a layer share K modes lambda_k = exp(-exp(nu_k) + i theta_k). Channel c weighs mode k by
+    a_kc = magnitude e^(i phase). Its filter is h_c[t] = Re sum_k a_kc lambda_k^t, t >= 0.
+    The convolution costs O(T log T). Decoding costs O(C K) per token at any context length. The matrices have 4 C^2
+    weights, as in attention. The gates and the short filter come from Hyena (arXiv:2302.10866), the decaying modes from
+    LRU (arXiv:2303.06349). A Resonance layer can replace the mixer or the FFN.
     """
-    width = 4  # of the short filter
+    width = 4  # taps of the short filter
 
     def __init__(self, config):
         super().__init__()
@@ -416,13 +427,13 @@ class Resonance(nn.Module):
         self.block_size, self.chunk_size = config.block_size, config.chunk_size
         self.in_proj = linear(config, C, 3 * C)
         self.out_proj = linear(config, C, C, last=True)
-        self.short = nn.Parameter(torch.empty(self.width, 3 * C))  # tap j weighs the position j back
+        self.short = nn.Parameter(torch.empty(self.width, 3 * C))  # tap j weighs position t - j
         self.nu, self.theta = nn.Parameter(torch.empty(K)), nn.Parameter(torch.empty(K))
         self.magnitude, self.phase = nn.Parameter(torch.empty(K, C)), nn.Parameter(torch.empty(K, C))
         self.D = nn.Parameter(torch.empty(C))
 
     def init_weights(self):
-        """Time constants tau from 2 to block_size, log-spaced, one turn in each; the energy of h is 1/2 a channel."""
+        """Log-spaced time constants tau from 2 to block_size, one turn per tau. h has energy 1/2 per channel."""
         K = len(self.nu)
         tau = torch.logspace(math.log10(2), math.log10(max(self.block_size, 2)), K)
         with torch.no_grad():
@@ -432,11 +443,13 @@ class Resonance(nn.Module):
             self.phase.uniform_(-math.pi, math.pi)
             self.short.normal_(std=0.02)[0] += 1
             nn.init.ones_(self.D)
-            nn.init.normal_(self.in_proj.weight, std=self.in_proj.in_features ** -0.5)  # q, k and v multiply: of size 1
+            # q, k and v start at size 1, because they are multiplied.
+            nn.init.normal_(self.in_proj.weight, std=self.in_proj.in_features ** -0.5)
 
     def powers(self, start, n, stride=1):
-        """lambda^t for t = start, start + stride, ...: (n, K) complex64, to 1e-7 at any t."""
-        # exponents in fp64 (which MPS lacks), for two tables of about sqrt(n) entries; their outer product in fp32
+        """lambda^t for t = start, start + stride, ...: (n, K) complex64, with an error of about 1e-7 at any t."""
+        # Two tables of about sqrt(n) entries have fp64 exponents, for accuracy. MPS lacks fp64, so the CPU makes them.
+        # Their outer product is fp32.
         where = 'cpu' if self.nu.device.type == 'mps' else self.nu.device
         log = torch.complex(-self.nu.to(where, torch.float64).exp(), self.theta.to(where, torch.float64))
         m = math.isqrt(n - 1) + 1
@@ -444,20 +457,24 @@ class Resonance(nn.Module):
         fine, coarse = (flush(t.exp()).to(torch.complex64).to(self.nu.device) for t in (step * log, (step * m + start) * log))
         return flush(coarse[:, None] * fine).flatten(0, 1)[:n]
 
-    def amplitudes(self):  # real and imaginary parts, (K, C) each
+    def amplitudes(self):  # real and imaginary part, (K, C) each
         return self.magnitude * self.phase.cos(), self.magnitude * self.phase.sin()
 
     def carry(self, S, n):
-        """(K, 2n, 2n): for each mode, from what n chunks of S positions leave behind to the state that enters each of them, real
-        parts before imaginary ones: state_j = sum over i < j of lambda^(S (j - 1 - i)) left_i."""
-        powers = F.pad(torch.view_as_real(self.powers(0, n - 1, S)).permute(2, 1, 0), (n, 0)).flip(-1)  # (2, K, 2n - 1), n zeros last
-        # Row j is powers[n - 1 - j:][:n]: one diagonal for each distance. Rows of 2n - 2 from copies of 2n - 1 entries do that.
+        """(K, 2n, 2n): for each mode, the matrix that maps the contributions of n chunks to the states entering them.
+
+        state_j = sum over i < j of lambda^(S (j - 1 - i)) left_i. A chunk has S positions. left_i is the contribution of
+        chunk i, state_j the state that enters chunk j. Real parts come before imaginary parts."""
+        # (2, K, 2n - 1), the last n entries are 0
+        powers = F.pad(torch.view_as_real(self.powers(0, n - 1, S)).permute(2, 1, 0), (n, 0)).flip(-1)
+        # Row j is powers[n - 1 - j:][:n], so each diagonal holds one distance. Repeating the 2n - 1 entries and cutting
+        # the result into rows of 2n - 2 shifts each row by one.
         rows = powers.repeat(1, 1, n)[..., n - 1:n - 1 + n * (2 * n - 2)].unflatten(-1, (n, 2 * n - 2))
         re, im = rows[..., :n]  # (K, n, n) each
         return torch.cat((torch.cat((re, -im), 2), torch.cat((im, re), 2)), 1)
 
     def convolve(self, u, documents=None):
-        """u (B, T, C) fp32 -> (B, T, C): h (*) u. Within documents, if they are given: those are convolved whole, not in chunks."""
+        """u (B, T, C) fp32 -> (B, T, C): h (*) u. With `documents`, convolves each document alone, without chunks."""
         B, T, C = u.shape
         if documents:
             h = real_product(self.powers(0, T), torch.complex(*self.amplitudes()))  # (T, C)
@@ -467,25 +484,27 @@ class Resonance(nn.Module):
         h = real_product(powers[:S], torch.complex(re, im))  # (S, C)
         if S == T:
             return causal_convolution(u, h)
-        n = -(-T // S)  # chunks, the last one padded
+        n = -(-T // S)  # number of chunks, the last chunk is padded
         u = F.pad(u, (0, 0, 0, n * S - T)).view(B * n, S, C)
-        y = causal_convolution(u, h)  # what a chunk does to itself
-        back = powers[:S].flip(0)  # a chunk leaves behind the sum over its positions of lambda^(S - 1 - t) u_t
+        y = causal_convolution(u, h)  # the part within each chunk
+        back = powers[:S].flip(0)  # a chunk contributes sum over its positions t of lambda^(S - 1 - t) u_t
         left = torch.bmm(torch.cat((back.real, back.imag), 1).T.expand(B * n, -1, -1), u)  # (B n, 2K, C)
         left = left.view(B, n, 2, K, C).permute(3, 2, 1, 0, 4).reshape(K, 2 * n, B * C)
-        state = torch.bmm(self.carry(S, n), left).view(K, 2, n, B, C).permute(1, 3, 2, 0, 4)  # (2, B, n, K, C): enters each chunk
-        state = torch.cat((re * state[0] - im * state[1], -re * state[1] - im * state[0]), 2).flatten(0, 1)  # (B n, 2K, C)
+        # the state that enters each chunk, (2, B, n, K, C)
+        state = torch.bmm(self.carry(S, n), left).view(K, 2, n, B, C).permute(1, 3, 2, 0, 4)
+        # (B n, 2K, C)
+        state = torch.cat((re * state[0] - im * state[1], -re * state[1] - im * state[0]), 2).flatten(0, 1)
         past = torch.bmm(torch.cat((powers[1:].real, powers[1:].imag), 1).expand(B * n, -1, -1), state)
         return (y + past).reshape(B, n * S, C)[:, :T]
 
     def chunk(self, T):
-        """Positions of a chunk at length T. At most 128 chunks: what they hand on is a product with a matrix of all their pairs."""
+        """Chunk length for T positions. At most 128 chunks, because carry() has an entry per pair of chunks."""
         return min(max(self.chunk_size, -(-T // 128)), T)
 
     def new_cache(self, B):
         return ResonanceCache(B, self)
 
-    def flops_per_token(self, T):  # forward, beside the matrices: two FFTs, and the state into and out of each chunk
+    def flops_per_token(self, T):  # forward FLOPs, without the matrices: two FFTs, chunk states in and out
         S, (K, C) = self.chunk(T), self.magnitude.shape
         n, chunks = fft_size(2 * S - 1), -(-T // S)
         return C * chunks / T * (5 * n * math.log2(n) + (8 * K * (S + chunks) if S < T else 0))
@@ -502,40 +521,42 @@ class Resonance(nn.Module):
 
 
 class ResonanceCache:
-    """Recurrent state of a resonance layer, s <- lambda s + u, in fp64: the size and the time of a step do not depend on
-    the context. Without gradients."""
+    """Recurrent state of a resonance layer in fp64: s <- lambda s + u. Without gradients.
+
+    Its size and the time per step do not depend on the context length."""
 
     def __init__(self, B, layer):
         self.B, self.layer, self.state, self.short = B, layer, None, ShortCache()
 
     @torch.no_grad()
-    def begin(self):  # in the first forward: before it, FSDP may hold the parameters in parts
+    def begin(self):  # runs in the first forward, because FSDP may shard the parameters before it
         layer, B = self.layer, self.B
         real = torch.float32 if layer.nu.device.type == 'mps' else torch.float64  # fp32 would drift to 1e-4 at 32k
         nu, theta, magnitude, phase = (p.detach().to(real) for p in (layer.nu, layer.theta, layer.magnitude, layer.phase))
         self.fresh = True
-        self.log = torch.complex(-nu.exp(), theta)  # (K,), of lambda
-        self.weight = torch.stack((magnitude * phase.cos(), -magnitude * phase.sin()), -1)  # (K, C, 2): Re(a s) = their sum
+        self.log = torch.complex(-nu.exp(), theta)  # (K,), log lambda
+        # (K, C, 2): Re(a s) is the sum of weight * (Re s, Im s)
+        self.weight = torch.stack((magnitude * phase.cos(), -magnitude * phase.sin()), -1)
         self.state = torch.zeros(B, *magnitude.shape, dtype=self.log.dtype, device=nu.device)  # (B, K, C)
 
     @torch.no_grad()
-    def convolve(self, u, documents=None):  # (B, T, C), the next positions -> their h (*) u, within documents
+    def convolve(self, u, documents=None):  # next positions (B, T, C) -> (B, T, C): h (*) u, within documents
         if self.state is None:
             self.begin()
         T = u.size(1)
-        if documents and T == 1:  # a document that begins: masked_fill, because a product would keep what is not finite
+        if documents and T == 1:  # reset where a document begins. masked_fill, because inf * 0 would be nan
             self.state.masked_fill_(documents.age[:, :, None] == 0, 0)
         if T == 1:
             self.fresh = False
             self.state.mul_(self.log.exp()[:, None]).add_(u)
             return (torch.view_as_real(self.state) * self.weight).sum((1, 3))[:, None].float()
         y = self.layer.convolve(u, documents)
-        if not self.fresh:  # what came before these positions
+        if not self.fresh:  # add the part from earlier positions
             past = torch.view_as_complex(self.weight).conj() * self.state  # (B, K, C), a s
             past = real_product(self.layer.powers(1, T), past.to(torch.complex64))  # (B, T, C)
             y = y + (past.masked_fill(~documents.begun()[..., None], 0) if documents else past)
         self.fresh = False
-        if documents:  # the state is that of the last document
+        if documents:  # the new state holds only the last document
             inside = torch.arange(T - 1, -1, -1, device=u.device) <= documents.age[:, -1:]  # (B, T)
             u = u.masked_fill(~inside[..., None], 0)
             self.state.masked_fill_(~documents.begun()[:, -1, None, None], 0)
@@ -548,11 +569,11 @@ class ResonanceCache:
 
 
 def flush(powers):
-    """Zero for what has died away: denormal numbers would slow a CPU's products down many times over."""
+    """Set powers below 1e-17 to zero. Denormal numbers would make CPU products many times slower."""
     return powers.masked_fill(powers.detach().abs() < 1e-17, 0)
 
 
-def real_product(a, b):  # complex (n, K) and (..., K, C) -> Re(a b), by one real product
+def real_product(a, b):  # complex (n, K), (..., K, C) -> Re(a b), as one real product
     a, b = torch.cat((a.real, -a.imag), -1), torch.cat((b.real, b.imag), -2)
     return a @ b if b.dim() == 2 else torch.bmm(a.expand(len(b), -1, -1), b)
 
@@ -606,19 +627,22 @@ class SwiGLU(nn.Module):
 class TriX(nn.Module):
     """A ternary mixture of tiles that routes by its own weights.
 
-    Tile e has ternary up (h, C) and down (C, h). Its signature, the sign of the column sums of its own up codes, is the
-    router: score s_e = x . sig_e / sqrt(C). The k tiles with the largest s_e + balance_e are chosen; each adds
-    2 sigmoid(s_e) / k * down_e(RMSNorm(relu(up_e x)^2)). `balance` chooses and never weighs: it is moved once an
-    optimizer step towards even load (loss-free balancing, arXiv:2408.15664). No token is ever dropped.
+    Tile e has ternary matrices up (h, C) and down (C, h). Its signature sig_e is the sign of the column sums of its up
+    codes. The signature is the router: the score is s_e = x . sig_e / sqrt(C). A token goes to the k tiles with the
+    largest s_e + balance_e. Each tile adds 2 sigmoid(s_e) / k * down_e(RMSNorm(relu(up_e x)^2)).
+    `balance` affects the choice of tiles, never the gates. Each optimizer step moves it towards even load (loss-free
+    balancing, arXiv:2408.15664). No token is ever dropped.
 
-    With trix_cut each adds 2 sigmoid(slope_e s_e) * down_e(act(up_e x)), slope 0 at first: all tiles together are then the dense
-    FFN that they were cut from. For swiglu, up (2h, C) has the h gates before the h units.
+    With trix_cut, each tile adds 2 sigmoid(slope_e s_e) * down_e(act(up_e x)). The slope starts at 0, so all tiles
+    together equal the dense FFN that they were cut from. For swiglu, up is (2h, C): h gates, then h units.
 
-    The three executions are one function: 'dense' (every tile, masked: two matrix products), and with tokens sorted by tile
-    'loop' (a product a tile, the fastest on a CPU) and 'grouped' (F.grouped_mm; nothing waits for the host).
+    Three executions compute the same function:
+      'dense'    every tile, masked, in two matrix products
+      'loop'     tokens sorted by tile, one product per tile; the fastest on a CPU
+      'grouped'  tokens sorted by tile, F.grouped_mm, no host sync
     """
-    execution = 'auto'  # or one of the three
-    ternary = True  # False: weights as they are, to compare with the dense FFN that tiles were cut from
+    execution = 'auto'  # or 'dense', 'loop', 'grouped'
+    ternary = True  # False: use the latent weights, to compare with the dense FFN that the tiles were cut from
 
     def __init__(self, config):
         super().__init__()
@@ -627,29 +651,31 @@ class TriX(nn.Module):
         self.n_routed, self.shared, self.int8 = E, config.trix_shared, config.act_bits == 8
         self.act = ACTS.get(config.trix_cut)
         self.slope = nn.Parameter(torch.empty(E)) if self.act else None
-        self.up = nn.Parameter(torch.empty(E + self.shared, h * (1 + (self.act is swiglu)), config.n_embd))  # a shared tile is the last one
+        # A shared tile is the last tile.
+        self.up = nn.Parameter(torch.empty(E + self.shared, h * (1 + (self.act is swiglu)), config.n_embd))
         self.down = nn.Parameter(torch.empty(E + self.shared, config.n_embd, h))
         self.codes, self.logged = {'up': OncePerStep(tile_codes), 'down': OncePerStep(tile_codes)}, {}
-        self.router, self.idx = config.trix_router, None  # idx (B, T): the tokens, for the hash baseline alone
-        if self.router == 'hash':  # k different tiles a token, drawn once
+        self.router, self.idx = config.trix_router, None  # idx (B, T): tokens, only for the hash baseline
+        if self.router == 'hash':  # k different random tiles per token id, fixed
             self.register_buffer('table', torch.rand(config.vocab_size, E).argsort(-1)[:, :self.k].contiguous())
         self.register_buffer('balance', torch.zeros(E))
         self.register_buffer('pace', torch.zeros(E))  # the latest change of the balance
-        self.register_buffer('load', torch.zeros(E), persistent=False)  # tokens a tile got since the last optimizer step
-        self.register_buffer('seen', torch.zeros(E), persistent=False)  # and since the last look at the statistics
-        self.counts = None  # (E,) tokens a tile got in the latest training forward
+        self.register_buffer('load', torch.zeros(E), persistent=False)  # tokens per tile since the last optimizer step
+        self.register_buffer('seen', torch.zeros(E), persistent=False)  # tokens per tile since the last statistics()
+        self.counts = None  # (E,) tokens per tile in the latest training forward
 
     def weights(self):
-        """-> up, down as the codes have them, and the signature of each tile, (E + shared, C)."""
+        """-> (ternary up, ternary down, signatures (E + shared, C)). Without `ternary`: the latent up and down."""
         if not self.ternary:
             return self.up, self.down, self.up.detach().sum(1).sign()
         (up, signature), (down, _) = self.codes['up'](self.up), self.codes['down'](self.down)
         return straight_through(self.up, up), straight_through(self.down, down), signature
 
-    def route(self, x, up, signature):  # (N, C), (E + shared, h, C), (E + shared, C) -> tiles (N, k + shared), gates alike in fp32
+    def route(self, x, up, signature):
+        # x (N, C), up (E + shared, h, C), signature (E + shared, C) -> tiles, fp32 gates, both (N, k + shared)
         up, signature = up[:self.n_routed], signature[:self.n_routed]
         with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled():  # the gradient of the sign is that of the mean over its size
+            if torch.is_grad_enabled():  # the sign gets the gradient of mean / |mean|, with |mean| averaged over C
                 mean = up.mean(1)  # (E, C)
                 signature = straight_through(mean / mean.detach().abs().mean(-1, keepdim=True).clamp(min=1e-8), signature)
             scores = F.linear(x.float(), signature) / math.sqrt(self.n_embd)  # (N, E)
@@ -660,7 +686,8 @@ class TriX(nn.Module):
             else:
                 assert self.idx is not None and self.idx.numel() == len(x), 'hash routing needs idx, as GPT.forward sets it'
                 tiles = self.table[self.idx.flatten()]
-            weight = 2 / self.k * scores.sigmoid() if self.act is None else 2 * (self.slope * scores).sigmoid()  # (N, E)
+            # (N, E)
+            weight = 2 / self.k * scores.sigmoid() if self.act is None else 2 * (self.slope * scores).sigmoid()
             gates = weight.gather(-1, tiles)
         if self.training:
             self.counts = torch.zeros_like(self.load).scatter_add_(0, tiles.flatten(), torch.ones_like(gates).flatten())
@@ -681,12 +708,12 @@ class TriX(nn.Module):
         if x.device.type == 'cpu':
             return 'loop'
         low = autocast_dtype(x)
-        aligned = self.up.size(1) % 8 == self.n_embd % 8 == 0  # rows of 16 bytes
+        aligned = self.up.size(1) % 8 == self.n_embd % 8 == 0  # grouped_mm needs rows of a multiple of 16 bytes
         if x.device.type == 'cuda' and hasattr(F, 'grouped_mm') and low == torch.bfloat16 and aligned:
             return 'grouped' if torch.cuda.get_device_capability(x.device) >= (8, 0) else 'dense'
         return 'dense'
 
-    def flops_per_token(self, T):  # forward, beside the matrices: the scores
+    def flops_per_token(self, T):  # forward FLOPs, without the matrices: the scores
         return 2 * self.n_routed * self.n_embd
 
     def hidden(self, z, gates):  # pre-activations (..., h), gates (..., 1) -> (..., h)
@@ -694,14 +721,15 @@ class TriX(nn.Module):
         return int8(h) if self.int8 else h
 
     def dense(self, x, up, down, tiles, gates):
-        weight = torch.zeros(len(x), len(up), device=x.device).scatter(1, tiles, gates)  # (N, E), 0 where not chosen
+        # (N, E), 0 for tiles that the token does not use
+        weight = torch.zeros(len(x), len(up), device=x.device).scatter(1, tiles, gates)
         z = F.linear(x, up.flatten(0, 1)).view(len(x), len(up), -1)  # (N, E, h)
         h = self.hidden(z, weight.unsqueeze(-1))
         return F.linear(h.flatten(1), down.transpose(0, 1).flatten(1))  # (N, C)
 
     def sparse(self, x, up, down, tiles, gates, grouped):
         k, tiles = tiles.size(1), tiles.flatten()
-        order = tiles.argsort(stable=True)  # (N k,): sorted by tile -> by token
+        order = tiles.argsort(stable=True)  # (N k,): index sorted by tile -> index in token order
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         sizes = torch.zeros(len(up), dtype=tiles.dtype, device=x.device).scatter_add_(0, tiles, torch.ones_like(tiles))
         if grouped:
@@ -714,7 +742,7 @@ class TriX(nn.Module):
 
     @torch.no_grad()
     def statistics(self):
-        """How even the load was since the last call, and where the codes stand."""
+        """Load balance since the last call, and statistics of the codes."""
         load, found = self.seen / self.seen.sum().clamp(min=1), []
         self.seen.zero_()
         for name in ('up', 'down'):
@@ -727,8 +755,10 @@ class TriX(nn.Module):
 
     @torch.no_grad()
     def update_balance(self, rate):
-        """balance += u sign(mean(load) - load), with a u for each tile: times 1.5 while its sign stays, up to 0.5, halved when
-        it turns, down to `rate` (as in Rprop, Riedmiller and Braun 1993): fast while much changes, then still."""
+        """balance += u sign(mean(load) - load), with one u per tile.
+
+        u is multiplied by 1.5 while the sign stays, up to 0.5. It halves when the sign changes, down to `rate` (as in
+        Rprop, Riedmiller and Braun 1993). So the balance moves fast at first and settles later."""
         if dist.is_initialized():
             dist.all_reduce(self.load)
         if rate:
@@ -742,12 +772,12 @@ class TriX(nn.Module):
 
 
 def tile_codes(weight):
-    """Latent tiles (E, m, n) -> (scale * codes, signs of the column sums (E, n))."""
+    """Latent tiles (E, m, n) -> (scale * codes, signs of the column sums of the codes (E, n))."""
     codes, scale = ternary_codes(weight, (1, 2))
-    return codes * scale, codes.sum(1).sign()  # of whole numbers: exact, unlike the sum of scaled ones
+    return codes * scale, codes.sum(1).sign()  # sums integers, which is exact; a sum of scaled codes is not
 
 
-def average(found):  # [{key: number or None}] -> {key: mean, None where one is}
+def average(found):  # [{key: number or None}] -> {key: mean, or None if any is None}
     return {key: None if any(f[key] is None for f in found) else sum(f[key] for f in found) / len(found) for key in found[0]}
 
 
@@ -806,7 +836,7 @@ class Block(nn.Module):
         x = x + self.drop(self.mixer(self.mixer_norm(x), caches[0], *[documents] * (documents is not None)))
         if self.ffn:
             y = self.ffn_norm(x)
-            if documents and hasattr(self.ffn, 'new_cache'):  # one that looks at other positions
+            if documents and hasattr(self.ffn, 'new_cache'):  # an FFN that uses other positions: resonance
                 y = self.ffn(y, caches[1], documents)
             else:
                 y = self.ffn(y, caches[1]) if caches[1] else self.ffn(y)
@@ -815,12 +845,13 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What a model remembers of B sequences, `pos` positions so far: keys and values, or states of oscillators, by layer, and the
-    last embeddings."""
+    """Decoding state for B sequences: per-layer keys and values or oscillator states, and the last embeddings.
+
+    `pos` is the number of positions so far."""
 
     def __init__(self, B, blocks):
         self.B, self.pos, self.short = B, 0, ShortCache()
-        self.age = None  # with document_mask (B,): tokens so far of the document that comes next
+        self.age = None  # with document_mask (B,): the document age of the next token
         self.layers = [[part.new_cache(B) if hasattr(part, 'new_cache') else None for part in (block.mixer, block.ffn)] for block in blocks]
 
 
@@ -828,11 +859,16 @@ class GPT(nn.Module):
     """A stack of blocks between a token embedding and a head.
 
     Initialisation:
-      embeddings, head                    N(0, 0.02), at widths C over 900 N(0, 0.6 / sqrt(C)): the loss starts at ln(vocab_size);
-                                          tied and with embed_norm, over 128, N(0, 2.56 / C): each token has a logit of C std for itself
-      matrices of the blocks              N(0, 0.02), in_proj of a resonance layer N(0, 1 / sqrt(C))
-      o_proj, down_proj, out_proj, down   N(0, 0.02 / sqrt(2 n_layer)), so that the residual stream keeps its scale; or 0
-      norms 1, biases and slopes 0, TriX balance 0, taps: each embedding as it is; the oscillators: Resonance.init_weights
+      embeddings, head                    N(0, 0.02), or N(0, 0.6 / sqrt(C)) at widths C over 900, so that the loss starts
+                                          at ln(vocab_size). Tied embeddings with embed_norm: N(0, 2.56 / C) at widths
+                                          over 128, because the logit of a token for itself is C std
+      matrices of the blocks              N(0, 0.02); in_proj of a resonance layer N(0, 1 / sqrt(C))
+      o_proj, down_proj, out_proj, down   N(0, 0.02 / sqrt(2 n_layer)), so that the residual stream keeps its scale;
+                                          0 with zero_init
+      norms                               1
+      biases, slopes, TriX balance        0
+      taps                                identity: 1 for the current token, 0 for earlier tokens
+      oscillators                         Resonance.init_weights
     """
 
     def __init__(self, config):
@@ -849,7 +885,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
-        self._ddp_params_and_buffers_to_ignore = [  # a process counts its own tokens: DDP must not copy rank 0's over them
+        self._ddp_params_and_buffers_to_ignore = [  # counts per process: DDP must not copy rank 0's counts
             f'{name}.{buffer}' for name, trix in self.named_modules() if isinstance(trix, TriX) for buffer in ('load', 'seen')]
         self.init_weights()
 
@@ -871,12 +907,14 @@ class GPT(nn.Module):
                 module.init_weights()
 
     def new_cache(self, B):
-        """An empty cache for B sequences, for `model(idx, cache=cache)`: decoding, without gradients."""
+        """An empty cache to decode B sequences with `model(idx, cache=cache)`. Without gradients."""
         return Cache(B, self.blocks)
 
     def forward(self, idx, targets=None, cache=None, last=False, soft=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size), with last=True (B, 1, vocab_size), of the last position; with targets (B, T):
-        the mean loss in nats, a scalar. soft: what a teacher has to say of idx, from its soft_targets()."""
+        """idx (B, T) int64 -> logits (B, T, vocab_size).
+
+        With last=True, only the logits of the last position: (B, 1, vocab_size). With targets (B, T), the mean loss in
+        nats, a scalar. soft: the result of a teacher's soft_targets() for idx."""
         x, cap = self.features(idx, cache, last), self.config.logit_softcap
         if targets is None:
             logits = self.lm_head(x)
@@ -885,22 +923,24 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def soft_targets(self, idx, share):
-        """To distil this model: what forward of another takes as `soft`; share: the part of the loss that it makes."""
+        """Distillation with this model as the teacher: the `soft` argument for the student's forward.
+
+        share: the weight of the distillation term in the loss."""
         return self.features(idx).flatten(0, 1), self.lm_head.weight, self.config.logit_softcap, share
 
     def features(self, idx, cache=None, last=False):
-        """idx (B, T) -> (B, T or 1, C): what the head multiplies."""
+        """idx (B, T) -> (B, T or 1, C): the hidden states that enter the head."""
         documents = self.documents(idx, cache) if self.config.document_mask else None
         x = self.through(self.embed(idx, cache, documents), cache, documents)
         if cache:
             cache.pos += idx.size(1)
         if self.training and torch.is_grad_enabled():
-            for trix in self.trix_layers():  # here, because activation checkpointing runs a block twice
+            for trix in self.trix_layers():  # not in the block, because activation checkpointing runs a block twice
                 trix.load += trix.counts
         return self.norm(x[:, -1:] if last else x)
 
     def documents(self, idx, cache=None):
-        """The Documents of idx (B, T), which continues what the cache has seen."""
+        """The Documents of idx (B, T). With a cache, idx continues the cached sequence."""
         config, start = self.config, cache.pos if cache else 0
         before = cache.age if start else idx.new_zeros(len(idx))
         found = Documents(document_ages(idx, config.eot_id, before))
@@ -915,13 +955,13 @@ class GPT(nn.Module):
             found.groups = document_groups(found.age)
         return found
 
-    def embed(self, idx, cache=None, documents=None):  # (B, T) -> (B, T, C): what enters the blocks
+    def embed(self, idx, cache=None, documents=None):  # (B, T) -> (B, T, C): the input of the first block
         start, T = cache.pos if cache else 0, idx.size(1)
         assert start + T <= self.config.block_size, f'{start + T} positions, but block_size is {self.config.block_size}'
         assert not cache or len(idx) == cache.B, f'{len(idx)} sequences, but the cache was made for {cache.B}'
         x = embedding(idx, self.wte.weight) if traced() else self.wte(idx)  # (B, T, C)
         age = documents.age if documents else None
-        if self.wpe and documents:  # positions restart with each document
+        if self.wpe and documents:  # positions restart in each document
             x = x + (embedding(age, self.wpe.weight) if traced() else self.wpe(age))
         elif self.wpe:
             x = x + self.wpe.weight[start:start + T]
@@ -954,15 +994,15 @@ class GPT(nn.Module):
             trix.k = k
 
     def update_balance(self, rate):
-        """Once an optimizer step: move every TriX layer towards even load."""
+        """Move every TriX layer towards even load. Call once per optimizer step."""
         for trix in self.trix_layers():
             trix.update_balance(rate)
 
     def statistics(self):
-        """What the blocks have to say about the time since the last call: the worst layer's overload, means of the rest."""
+        """Statistics of the blocks since the last call: overload of the worst layer, means of the other values."""
         found = []
         for block in self.blocks:
-            sharded = hasattr(block, 'unshard')  # FSDP2: each process holds a part of the weights
+            sharded = hasattr(block, 'unshard')  # FSDP2: each process holds one shard of the weights
             if sharded:
                 block.unshard()
             found += [module.statistics() for module in block.modules() if hasattr(module, 'statistics')]
@@ -973,13 +1013,13 @@ class GPT(nn.Module):
         return {**{key: average([{key: f[key]} for f in found if key in f])[key] for key in keys}, **worst}
 
     def decayed(self):
-        """The parameters that weight decay is for: matrices. Not norms, biases, taps, or what describes an oscillator."""
+        """The parameters with weight decay: matrices, but not norms, biases, taps or oscillator parameters."""
         return [p for name, p in self.named_parameters() if p.dim() > 1 and not name.endswith(('magnitude', 'phase', 'taps'))]
 
     # ---- counts
 
     def parameter_table(self):
-        """[(kind, parameters, of which a token uses)]; a tied matrix counts once, as the head that multiplies it."""
+        """[(kind, parameters, parameters that a token uses)]. A tied matrix counts once, as the head."""
         kinds = {'embedding': [0, 0], 'mixer': [0, 0], 'ffn': [0, 0], 'norm': [0, 0], 'head': [0, 0]}
         for name, p in self.named_parameters():
             part = name.split('.')[2] if name.startswith('blocks.') else name.split('.')[0]
@@ -990,15 +1030,16 @@ class GPT(nn.Module):
         return [(kind, *counts) for kind, counts in kinds.items()]
 
     def used(self, name, p):
-        """How many weights of a parameter a token uses."""
+        """The number of weights in parameter p that one token uses."""
         if name.endswith(('.up', '.down')):  # (tiles, ., .)
             return p.numel() // p.size(0) * (self.config.trix_top_k + self.config.trix_shared)
         return p.numel()
 
     def flops_per_token(self, T=None):
-        """Forward + backward FLOPs a token at context length T, as the field counts them (PaLM, arXiv:2204.02311,
-        appendix B): 6 a used matrix weight and 12 n_embd T an attention layer, the causal half not taken off; 2.5 n log2 n
-        a real FFT of n. What does not grow with the batch (filters, ternary codes) is left out."""
+        """Forward + backward FLOPs per token at context length T, counted as in PaLM (arXiv:2204.02311, appendix B).
+
+        6 per used matrix weight. 12 n_embd T per attention layer, without halving for causality. 2.5 n log2 n per real
+        FFT of size n. Work that does not grow with the batch (filters, ternary codes) does not count."""
         T, c = T or self.config.block_size, self.config
         matrices = c.vocab_size * c.n_embd + sum(self.used(name, p) for name, p in self.named_parameters()
                                                  if name.endswith(('proj.weight', '.up', '.down')))
@@ -1007,7 +1048,7 @@ class GPT(nn.Module):
         return 6 * matrices + 3 * mixing
 
     def packed_bytes(self):
-        """Bytes with ternary codes in 2 bits, their scales in fp32, everything else in bf16; buffers left out."""
+        """Size in bytes: ternary codes in 2 bits, scales in fp32, other parameters in bf16. Without buffers."""
         ternary = {id(p): 1 for m in self.modules() if isinstance(m, BitLinear) for p in [m.weight]}
         ternary |= {id(p): len(p) for trix in self.trix_layers() for p in (trix.up, trix.down)}
         return sum(-(-p.numel() // 4) + 4 * ternary[id(p)] if id(p) in ternary else 2 * p.numel() for p in self.parameters())

@@ -1,6 +1,6 @@
 """The optimizers: AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    optimizers = make_optimizers(model, config, device)      # {'optimizer': AdamW, 'muon': Muon}, the names they have in a checkpoint
+    optimizers = make_optimizers(model, config, device)      # {'optimizer': AdamW, 'muon': Muon}, the checkpoint keys
     for optimizer in optimizers.values(): set_rates(optimizer, lr, wd); optimizer.step()
 """
 import math
@@ -12,7 +12,10 @@ OPTIMIZERS = ('adamw', 'muon')
 
 
 def make_optimizers(model, config, device):
-    """Which parameters decay, the model says; Muon takes the projections and TriX tiles of the blocks among them."""
+    """{'optimizer': AdamW} and, with config.optimizer='muon', {'muon': Muon}.
+
+    model.decayed() lists the parameters with weight decay. Among them, Muon takes the projections and the TriX tiles of
+    the blocks."""
     decayed = model.decayed()
     names = {id(p): name for name, p in model.named_parameters()}
     hidden = [p for p in decayed if config.optimizer == 'muon' and names[id(p)].endswith(('proj.weight', '.up', '.down'))]
@@ -35,21 +38,21 @@ def set_rates(optimizer, lr, weight_decay):
 
 
 def full_tensor(tensor):
-    """All of a tensor that FSDP has split over the processes, which must all call this; any other tensor as it is."""
+    """The full tensor if FSDP has sharded it, else the tensor itself. With FSDP, all processes must call this."""
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
 def local_tensor(tensor):
-    """The part that this process has of a tensor that FSDP has split; any other tensor as it is."""
+    """This process's shard if FSDP has sharded the tensor, else the tensor itself."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Keller Jordan's Muon (2024) for matrices (m, n) and stacks of them (E, m, n), with the learning rate of AdamW (Moonshot,
-    arXiv:2502.16982: the RMS of an update is 0.2 lr).
+    """Keller Jordan's Muon (2024) for matrices (m, n) and stacks of matrices (E, m, n).
 
-    Unlike torch.optim.Muon it takes stacks, TriX tiles, makes matrices of one shape orthogonal together, and multiplies in fp32 on
-    a CPU, most of which are many times slower in bf16."""
+    It uses the learning rate of AdamW: the RMS of an update is 0.2 lr (Moonshot, arXiv:2502.16982).
+    It differs from torch.optim.Muon in three ways. It accepts stacks, such as TriX tiles. It orthogonalizes matrices of
+    equal shape in one batch. It multiplies in fp32 on a CPU, because most CPUs are many times slower in bf16."""
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -64,7 +67,7 @@ class Muon(torch.optim.Optimizer):
                     if 'momentum_buffer' not in self.state[p]:
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p)
                     mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-                    update = p.grad.lerp(mean, group['momentum'])  # Nesterov's
+                    update = p.grad.lerp(mean, group['momentum'])  # Nesterov momentum
                     together[p.shape[-2:], id(p) if p.numel() > TOGETHER else 0].append((p, update.reshape(-1, *p.shape[-2:])))
             for (shape, _), each in together.items():
                 params, updates = zip(*each)
@@ -74,11 +77,12 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-TOGETHER = 2**20  # weights of a parameter above which it is made orthogonal alone: it is no faster in company, and memory is dear
+# A parameter with more weights than this is orthogonalized alone: a batch is no faster and takes more memory.
+TOGETHER = 2**20
 
 
 def orthogonal(x, coefficients=(3.4445, -4.7750, 2.0315), steps=5):
-    """x (K, m, n) -> about U V' of the singular value decomposition of each matrix, by the quintic Newton-Schulz iteration."""
+    """x (K, m, n) -> (K, m, n): approximately U V' of each matrix's SVD U S V', by quintic Newton-Schulz iteration."""
     a, b, c = coefficients
     tall = x.size(1) > x.size(2)
     x = (x.mT if tall else x).to(torch.float32 if x.device.type == 'cpu' else torch.bfloat16)

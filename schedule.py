@@ -1,23 +1,24 @@
 """
-Learning rate and weight decay of every optimizer step: a pure function of the step and the config, so that a resumed run
-needs no state. Imported by train.py and watch.py; no torch in here.
+Learning rate and weight decay of every optimizer step. Both are pure functions of the step and the config, so a resumed
+run needs no scheduler state. train.py and watch.py import this file. It does not import torch.
 
-    python train.py config/x.py --schedule=wsd --decay_steps=200          # one of SCHEDULES
-    python train.py config/x.py --schedule=restarts --plan                # its picture, before a step is taken
+    python train.py config/x.py --schedule=wsd --decay_steps=200          # choose one of SCHEDULES
+    python train.py config/x.py --schedule=restarts --plan                # plot the schedule before training
 
-A new schedule is one function of (step, config) that gives the rate as a part of the peak from the end of the warm-up
-(step warmup_steps) to max_steps, and one line in SCHEDULES. Steps are optimizer steps from 0: a run takes 0 ... max_steps - 1,
-and `max_steps` is where the curves end, one past the last.
+To add a schedule, write a function of (step, config) and add one line to SCHEDULES. The function returns the rate as a
+fraction of the peak, from the end of the warm-up (step warmup_steps) to max_steps.
+Steps are optimizer steps. A run takes steps 0 to max_steps - 1. The curves end at `max_steps`, one past the last step.
 """
 import math
 
 
 def schedule(step, config):
     """
-    (learning rate, weight decay) of optimizer step `step`. Beyond max_steps the values at the end stay.
+    (learning rate, weight decay) of optimizer step `step`. Steps beyond max_steps get the values of max_steps.
 
-    Warm-up (all but onecycle, which has its own): learning_rate * (step + 1) / warmup_steps for step < warmup_steps, so that
-    the peak is reached at step warmup_steps - 1. The weight decay is constant, but 0 from the boundary of two_stage on.
+    Warm-up: learning_rate * (step + 1) / warmup_steps for step < warmup_steps. It reaches the peak at step
+    warmup_steps - 1. onecycle has its own warm-up. The weight decay is constant, except in two_stage: there it is 0 from
+    the boundary on.
     """
     step, edge = min(step, config.max_steps), boundary(config)
     weight_decay = config.weight_decay if edge is None or step < edge else 0.0
@@ -27,17 +28,17 @@ def schedule(step, config):
 
 
 def between(low, high, left):
-    """From `high` (left=1) down to `low` (left=0)."""
+    """Linear interpolation from `high` (left=1) down to `low` (left=0)."""
     return low + (high - low) * left
 
 
 def half_cosine(part):
-    """From 1 (part=0) down to 0 (part=1) along half a period of a cosine."""
+    """Half a cosine period, from 1 (part=0) down to 0 (part=1)."""
     return 0.5 * (1 + math.cos(math.pi * part))
 
 
 def done(step, config):
-    """The part of the run after the warm-up that lies before `step`, 0 to 1."""
+    """The fraction of the steps after the warm-up that is done before `step`, 0 to 1."""
     return (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
 
 
@@ -47,15 +48,19 @@ def cosine(step, config):
 
 
 def restarts(step, config):
-    """SGDR (arXiv:1608.03983): cosines to min_lr_ratio over restart_steps, restart_steps * restart_factor, ... steps, each from
-    the peak again. torch's CosineAnnealingWarmRestarts; only max_steps itself is the end of a cycle, never the start of one."""
+    """SGDR (arXiv:1608.03983): cosine cycles, each from the peak to min_lr_ratio.
+
+    The cycles take restart_steps, restart_steps * restart_factor, ... steps. The values match torch's
+    CosineAnnealingWarmRestarts, with one difference: max_steps itself ends a cycle and never starts one."""
     start, length = cycle(min(step, config.max_steps - 1), config)
     return between(config.min_lr_ratio, 1, half_cosine((step - start) / length))
 
 
 def onecycle(step, config):
-    """1cycle (arXiv:1708.07120) as torch's OneCycleLR with its defaults: half a cosine from 1/25 up to the peak at step
-    warmup_steps - 1, another down to 1/250,000 at the last step, max_steps - 1."""
+    """1cycle (arXiv:1708.07120), as in torch's OneCycleLR with default arguments.
+
+    Half a cosine rises from 1/25 of the peak to the peak at step warmup_steps - 1. Another half cosine falls to 1/250,000
+    of the peak at the last step, max_steps - 1."""
     top, last = config.warmup_steps - 1, config.max_steps - 1
     if step < top:
         return between(1, 1 / 25, half_cosine(step / top))
@@ -63,23 +68,25 @@ def onecycle(step, config):
 
 
 def wsd(step, config):
-    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): the peak, then a line to min_lr_ratio over the last decay_steps."""
+    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): constant, then linear to min_lr_ratio over decay_steps."""
     return between(config.min_lr_ratio, 1, min(1, (config.max_steps - step) / decay(config)))
 
 
 def linear(step, config):
-    """A line from the peak to min_lr_ratio at max_steps."""
+    """Linear from the peak to min_lr_ratio at max_steps."""
     return between(config.min_lr_ratio, 1, 1 - done(step, config))
 
 
 def constant(step, config):
-    """The peak."""
+    """Constant at the peak."""
     return 1
 
 
 def two_stage(step, config):
-    """A line from the peak to mid_lr_ratio at the boundary, another to min_lr_ratio at max_steps; no weight decay from the
-    boundary on. After BitNet b1.58 (arXiv:2504.12285: there both stages are cosines, and the rate drops between them)."""
+    """Linear from the peak to mid_lr_ratio at the boundary, then linear to min_lr_ratio at max_steps.
+
+    There is no weight decay from the boundary on. Adapted from BitNet b1.58 (arXiv:2504.12285), where both stages are
+    cosines and the rate drops between them."""
     edge, mid = boundary(config), config.mid_lr_ratio
     if step < edge:
         return between(mid, 1, (edge - step) / (edge - config.warmup_steps))
@@ -91,13 +98,13 @@ SCHEDULES = {'cosine': cosine, 'restarts': restarts, 'onecycle': onecycle, 'wsd'
 
 
 def top_k(step, config):
-    """Tiles that a token is sent to: from all of them down to trix_top_k over the first anneal_steps."""
+    """The number of tiles per token: falls from trix_tiles to trix_top_k over the first anneal_steps."""
     left = 1 - step / config.anneal_steps if step < config.anneal_steps else 0
     return math.ceil(between(config.trix_top_k, config.trix_tiles, left))
 
 
 def boundary(config):
-    """two_stage: the first step of the second stage. None for the others."""
+    """two_stage: the first step of the second stage. None for other schedules."""
     return (config.boundary_step or config.max_steps // 2) if config.schedule == 'two_stage' else None
 
 
@@ -107,7 +114,7 @@ def decay(config):
 
 
 def cycle(step, config):
-    """restarts: (first step, length) of the cycle of `step`. Before the end of the warm-up it is the first one."""
+    """restarts: (first step, length) of the cycle that contains `step`. During the warm-up: the first cycle."""
     start, factor = config.warmup_steps, config.restart_factor
     length = config.restart_steps or max(1, config.max_steps - start)
     if factor == 1:
@@ -120,7 +127,9 @@ def cycle(step, config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def problems(config):
-    """What is wrong with the knobs that the chosen schedule uses, and negative ones of the others: a line each, all at once."""
+    """All errors in the schedule options, one message each.
+
+    Checks the options of the chosen schedule. Options of other schedules must only be finite and not negative."""
     name, run, warmup = config.schedule, config.max_steps, config.warmup_steps
     found = [] if name in SCHEDULES else [f'schedule={name!r} is not one of {", ".join(SCHEDULES)}']
     for key in ('learning_rate', 'weight_decay', 'warmup_steps', 'min_lr_ratio', 'mid_lr_ratio', 'decay_steps', 'boundary_step',
@@ -150,7 +159,7 @@ def problems(config):
 
 
 def marks(config):
-    """{step: what changes there}, in order, of steps that the run takes; at most a dozen restarts."""
+    """{step: what changes at this step}, in order, for the steps of the run. Lists at most 12 restarts."""
     found = [(0, 'start'), (config.max_steps - 1, 'last step')]
     if config.warmup_steps:
         found.append((config.warmup_steps - (config.schedule == 'onecycle'), 'end of the warm-up'))
@@ -169,16 +178,17 @@ def marks(config):
 
 
 def corners(config):
-    """The steps of the run where something changes, in order."""
+    """The steps of the run at which something changes, in order."""
     return list(marks(config))
 
 
 def picture(config, width=64, height=8):
-    """The learning rate over the run, drawn in `width` x `height` characters, and a table of its corners."""
-    steps, parts = config.max_steps, 16  # a column is a mean: single steps would make slow waves of short cycles
+    """A text plot of the learning rate (`width` x `height` characters) and a table of the steps where it changes."""
+    steps, parts = config.max_steps, 16  # a column averages 16 points: single points would alias short cycles
     rates = [sum(schedule(int((column + (part + 0.5) / parts) * steps / width), config)[0] for part in range(parts)) / parts
              for column in range(width)]
-    eighths = [max(rate > 0, round(8 * height * rate / (config.learning_rate or 1))) for rate in rates]  # what isn't 0 is seen
+    # At least 1, so that nonzero rates stay visible.
+    eighths = [max(rate > 0, round(8 * height * rate / (config.learning_rate or 1))) for rate in rates]
     edge, ticks = f'{config.learning_rate:.2e} ┤', {step * width // steps for step in corners(config)}
     lines = [f'learning rate, schedule={config.schedule}']
     for row in reversed(range(height)):

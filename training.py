@@ -1,10 +1,10 @@
-"""One optimizer step, one validation, and where a run stands. Used by train.py, --plan and the benchmarks.
+"""One optimizer step, one validation, and the progress of a run. Used by train.py, --plan and the benchmarks.
 
-    progress = Progress()                                             # or Progress.load(a checkpoint)
+    progress = Progress()                                              # or Progress.load(checkpoint_dict)
     train_step = TrainStep(model, optimizers, config, device, dtype, group)
-    losses = train_step.backward(progress.step, batches, micro_steps) # forward and backward of the micro-batches
-    result = train_step.judge(losses, progress.recent)                # clip; loss, gradient norm, and whether to use it
-    train_step.update(result)
+    losses = train_step.backward(progress.step, batches, micro_steps)  # forward and backward of the micro-batches
+    result = train_step.judge(losses, progress.recent)                 # clips; loss, gradient norm, reason to skip
+    train_step.update(result)                                          # optimizer step, unless skipped
 """
 import math
 import random
@@ -17,12 +17,12 @@ import torch
 from kernels import autocast
 from optim import full_tensor, local_tensor
 
-WATCHED_STEPS = 10  # first steps of a process in which every parameter should have a gradient that is not exactly zero
+WATCHED_STEPS = 10  # within the first 10 steps of a process, every parameter should get a nonzero gradient
 
 
 @dataclass
 class Progress:
-    """Where a run stands. A checkpoint holds all of it."""
+    """The progress of a run. A checkpoint stores every field."""
     step: int = 0  # optimizer steps done
     tokens: int = 0  # tokens trained on
     windows: int = 0  # windows of the training data read
@@ -37,7 +37,7 @@ class Progress:
 
     @classmethod
     def load(cls, state):
-        """From the dict of a checkpoint. One of an older version has no `recent`."""
+        """Build from the dict in a checkpoint. Checkpoints of older versions have no `recent`."""
         return cls(**{f.name: state[f.name] for f in fields(cls) if f.name in state})
 
 
@@ -50,22 +50,22 @@ class StepResult(NamedTuple):
 
 class TrainStep:
     """
-    An optimizer step of a model: gradients of all micro-batches, the decision whether to use them, the update.
+    One optimizer step: compute the gradients of all micro-batches, decide whether to use them, update.
 
-    config: a TrainConfig with the model's options. group: the processes (parallel.Group). `forward` is what is called in training,
-    the model itself unless the caller sets it to a compiled model or to one wrapped by DDP.
+    config: a TrainConfig with the model's options. group: the processes (parallel.Group). Training calls `forward`.
+    It is the model, unless the caller sets it to a compiled model or a DDP-wrapped model.
     """
 
     def __init__(self, model, optimizers, config, device, dtype, group, teacher=None):
         self.model, self.forward, self.optimizers, self.teacher = model, model, optimizers, teacher
         self.config, self.device, self.dtype, self.group = config, device, dtype, group
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.steps = 0  # judged by this object
-        self.zero_steps = 0  # in a row whose gradient was exactly zero
-        self.silent = None  # names of the parameters without a gradient in any of the first WATCHED_STEPS steps
+        self.steps = 0  # steps that this object has judged
+        self.zero_steps = 0  # consecutive steps with an exactly zero gradient
+        self.silent = None  # names of the parameters that had no gradient in all of the first WATCHED_STEPS steps
 
     def loss(self, module, step, micro, micro_steps, x, y):
-        """The part that a micro-batch has in a step's loss: x, y (B, T) -> scalar."""
+        """The share of one micro-batch in the loss of a step: x, y (B, T) -> scalar."""
         if self.model.config.dropout:
             number = micro * self.group.world + self.group.rank
             torch.manual_seed(dropout_seed(self.config.seed, step, number))
@@ -75,8 +75,10 @@ class TrainStep:
 
     def backward(self, step, batches, micro_steps, stopping=lambda: False):
         """
-        Forward and backward of the next `micro_steps` items (x, y) of the iterator `batches` -> the loss of each, a tensor. None if
-        stopping() comes true in between, which all processes ask at the same points.
+        Forward and backward of the next `micro_steps` items (x, y) of the iterator `batches`.
+
+        Returns a list of one loss tensor per micro-batch, or None if stopping() returns True between two micro-batches.
+        All processes call stopping() at the same points.
         """
         losses = []
         for micro in range(micro_steps):
@@ -90,11 +92,11 @@ class TrainStep:
         return losses
 
     def judge(self, losses, recent=()):
-        """Clip the gradient and decide whether to use it -> StepResult. recent: the losses before, for spikes."""
+        """Clip the gradient and decide whether to use it -> StepResult. recent: past losses, to detect spikes."""
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
-        loss, norm = sum(losses).item(), norm.item()  # the one wait for the device in a step
+        loss, norm = sum(losses).item(), norm.item()  # the only device sync in a step
         loss = self.group.sum(loss)[0] / self.group.world
         skip = self.why_skip(loss, norm, recent)
         self.zero_steps = self.zero_steps + 1 if skip == 'zero_gradient' else 0
@@ -105,29 +107,30 @@ class TrainStep:
         return StepResult(loss, norm, losses, skip)
 
     def why_skip(self, loss, norm, recent):
-        """The reason not to use a gradient, None to use it."""
+        """The reason to skip the update, or None to do it."""
         config, scaler = self.config, self.scaler
         if norm == 0:
             return 'zero_gradient'
         overflow = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
         if not math.isfinite(loss) or not math.isfinite(norm) and not overflow:
-            return 'skipped'  # after an overflow in fp16 the scaler itself skips, and halves the scale
+            return 'skipped'  # not for an fp16 overflow: the scaler skips that step itself and halves its scale
         if config.spike_z and len(recent) >= max(2, config.spike_window // 2):
             if loss > statistics.fmean(recent) + config.spike_z * max(statistics.stdev(recent), 1e-6):
                 return 'spike'
         return None
 
     def without_gradient(self):
-        """Names of the parameters whose gradient is missing or exactly zero in all processes that share them."""
+        """Names of the parameters whose gradient is missing or exactly zero, on all processes that hold a shard."""
         params = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         flags = [torch.zeros((), device=self.device) if p.grad is None else local_tensor(p.grad).any() for _, p in params]
-        flags = torch.stack([flag.to(self.device, torch.float32) for flag in flags]).tolist()  # a wait, in the first steps only
-        if any(local_tensor(p) is not p for _, p in params):  # FSDP: a process holds a part of each
+        # This syncs with the device, but only in the first steps.
+        flags = torch.stack([flag.to(self.device, torch.float32) for flag in flags]).tolist()
+        if any(local_tensor(p) is not p for _, p in params):  # FSDP: each process holds one shard
             flags = self.group.sum(*flags)
         return [name for (name, _), flag in zip(params, flags) if not flag]
 
     def update(self, result):
-        """The optimizers' step, unless the result says to skip it; then the gradients are freed."""
+        """Step the optimizers unless result.skip is set. Free the gradients in both cases."""
         if not result.skip:
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
@@ -139,17 +142,18 @@ class TrainStep:
 
 
 def dropout_seed(seed, step, number):
-    """A seed for each micro-batch of a run: its dropout depends neither on the processes nor on where a resume began."""
+    """One seed per micro-batch of a run. Dropout is then independent of the process count and of resuming."""
     return random.Random(f'{seed} {step} {number}').getrandbits(63)
 
 
 @torch.no_grad()
 def validate(model, data, token_bytes, windows, batch_size, device, dtype, stop=lambda: False, group=None):
     """
-    Mean loss over fixed windows of the validation split, shared by the processes of the group.
+    Mean loss over fixed windows of the validation split. The processes of the group share the windows.
 
-    token_bytes (n_vocab,): length of each token in bytes, None if unknown. Targets of -1 are not counted. -> {loss (nats a token),
-    perplexity, bits_per_byte (None without token_bytes), tokens}, or None if stop() comes true, which is asked before every batch.
+    token_bytes (n_vocab,): the length of each token in bytes, or None if unknown. Targets of -1 do not count.
+    Returns {loss (nats per token), perplexity, bits_per_byte (None without token_bytes), tokens}. Returns None if
+    stop() returns True. stop() is called before every batch.
     """
     rank, world = (group.rank, group.world) if group else (0, 1)
     training = model.training
@@ -161,7 +165,8 @@ def validate(model, data, token_bytes, windows, batch_size, device, dtype, stop=
             break
         mine = i + rank < len(batches)
         x, y = data.val_batch(batches[i + rank if mine else 0])  # (B, T) each
-        with autocast(device, dtype):  # a process that has no batch left computes one, too: a sharded model needs all processes
+        # A process without a batch computes a spare one, because a sharded model needs all processes.
+        with autocast(device, dtype):
             loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
         if mine:
             y = y[y >= 0]

@@ -1,4 +1,4 @@
-"""Which hardware a script runs on: device, precision, peak speed and memory. Imported by every script that runs a model.
+"""Choose the device and precision, and report peak speed and memory. Every script that runs a model imports this file.
 
     device, dtype, why = resolve('auto', 'auto')
     with autocast(device, dtype): loss = model(idx, targets)
@@ -13,7 +13,9 @@ import torch
 from configurator import UserError
 
 DTYPES = {'float32': torch.float32, 'tf32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-PEAK_TFLOPS = {  # dense bf16/fp16 tensor-core peaks as the vendors state them; check yours before you quote an MFU; by a part of the device's name
+# Dense bf16/fp16 tensor-core peaks in TFLOP/s, as the vendors state them. Check yours before you quote an MFU.
+# A key is a part of the device's name. The first key that matches wins.
+PEAK_TFLOPS = {
     'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'B200': 2250, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10G': 70, 'A10': 125,
     'V100': 125, 'T4': 65, 'RTX 5090': 210, 'RTX 4090': 165, 'RTX 3090': 71, 'RTX A6000': 155,
 }
@@ -22,8 +24,8 @@ PEAK_TFLOPS = {  # dense bf16/fp16 tensor-core peaks as the vendors state them; 
 def resolve(device, dtype, local_rank=None):
     """Config values -> (torch.device, torch.dtype, one line that says what was chosen and why).
 
-    local_rank: the number of this process on its machine where there are several; each has a GPU of its own.
-    Raises UserError for a device that isn't there and a precision that it can't do."""
+    local_rank: the number of this process on its machine if there are several processes. Each process has its own GPU.
+    Raises UserError if the device is missing or does not support the precision."""
     wanted = device
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
@@ -57,7 +59,7 @@ def resolve(device, dtype, local_rank=None):
             dtype, why = 'float16', 'the GPU has no bfloat16; gradients are scaled'
     else:
         why = 'as asked'
-    if kind == 'cuda':  # TF32 rounds fp32 factors to 10 bits of mantissa; beside half precision that is no loss
+    if kind == 'cuda':  # TF32 rounds fp32 factors to 10 mantissa bits: no loss next to half precision
         torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
     name = torch.cuda.get_device_name(device) if kind == 'cuda' else f'{torch.get_num_threads()} threads'
     return device, DTYPES[dtype], f'{device} ({name}), {dtype}: {why}'
@@ -71,7 +73,7 @@ def synchronize(device):
 
 
 def peak_flops(device, dtype):
-    """FLOP/s of the device at best, None if unknown: no MFU is better than a false one."""
+    """Peak FLOP/s of the device. None if unknown, because no MFU is better than a false MFU."""
     if device.type != 'cuda' or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
@@ -79,10 +81,10 @@ def peak_flops(device, dtype):
 
 
 def peak_memory_gb(device):
-    """Most memory held so far: the GPU's tensors, elsewhere the resident memory of this process."""
+    """Peak memory so far, in GB: tensors on a CUDA GPU, otherwise the resident memory of this process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if Path('/proc/self/status').exists():  # ru_maxrss counts what the process was before it became this program
+    if Path('/proc/self/status').exists():  # ru_maxrss also counts the memory that the process held before exec
         return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) * 1024 / 1e9
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,16 +1,20 @@
-"""Reasons to stop a run early, out of what it has logged: a plateau, a rising loss, text that repeats itself.
+"""Find reasons to stop a run early in its logs: a plateau, a rising loss, repetitive text.
 
     for hint in hints(evals, samples):   # evals: [{step, loss}], samples: [{step, mode, repetition}], both in order
-        print(hint)                      # 'plateau: ...': the kind comes first
+        print(hint)                      # 'plateau: ...': a hint starts with its kind
 """
-PATIENCE, LEAST_GAIN = 5, 0.001  # plateau: no better by this part over so many validations, after at least as many before
-RISES, ABOVE_BEST = 3, 0.01  # rising loss: so many times in a row, to more than this part above the best
-ROUNDS, REPETITIVE, VERY_REPETITIVE = 3, 0.3, 0.5  # so many rounds of samples: rising to above the first, or all above the second
+# Plateau: the last PATIENCE validations improve the best loss by less than the fraction LEAST_GAIN.
+# At least PATIENCE validations must come before them.
+PATIENCE, LEAST_GAIN = 5, 0.001
+# Rising loss: RISES rises in a row, to more than the fraction ABOVE_BEST above the best loss.
+RISES, ABOVE_BEST = 3, 0.01
+# Repetition over the last ROUNDS rounds of samples: it rises to above REPETITIVE, or always exceeds VERY_REPETITIVE.
+ROUNDS, REPETITIVE, VERY_REPETITIVE = 3, 0.3, 0.5
 
 
 def numbers(lines, key):
-    """[(step, line[key])] of the lines that have both as numbers: a file may be damaged, and a loss may be 'nan'."""
-    def sound(value, kind):  # the bound keeps out nan, inf and whole numbers that no float can hold
+    """[(step, line[key])] for the lines where both are numbers. A file may be damaged, and a loss may be 'nan'."""
+    def sound(value, kind):  # the bound rejects nan, inf and integers too large for a float
         return isinstance(value, kind) and not isinstance(value, bool) and 0 <= value < 1e15
     return [(line['step'], line[key]) for line in lines if isinstance(line, dict)
             and sound(line.get('step'), int) and sound(line.get(key), (int, float))]
@@ -21,7 +25,7 @@ def rises(values):
 
 
 def hints(evals, samples):
-    """Reasons to stop, a line each, none while all is well. Never raises, whatever the lines hold."""
+    """A list of reasons to stop, one line each. It is empty if all is well. Never raises, whatever the lines contain."""
     found, losses, rounds = [], numbers(evals, 'loss'), {}
     if losses:
         step, last = losses[-1]

@@ -1,6 +1,6 @@
-"""Signals: a run that is asked to stop does so at the next good moment; what does not come back by itself is broken off.
+"""Handle signals. A run stops at its next safe point. Work inside limit() is interrupted if it takes too long.
 
-    interrupt = Interrupt()                                # from here on signals are remembered in interrupt.signals
+    interrupt = Interrupt()                                # from now on, interrupt.signals records every signal
     with interrupt.limit(600): compile_something()         # raises Overdue after 600 s, and 3 s after a signal
 """
 import contextlib
@@ -8,18 +8,19 @@ import signal
 
 
 def wanted_signals():
-    """Signals that ask a run to end: kill, Ctrl-C, a lost terminal and SLURM's early warning (--signal=USR1@60); not those that whoever
-    started it ignores, as nohup does SIGHUP."""
+    """Signals that ask a run to stop: kill, Ctrl-C, a lost terminal, and SLURM's early warning (--signal=USR1@60).
+
+    A signal that the parent process set to ignored stays ignored, as nohup does with SIGHUP. SIGTERM always counts."""
     wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     return [number for number in wanted if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Overdue(BaseException):
-    """Inside of Interrupt.limit() time is up. Not an Exception, so that nobody's `except Exception` takes it for a failure."""
+    """The time limit of Interrupt.limit() is over. A BaseException, so that no `except Exception` catches it."""
 
 
 class Interrupt:
-    patience = 3  # seconds that limited work has left after a signal
+    patience = 3  # seconds that work inside limit() may continue after a signal
 
     def __init__(self):
         self.signals, self.limited = [], False
@@ -37,7 +38,7 @@ class Interrupt:
             raise Overdue
 
     def set_alarm(self, seconds):
-        signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # and again, because an exception that a destructor raises is lost
+        signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # repeat: an exception raised in a destructor is lost
 
     @contextlib.contextmanager
     def limit(self, seconds):

@@ -1,15 +1,15 @@
-"""Several processes that train one model: what torchrun starts, and the difference between one process and many.
+"""Train one model with several processes, started by torchrun.
 
-    torchrun --standalone --nproc_per_node=8 train.py config/trix_medium.py                  # DDP: each has the whole model
-    torchrun --standalone --nproc_per_node=8 train.py config/resonance_xlarge.py --parallel=fsdp   # FSDP2: each has a part
+    torchrun --standalone --nproc_per_node=8 train.py config/trix_medium.py                  # DDP: a full model each
+    torchrun --standalone --nproc_per_node=8 train.py config/resonance_xlarge.py --parallel=fsdp   # FSDP2: sharded weights
 
-    group = start(timeout=600)                  # alone, without torchrun: the same calls, nothing to wait for
+    group = start(timeout=600)                  # without torchrun: a group of one process, with the same calls
     trained = group.wrap(model, device)         # or group.shard(model, device)
     with group.micro_step(trained, last): loss.backward()
     total, = group.sum(loss)                    # every process must make these calls, in the same order
 
-CPUs talk by gloo, GPUs by NCCL (gloo for what stays on the CPU). A process that fails leaves its reason where the others
-find it, and all of them end.
+GPU tensors use NCCL. CPU tensors use gloo. A process that fails publishes its reason in the store. The other processes
+read the reason and exit.
 """
 import contextlib
 import os
@@ -27,22 +27,22 @@ from model import OncePerStep
 from optim import full_tensor
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  # torchrun sets all of them
-LOST = ('gloo', 'connection', 'socket', 'timed out', 'timeout', 'nccl', 'broken pipe')  # in the words of a lost peer
+LOST = ('gloo', 'connection', 'socket', 'timed out', 'timeout', 'nccl', 'broken pipe')  # words in the errors of a lost peer
 
 
 class Ended(SystemExit):
-    """Another process has failed; it has said why."""
+    """Another process failed and has already reported the reason."""
 
 
 class Group:
-    """The processes of a run; .rank from 0, .world of them, .main in the one that writes files and speaks."""
+    """The processes of a run. .rank counts from 0, .world is their number, .main is True in the process that writes and prints."""
 
     def __init__(self, rank=0, world=1, local_rank=0, timeout=600):
         self.rank, self.world, self.local_rank, self.timeout, self.main = rank, world, local_rank, timeout, rank == 0
         self.store = None
 
     def connect(self, device):
-        """Meet the other processes. UserError if they don't come within the timeout."""
+        """Connect to the other processes. Raises UserError if some are missing after the timeout."""
         if self.world == 1:
             return
         if device.type == 'cuda':
@@ -56,19 +56,21 @@ class Group:
         self.store = dist.distributed_c10d._get_default_store()
 
     def disconnect(self):
-        """The end of a run, whatever its exit code. The main process, which may keep the store, leaves last, but waits for none that is gone."""
+        """End the run, whatever its exit code. The main process leaves last, because it may host the store.
+
+        It waits 30 seconds at most, so a dead process cannot block it."""
         if self.store:
-            with contextlib.suppress(RuntimeError):  # the process that kept the store may be the one that is gone
+            with contextlib.suppress(RuntimeError):  # the process that hosts the store may be gone
                 self.store.set(f'the end/{self.rank}', '')
             if self.main:
                 try:
                     self.wait_for('the end', min(self.timeout, 30))
-                except UserError as error:  # what there was to do is done
+                except UserError as error:  # the work is done: a warning is enough
                     print(error, file=sys.stderr, flush=True)
             dist.destroy_process_group()
 
     def sum(self, *values):
-        """Numbers -> their sums over the processes, in fp64."""
+        """Sum numbers over the processes, in fp64. Returns a list of floats."""
         if self.world == 1:
             return list(map(float, values))
         total = torch.tensor(values, dtype=torch.float64)
@@ -79,7 +81,7 @@ class Group:
         return bool(self.sum(bool(flag))[0])
 
     def gather(self, values):
-        """A list of numbers, as long in every process -> the lists of all processes, by rank."""
+        """A list of numbers, of equal length in every process -> the lists of all processes, ordered by rank."""
         if self.world == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64)
@@ -88,7 +90,7 @@ class Group:
         return [values.tolist() for values in every]
 
     def barrier(self, what):
-        """Wait for all processes; UserError that names those that are missing after the timeout. Once for each `what`."""
+        """Wait for all processes. Use each `what` only once. After the timeout, raises a UserError that names the missing ranks."""
         if self.store:
             self.store.set(f'{what}/{self.rank}', '')
             self.wait_for(what)
@@ -104,20 +106,20 @@ class Group:
             time.sleep(0.02)
 
     def first(self, work):
-        """work() in the main process and then, when that is done, in the others, which wait as long as it takes."""
+        """Run work() in the main process first, then in the others. They wait for the main process without a timeout."""
         if self.main:
             result = work()
             if self.store:
                 self.store.set('first', 'done')
             return result
         while not self.store.check(['first']):
-            if self.store.check(['failure']) and not self.store.check(['first']):  # if now it is done, a later failure may be everyone's
+            if self.store.check(['failure']) and not self.store.check(['first']):  # once done, this rank runs work()
                 self.failed_elsewhere()
             time.sleep(0.2)
         return work()
 
     def same(self, what, value):
-        """UserError unless `value`, a short text, is the same in all processes."""
+        """Raises UserError unless all processes have the same `value`, a short text."""
         if self.store:
             self.store.set(f'{what} of rank {self.rank}', value)
             self.barrier(f'the comparison of {what}')
@@ -127,18 +129,18 @@ class Group:
     # ---- the model
 
     def shard(self, model, device):
-        """FSDP2: split the parameters of a model over the processes, in place. A GPU never holds more than a block of it whole."""
+        """FSDP2: shard the parameters over the processes, in place. A GPU never holds more than one block unsharded."""
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(device.type, (self.world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        OncePerStep.keep = False  # ternary codes kept over a step would take the memory that sharding saves
+        OncePerStep.keep = False  # ternary codes kept for a step would cost the memory that sharding saves
 
     def wrap(self, model, device):
-        """DDP: what to call in training so that gradients are averaged over the processes."""
-        # Buffers: TriX sums what its balance needs over the processes by itself. torch 2.13 has another name for "not in forward", which
-        # broadcasts them once at the start; older ones lack it.
+        """DDP: wrap the model for training, so that gradients are averaged over the processes."""
+        # DDP need not broadcast buffers, because TriX itself sums its balance statistics over the processes.
+        # torch 2.13 deprecates broadcast_buffers. Its new option broadcasts once at the start. Older versions lack that option.
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', '.*broadcast_buffers', FutureWarning)
             return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
@@ -146,7 +148,7 @@ class Group:
 
     @contextlib.contextmanager
     def micro_step(self, trained, last):
-        """Around forward and backward: gradients are averaged over the processes in the last micro-step only."""
+        """Context for forward and backward. Gradients are averaged over the processes only in the last micro-step."""
         if hasattr(trained, 'set_requires_gradient_sync'):  # FSDP2
             trained.set_requires_gradient_sync(last)
         with contextlib.nullcontext() if last or not isinstance(trained, DistributedDataParallel) else trained.no_sync():
@@ -155,13 +157,13 @@ class Group:
     # ---- failures
 
     def lost(self, error):
-        """Whether an error says that another process can't be reached any more."""
+        """Whether an error means that another process cannot be reached."""
         return self.world > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError)
                                    and any(word in str(error).lower() for word in LOST))
 
     def failed_elsewhere(self):
-        """Raise Ended, with its exit code, if another process has left its reason."""
-        with contextlib.suppress(RuntimeError):  # the process that kept the store may be the one that is gone
+        """Raises Ended with the exit code of another process if that process has reported a failure."""
+        with contextlib.suppress(RuntimeError):  # the process that hosts the store may be gone
             if self.store.check(['failure']):
                 code, rank, reason = self.store.get('failure').decode().split(' ', 2)
                 if int(rank) != self.rank:
@@ -171,7 +173,7 @@ class Group:
 
     @contextlib.contextmanager
     def together(self):
-        """Around all that the processes do: the failure of one, with its reason, ends all."""
+        """Context for all work of a run. If one process fails, all processes end and print its reason."""
         try:
             yield
         except UserError as error:
@@ -180,7 +182,7 @@ class Group:
             raise
         except Exception as error:
             if self.store and self.lost(error):
-                time.sleep(1)  # the one that failed may still be writing why
+                time.sleep(1)  # the failed process may still be writing its reason
                 self.failed_elsewhere()
                 print(f'rank {self.rank}: lost another process ({first_line(error)}); it was killed, its machine can\'t be reached, '
                       f'or it took over {self.timeout} s (--dist_timeout): go on with --resume=auto', file=sys.stderr, flush=True)
@@ -190,7 +192,9 @@ class Group:
             raise
 
     def report(self, code, reason):
-        """Leave the reason of a failure for the others, unless one is there: then, if it is the same, end without repeating it."""
+        """Publish the reason of a failure for the other processes, unless a reason is already there.
+
+        If that earlier reason is identical, raises Ended, so that it is not printed twice."""
         mine = f'{code} {self.rank} {reason}'
         with contextlib.suppress(RuntimeError):
             there = self.store.compare_set('failure', '', mine).decode()
@@ -199,7 +203,7 @@ class Group:
                 raise Ended(code)
             patience = time.monotonic() + 3
             while self.main and self.store.add('heard', 0) < self.world - 1 and time.monotonic() < patience:
-                time.sleep(0.05)  # without torchrun the store ends with rank 0
+                time.sleep(0.05)  # without torchrun, the store dies with rank 0
 
 
 def first_line(error):
@@ -207,7 +211,7 @@ def first_line(error):
 
 
 def start(timeout):
-    """The Group that torchrun's environment describes; not connected yet. UserError if that is broken."""
+    """The Group that torchrun's environment variables describe, not connected yet. Raises UserError if they are invalid."""
     there = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
     if 'RANK' not in there:
         return Group()
@@ -223,11 +227,12 @@ def start(timeout):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# State, whole and sharded
+# State dicts, full and sharded
 
 def whole(state, main):
-    """A state dict with every sharded tensor put together in the main process (None in the others, which take part in that);
-    without sharded tensors just the state."""
+    """A state dict with every sharded tensor gathered on the CPU of the main process.
+
+    Every process must call this. In the other processes, None replaces a sharded tensor. Other values stay as they are."""
     if isinstance(state, dict):
         return {key: whole(value, main) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
@@ -239,7 +244,7 @@ def whole(state, main):
 
 
 def load_optimizer(optimizer, state):
-    """optimizer.load_state_dict(state) for parameters that may be sharded; what the config says of the groups stays."""
+    """optimizer.load_state_dict(state) for parameters that may be sharded. The group settings from the config stay."""
     groups = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group['params']]
 

@@ -1,7 +1,7 @@
-"""torch.compile: whether it is used, how, and a check that it computes what eager execution computes.
+"""Decide whether to use torch.compile, set it up, and check its results against eager execution.
 
     use, why = choose('auto', device)                      # the option `compile`, and one line that says why
-    fast = compiled(model)                                 # compilation itself comes with the first call
+    fast = compiled(model)                                 # the first call compiles
     problem, note = check(model, fast, compute, dtype)     # compute(module) -> loss of one micro-batch
 """
 import importlib.util
@@ -14,20 +14,24 @@ from configurator import UserError
 from optim import local_tensor
 from runtime.profiling import is_out_of_memory, untouched
 
-# How far compiled and eager may be apart: the loss, the norm of the gradient, and the gradient of any parameter, all relative.
-# Rounding alone makes 1e-6 in fp32, 1e-3 in TF32 and 1e-2 in half precision. It also sends a few tokens to another TriX tile and tips int8 codes
-# of BitNet over, which moves the gradients of those tokens by their own size. A wrong formula moves a whole gradient by its own size.
+# Allowed relative difference between compiled and eager execution: (loss, gradient norm, gradient of any parameter).
+# Rounding alone causes 1e-6 in fp32, 1e-3 in TF32 and 1e-2 in half precision. Rounding can also route a few tokens to
+# another TriX tile, or flip int8 codes of BitNet. Then the gradients of those tokens change by 100 %. A wrong formula
+# changes a whole gradient by 100 %.
 TOLERANCE = {torch.float32: (1e-3, 0.02, 0.3), torch.bfloat16: (1e-2, 0.1, 0.6), torch.float16: (1e-2, 0.1, 0.6)}
 BACKEND = 'inductor'
-NEGLIGIBLE = 1e-3  # a parameter whose gradient is smaller than this part of the whole is not compared: it may be nothing but rounding
+# Ignore a gradient difference below this fraction of the norm of the whole gradient. A tiny gradient may be pure rounding.
+NEGLIGIBLE = 1e-3
 
 
-PAYS_ON_CPU = 10_000_000  # tokens of a run: it is repaid after 0.4 to 3.3 million on two cores (bench.py compile)
+# Tokens in a run. Compilation pays off after 0.4 to 3.3 million tokens on two cores (measured by bench.py compile).
+PAYS_ON_CPU = 10_000_000
 
 
 def choose(setting, device, tokens=0):
-    """The option `compile` (auto, true, false) -> (bool, one line that says why), for a run of so many tokens. UserError for true
-    where it can't work."""
+    """The option `compile` (auto, true, false) -> (bool, one line that says why).
+
+    tokens: the number of training tokens in the run. Raises UserError if `true` cannot work here."""
     if setting in ('false', '0'):
         return False, 'compile off, as asked'
     if setting not in ('auto', 'true', '1'):
@@ -45,7 +49,7 @@ def choose(setting, device, tokens=0):
 
 
 def obstacle(device):
-    """What torch.compile lacks on this device, in words; empty if nothing."""
+    """Why torch.compile cannot work on this device, as text. Empty if it can."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     try:
         tempfile.TemporaryFile(dir=cache_dir()).close()
@@ -56,7 +60,7 @@ def obstacle(device):
             return 'the GPU is older than Triton supports (compute capability 7.0)'
         return '' if importlib.util.find_spec('triton') else 'the package triton is missing'
     if device.type == 'cpu':
-        from torch._inductor import cpp_builder, exc  # here, because it takes seconds
+        from torch._inductor import cpp_builder, exc  # imported here because it takes seconds
         try:
             cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler:
@@ -65,24 +69,29 @@ def obstacle(device):
 
 
 def compiled(model):
-    """torch.compile(model)"""
+    """torch.compile(model), with the settings that exact resuming and --anneal_steps need."""
     import torch._functorch.config
     import torch._inductor.config
-    # With activation checkpointing a block runs twice. What it counts on the side (TriX: tokens a tile) counts once.
+    # Activation checkpointing runs a block twice. Its side effects (TriX counts the tokens per tile) must count once.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    torch._dynamo.config.recompile_limit = 64  # --anneal_steps: one compilation for each number of tiles
-    torch._inductor.config.fallback_random = True  # dropout draws the masks that eager execution draws
-    torch._inductor.config.deterministic = True  # no choice between reductions by timing, so that a run goes on exactly after a kill
-    torch._functorch.config.force_non_lazy_backward_lowering = True  # all in the first forward, in the main thread: it can be broken off
+    torch._dynamo.config.recompile_limit = 64  # --anneal_steps compiles once for each number of tiles
+    torch._inductor.config.fallback_random = True  # dropout masks equal those of eager execution
+    # Do not choose reductions by timing. Otherwise a killed run could not resume exactly.
+    torch._inductor.config.deterministic = True
+    # Compile everything in the first forward, in the main thread, where Interrupt.limit() can stop it.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     return torch.compile(model, backend=BACKEND)
 
 
 def check(model, fast, compute, device, dtype, limit, sharded_sum, lost):
-    """Compute one micro-batch by `model` and by `fast`, the same model compiled, and compare -> (problem, note), one of them empty.
+    """Run one micro-batch with `model` and with `fast`, its compiled version, and compare.
 
-    compute(module) -> loss, whose gradients are left in no parameter. The model, its buffers and the random state are left as they
-    were. limit: a context in which the compilation happens. sharded_sum: of numbers of parameters, over the
-    processes where FSDP has split them. lost(error): whether another process is gone, which is no failure of the compiler."""
+    Returns (problem, note). One of them is empty. The model, its buffers and the random state do not change. No gradients
+    remain in the parameters.
+    compute(module): returns the loss of one micro-batch.
+    limit: a context manager around the compilation.
+    sharded_sum: sums per-parameter numbers over the processes if FSDP has sharded the parameters.
+    lost(error): whether another process is gone. That is not a failure of the compiler."""
     def gradients(module):
         with untouched(model, device):
             loss = compute(module)
@@ -98,7 +107,7 @@ def check(model, fast, compute, device, dtype, limit, sharded_sum, lost):
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        expected = None  # a compiled step takes less memory
+        expected = None  # go on without a comparison: a compiled step takes less memory
     start = time.perf_counter()
     try:
         with limit:
@@ -118,15 +127,19 @@ def check(model, fast, compute, device, dtype, limit, sharded_sum, lost):
 
 
 def compare(model, expected, found, dtype, sharded_sum):
-    """-> (what differs by more than rounding, in words, or empty; relative distance of the whole gradients)"""
+    """Returns (problem, distance).
+
+    problem: the first difference beyond rounding, as text, or empty.
+    distance: the norm of the difference of the whole gradients, relative to the eager norm. If there is a problem, it is not
+    relative. It is nan if the eager gradient is not finite."""
     loss_tolerance, norm_tolerance, tolerance = TOLERANCE[dtype]
-    sums = []  # of each parameter: squares of the eager gradient, of the compiled one, of their difference
+    sums = []  # per parameter, sums of squares: eager gradient, compiled gradient, difference
     for a, b in zip(expected[1], found[1]):
         a, b = (torch.zeros(()) if g is None else g.double() for g in (a, b))
         sums += [a.square().sum(), b.square().sum(), (a - b).square().sum()]
     sums = torch.tensor(sharded_sum(*(float(s) for s in sums))).view(-1, 3)  # (parameters, 3)
     whole = sums.sum(0).sqrt()
-    if not whole[0].isfinite():  # nothing to compare with; the loop says what is wrong with such a step
+    if not whole[0].isfinite():  # no comparison is possible; the training loop reports such a step
         return '', float('nan')
     (norm, other, distance), names = whole.tolist(), [name for name, _ in model.named_parameters()]
     if not abs(found[0] - expected[0]) <= loss_tolerance * abs(expected[0]):

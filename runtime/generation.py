@@ -1,7 +1,7 @@
-"""Text from a model, token by token: used by sample.py, and by train.py for the samples of a run.
+"""Generate text from a model, token by token. Used by sample.py, and by train.py for the samples of a run.
 
-    for token in generate(model, idx, n_vocab, max_new_tokens=200): ...       # idx (B, T) -> (B,) at a time
-    sample_grid(model, encoding, ['The', 'def'], max_new_tokens=64, seed=1)   # every prompt in three modes
+    for token in generate(model, idx, n_vocab, max_new_tokens=200): ...       # idx (B, T), token (B,)
+    sample_grid(model, encoding, ['The', 'def'], max_new_tokens=64, seed=1)   # each prompt in three modes
 """
 import torch
 
@@ -9,14 +9,14 @@ from configurator import UserError
 
 
 def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
-    if temperature < 1e-5:  # what is left of the others is nothing, and dividing by it could overflow
+    if temperature < 1e-5:  # the other tokens have no probability left, and a division could overflow
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
-    p, order = p.topk(min(top_k or p.size(-1), p.size(-1)))  # the likeliest first
-    p[p.cumsum(-1) - p >= top_p] = 0  # keep a token while those before it hold less than top_p
-    # On the CPU, whatever the device: a generator there gives the same text on any of them.
+    p, order = p.topk(min(top_k or p.size(-1), p.size(-1)))  # most likely first
+    p[p.cumsum(-1) - p >= top_p] = 0  # keep a token if the tokens before it sum to less than top_p
+    # Always draw on the CPU: its generator gives the same random numbers for every device.
     weights = p.cpu()
-    if not (weights.sum(-1) > 0).all():  # nan, too
+    if not (weights.sum(-1) > 0).all():  # also true for nan
         raise UserError('no token can be drawn: the logits of the model are not finite')
     pick = torch.multinomial(weights, 1, generator=generator).to(order.device)
     return order.gather(-1, pick).squeeze(-1)
@@ -24,10 +24,10 @@ def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
 
 @torch.no_grad()
 def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=1337):
-    """Yield the next token (B,) int64, up to max_new_tokens times, after the prompts idx (B, T >= 1).
+    """Continue the prompts idx (B, T >= 1). Yields the next token (B,) int64, up to max_new_tokens times.
 
-    Only the first n_vocab ids are chosen from: a model's vocabulary may be padded beyond its tokenizer's. Every token costs one
-    step with the cache. A full context goes on from its last half."""
+    Only the first n_vocab ids can be drawn, because the model's vocabulary may be padded beyond the tokenizer's. Each token
+    costs one step with the cache. When the context is full, generation continues from its last half."""
     training, size = model.training, model.config.block_size
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -45,12 +45,14 @@ def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_
 
 
 def encode(encoding, prompt):
-    """Prompt -> token ids; a prompt starts a document, as every document in training did."""
+    """Prompt -> token ids. They start with the end-of-text token, because every document in training did."""
     return [encoding.eot_token, *encoding.encode_ordinary(prompt)]
 
 
-# As sample_grid decodes: what the model thinks likeliest (small models repeat themselves here first), the text a reader would be
-# shown, and draws from the whole, flattened distribution, tail and all: does the text recover from an unlikely token?
+# The decoding modes of sample_grid.
+# greedy: the most likely token. Small models start to repeat themselves here first.
+# typical: the text that a reader would see.
+# stress: draws from the full, flattened distribution, tail included. Does the text recover from an unlikely token?
 MODES = {
     'greedy': dict(temperature=0, top_k=0, top_p=1.0),
     'typical': dict(temperature=0.8, top_k=50, top_p=1.0),
@@ -59,27 +61,29 @@ MODES = {
 
 
 def repetition(ids, n=4):
-    """Share of the n-grams of ids that occurred before in them: seq-rep-n of arXiv:1908.04319; 0.0 for fewer than n ids."""
+    """Fraction of the n-grams of ids that occurred earlier in ids: seq-rep-n of arXiv:1908.04319. 0.0 for fewer than n ids."""
     grams = list(zip(*(ids[i:] for i in range(n))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @torch.no_grad()
 def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: False):
-    """Continue every prompt in every mode -> [{prompt, mode, text, tokens, entropy, repetition}], prompts outermost.
+    """Continue every prompt in every mode. Returns [{prompt, mode, text, tokens, entropy, repetition}], ordered by prompt, then mode.
 
-    All rows are one batch with one cache: a row whose prompt isn't over is fed its next token of the prompt, so that nothing
-    is padded and a greedy row is what `generate` makes of its prompt, a full context included. A row ends after max_new_tokens
-    (>= 1) or with its document. Row i draws with a generator of its own, seeded by (seed, i): the others don't matter to it.
-    text, tokens and repetition leave the end-of-text token out; entropy counts it: nats of the distribution at temperature 1,
-    the mean over the choices made. stop() is asked before every step; if it says so the result is []: rows that were cut
-    short would have other figures."""
+    All rows form one batch with one cache. While a row's prompt lasts, the row receives its next prompt token. So there is
+    no padding, and a greedy row equals the output of `generate`, even with a full context.
+    A row ends after max_new_tokens (>= 1) or at an end-of-text token. Row i has its own generator, seeded by (seed, i), so
+    the other rows do not affect it.
+    text, tokens and repetition exclude the end-of-text token.
+    entropy: of the distribution at temperature 1, in nats, averaged over the drawn tokens, end-of-text included.
+    stop() is called before every step. If it returns True, the result is [], because the statistics of truncated rows
+    would be wrong."""
     training, size, device = model.training, model.config.block_size, next(model.parameters()).device
     grid = [(prompt, mode) for prompt in prompts for mode in MODES]
-    ids = [encode(encoding, prompt)[-size:] for prompt, _ in grid]  # of each row, as far as known
+    ids = [encode(encoding, prompt)[-size:] for prompt, _ in grid]  # the tokens of each row so far
     new, nats = [[] for _ in grid], [[] for _ in grid]
     generators = [torch.Generator().manual_seed((seed * 2**16 + row) % 2**63) for row in range(len(grid))]
-    cache, start, end = model.new_cache(len(grid)), 0, min(map(len, ids), default=0)  # the first step: what all prompts have
+    cache, start, end = model.new_cache(len(grid)), 0, min(map(len, ids), default=0)  # first step: the shortest prompt's length
     live = set(range(len(grid)))
     model.eval()
     try:
@@ -88,14 +92,14 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
                 return []
             if cache.pos + end - start > size:
                 cache, start = model.new_cache(len(grid)), end - (size // 2 or 1)
-            part = torch.tensor([row[start:end] for row in ids], device=device)  # (B, 1), more into an empty cache
+            part = torch.tensor([row[start:end] for row in ids], device=device)  # (B, 1); longer if the cache is empty
             logits = model(part, cache=cache, last=True)[:, -1, :encoding.n_vocab]  # (B, V)
             log_p = logits.float().log_softmax(-1)
             entropy = (log_p.exp() * -log_p).sum(-1).tolist()
             for row, (_, mode) in enumerate(grid):
-                if len(ids[row]) > end:  # the prompt goes on
+                if len(ids[row]) > end:  # still inside the prompt
                     continue
-                token = encoding.eot_token  # for a row that has ended: its place in the batch must hold something
+                token = encoding.eot_token  # filler: an ended row keeps its place in the batch
                 if row in live:
                     token = choose(logits[row:row + 1], **MODES[mode], generator=generators[row]).item()
                     nats[row].append(entropy[row])

@@ -113,7 +113,7 @@ class Group:
                 self.store.set('first', 'done')
             return result
         while not self.store.check(['first']):
-            if self.store.check(['failure']) and not self.store.check(['first']):  # once done, this rank runs work()
+            if self.store.check(['failure']) and not self.store.check(['first']):  # a failure after work() is handled later
                 self.failed_elsewhere()
             time.sleep(0.2)
         return work()

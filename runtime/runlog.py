@@ -1,12 +1,12 @@
-"""The files of a run: written by train.py alone, read by watch.py and by whoever likes, also while they are being written.
+"""Read and write the files of a run. Only train.py writes them. watch.py and other programs may read them at any time.
 
-    log = RunLog('runs/x')                                     # one writer at a time: the directory is locked
+    log = RunLog('runs/x')                                     # locks the directory: one writer at a time
     log.say('step 10 ...')                                     # console and log.txt
     log.line('metrics.jsonl', kind='train', step=10, loss=5.1)
-    log.status(state='running', step=10)                       # status.json, replaced whole
-    lines = read_lines('runs/x/metrics.jsonl')                 # whole lines that are JSON objects; what is torn is left out
+    log.status(state='running', step=10)                       # status.json, replaced atomically
+    lines = read_lines('runs/x/metrics.jsonl')                 # the JSON objects, without incomplete lines
 
-A number that JSON has no word for (nan, inf) is written as a string, so that every reader can read the line.
+JSON cannot represent nan and inf. They are written as strings, so that every JSON parser can read the line.
 """
 import contextlib
 import importlib.util
@@ -30,8 +30,9 @@ except ImportError:  # not on Windows
 
 
 def speak(text='', end='\n'):
-    """print() for what a run says: a console that is gone (`| head`, a lost terminal, a full disk) ends nothing -> whether it is there.
-    What is printed after that goes nowhere."""
+    """print() that survives a lost console (`| head`, a lost terminal, a full disk). Returns whether the console is there.
+
+    Once the console is lost, stdout goes to the null device."""
     try:
         print(text, end=end, flush=True)
         return True
@@ -43,7 +44,7 @@ def speak(text='', end='\n'):
 
 
 def read_lines(path):
-    """The JSON objects of a .jsonl file, in order. A missing file has none; a torn or damaged line is left out."""
+    """The JSON objects of a .jsonl file, in order. Skips incomplete or damaged lines. A missing file gives an empty list."""
     found = []
     with contextlib.suppress(OSError):
         for raw in Path(path).read_bytes().splitlines():
@@ -54,7 +55,7 @@ def read_lines(path):
 
 
 def plain(value):
-    """A value as strict JSON can hold it: nan and inf become 'nan' and 'inf'."""
+    """Convert a value for strict JSON: nan, inf and -inf become the strings 'nan', 'inf' and '-inf'."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -63,10 +64,10 @@ def plain(value):
 
 
 class RunLog:
-    """The writer. `active` is False in all processes of a run but the main one: there nothing is written or said."""
+    """Writes the files of a run. `active` is True only in the main process. The others write and print nothing."""
 
     def __init__(self, out, active=True):
-        """Makes and locks the directory. UserError if it can't be written or another run writes there."""
+        """Creates and locks the directory. Raises UserError if it is not writable or another run writes there."""
         self.out, self.active, self.trackers, self.last = Path(out), active, [], {}
         self.terminal, self.open_line = active and sys.stdout.isatty(), False
         if active:
@@ -81,7 +82,7 @@ class RunLog:
             print(f'process {os.getpid()} on {socket.gethostname()}', file=self.lock, flush=True)
 
     def say(self, text, progress=False):
-        """A line on the console and in log.txt. A line of progress is written over by the next one on a terminal."""
+        """Write a line to the console and to log.txt. On a terminal, the next line overwrites a progress line."""
         if self.active:
             start = '\r\x1b[K' if self.open_line else ''
             self.open_line = progress and self.terminal
@@ -110,7 +111,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def failing(self):
-        """Around a run: an error is in its files, too, as far as they can still be written. Unlocks the directory at the end."""
+        """Context for a run. Records an error in the run's files if they are still writable. Unlocks the directory at the end."""
         try:
             yield
         except Exception as error:
@@ -139,8 +140,9 @@ class RunLog:
                             '--resume=auto, or choose another --out_dir')
 
     def cut(self, step):
-        """Drop what a resumed run will say again, training after `step`, validation and samples from `step` on, and what a
-        killed one left half-written."""
+        """Delete the lines that a resumed run will write again, and the temporary files of a killed run.
+
+        Training lines and events go after `step`. Validations and samples go from `step` on."""
         if not self.active:
             return
         for name in ('metrics.jsonl', 'samples.jsonl'):
@@ -154,8 +156,8 @@ class RunLog:
 
 
 def locked(file):
-    """Whether this process could lock the file. The lock ends with the process, however it ends."""
-    for _ in range(10):  # a run that was just killed may not be quite gone
+    """Try to lock the file. Returns whether it worked. The operating system drops the lock when the process ends."""
+    for _ in range(10):  # a run that was just killed may still hold the lock
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -164,13 +166,13 @@ def locked(file):
 
 
 def check_packages(**wanted):
-    """UserError, before anything is made, if a tracker is asked for whose package is missing."""
+    """Raises UserError if the package of a requested tracker is missing. Call it before creating any file."""
     if missing := [name for name, asked in wanted.items() if asked and not importlib.util.find_spec(name)]:
         raise UserError(*(f'--{name} needs the package {name}: pip install {name}' for name in missing))
 
 
 def tensorboard(out, step):
-    """A tracker: the numbers of metrics.jsonl as TensorBoard scalars under out/tensorboard, and the samples as text."""
+    """A tracker that writes metrics as TensorBoard scalars, and samples as text, to out/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(Path(out) / 'tensorboard'), purge_step=step + 1 if step else None)
 
@@ -184,7 +186,7 @@ def tensorboard(out, step):
 
 
 def wandb(out, config):
-    """A tracker: the numbers of metrics.jsonl for Weights & Biases; a resumed run goes on there, too. UserError if it won't."""
+    """A tracker that sends metrics to Weights & Biases. A resumed run continues its wandb run. Raises UserError if wandb fails."""
     import wandb
     known = Path(out) / 'wandb.id'
     if not known.exists():
@@ -192,14 +194,14 @@ def wandb(out, config):
     try:
         run = wandb.init(project=os.environ.get('WANDB_PROJECT', 'nanotrix'), name=Path(out).name, id=known.read_text().strip(),
                          resume='allow', dir=str(out), config=config, settings=wandb.Settings(silent=True))
-    except Exception as error:  # several types: no login, no network, a directory that can't be written
+    except Exception as error:  # many types: no login, no network, unwritable directory
         raise UserError(f'--wandb: {str(error).splitlines()[0]}: log in by `wandb login`, or set WANDB_MODE=offline')
     run.define_metric('*', step_metric='step')
     return lambda name, values: run.log({**scalars(values), 'step': values['step']}) if scalars(values) else None
 
 
 def scalars(values):
-    """{'train/loss': 5.1, ...} of a line of metrics.jsonl."""
+    """The finite numbers of a train or eval line of metrics.jsonl, without the step: {'train/loss': 5.1, ...}."""
     kind = values.get('kind')
     return {f'{kind}/{key}': value for key, value in values.items() if kind in ('train', 'eval') and key != 'step'
             and isinstance(value, (int, float)) and math.isfinite(value)}

@@ -1,5 +1,5 @@
-"""What a run needs around the training itself: hardware, compilation, processes, signals, its log, memory and time.
+"""The surroundings of training: hardware, compilation, processes, signals, logs, memory and time.
 
-Start with `device.py` (what to run on), `parallel.py` (several processes) and `runlog.py` (the files of a run). `plan.py` estimates a
-run before it starts, `profiling.py` says where its time and memory go.
+Start with `device.py` (device and precision), `parallel.py` (several processes) and `runlog.py` (the files of a run).
+`plan.py` estimates a run before it starts. `profiling.py` shows where the time and memory of a run go.
 """

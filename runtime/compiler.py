@@ -24,7 +24,8 @@ BACKEND = 'inductor'
 NEGLIGIBLE = 1e-3
 
 
-# Tokens in a run. Compilation pays off after 0.4 to 3.3 million tokens on two cores (measured by bench.py compile).
+# On a CPU, `auto` compiles only runs of at least this many tokens.
+# Compilation pays off after 0.4 to 3.3 million tokens on two cores (measured by bench.py compile).
 PAYS_ON_CPU = 10_000_000
 
 

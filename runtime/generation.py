@@ -75,7 +75,7 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
     A row ends after max_new_tokens (>= 1) or at an end-of-text token. Row i has its own generator, seeded by (seed, i), so
     the other rows do not affect it.
     text, tokens and repetition exclude the end-of-text token.
-    entropy: of the distribution at temperature 1, in nats, averaged over the drawn tokens, end-of-text included.
+    entropy: of the distribution at temperature 1, in nats, averaged over the chosen tokens, end-of-text included.
     stop() is called before every step. If it returns True, the result is [], because the statistics of truncated rows
     would be wrong."""
     training, size, device = model.training, model.config.block_size, next(model.parameters()).device

@@ -1,11 +1,11 @@
 """
-What a run takes, before it starts: parameters, memory, time, disk, and what to change where that is too much.
+Estimate parameters, memory, time and disk before a run starts, and suggest changes if the run does not fit.
 
     python train.py config/x.py --plan                    # on this machine
-    python train.py config/x.py --plan --card_gb=16       # on a GPU with so much memory, whether or not there is one here
+    python train.py config/x.py --plan --card_gb=16       # on a GPU with 16 GB, even if this machine has no GPU
 
-Where a few real steps are cheap they are made, each kind in a process of its own, and memory and time are theirs; elsewhere both
-are estimated. The page says which. Nothing here starts a run or writes a file.
+If a few real training steps are cheap, the plan runs them and measures memory and time. Each batch size runs in its own
+process. Otherwise both are estimated. The page says which. Nothing here starts a run or writes a file.
 """
 import contextlib
 import itertools
@@ -32,24 +32,28 @@ from runtime.profiling import counted, has_bfloat16, is_out_of_memory, logit_byt
 from tokenizer import id_dtype
 from training import TrainStep
 
-EFFICIENCY = 0.35  # of the speed of a matrix product that training reaches: an assumption
-PROBE = 60  # seconds that the steps of a probe may take, about
+EFFICIENCY = 0.35  # an assumption: the fraction of matrix-product speed that training reaches
+PROBE = 60  # approximate time limit for the steps of a probe, in seconds
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory and time, estimated
+# Estimated memory and time
 
 def activations(config, kind, dtype):
     """
-    Bytes that a micro-step keeps for backward: (a sequence, the same with activation checkpointing, whatever the number of
-    sequences), by profiling.measured on small models: they grow in proportion to layers, vocabulary and, unless the CPU's attention
-    has dropout, context. Tensors are fake, without content, but in TriX.
+    Estimate the bytes that a micro-step keeps for backward.
 
-    kind: 'cpu' or 'cuda', whose attention keeps no T x T weights for dropout, as the CPU's does: there dropout is left out.
+    Returns (bytes per sequence, bytes per sequence with activation checkpointing, bytes that do not depend on the batch).
+    profiling.measured measures small models, and the result is scaled. Memory grows in proportion to layers and
+    vocabulary. It also grows in proportion to context, unless the CPU's attention has dropout.
+    Tensors are fake (without content), except for TriX and for document masks with resonance.
+
+    kind: 'cpu' or 'cuda'. With dropout, attention on the CPU keeps T x T weights. Attention on CUDA does not, so the
+    estimate for 'cuda' ignores dropout.
     """
     config = config if kind == 'cpu' else replace(config, dropout=0.0)
     masked = config.document_mask and ('resonance' in config.mixers() or config.ffn == 'resonance')
-    fake, T = config.ffn != 'trix' and not masked, config.block_size  # sizes in TriX and of documents depend on the tokens
+    fake, T = config.ffn != 'trix' and not masked, config.block_size  # sizes for TriX and documents depend on tokens
     if not fake and config.mixers() == ['resonance'] * config.n_layer:
         T = min(T, 2 * config.chunk_size)
     elif not fake and not config.dropout:
@@ -61,7 +65,7 @@ def activations(config, kind, dtype):
         plain, checkpointed, copies = measured(model, torch.device('cpu'), dtype)
         return plain * config.block_size / T, checkpointed * config.block_size / T, copies
     try:
-        OncePerStep.keep = keep and not fake  # it compares weights
+        OncePerStep.keep = keep and not fake  # OncePerStep compares weights: fake tensors have no values
         with FakeTensorMode() if fake else contextlib.nullcontext():
             small, wide = kept(n, V), kept(n, 2 * V)
             deep = kept(n + 1, V) if n < config.n_layer else small
@@ -71,7 +75,9 @@ def activations(config, kind, dtype):
 
 
 def estimate(config, kind, dtype):
-    """-> a function (rows, checkpointing) -> {kind of memory: bytes} of a training step with micro-steps of `rows` sequences."""
+    """Estimate the memory of a training step.
+
+    Returns a function (rows, checkpointing) -> {kind of memory: bytes}, for micro-steps of `rows` sequences."""
     with torch.device('meta'):
         model = GPT(config.pick(GPTConfig))
         optimizers = make_optimizers(model, config, torch.device('cpu')).values()
@@ -85,7 +91,7 @@ def estimate(config, kind, dtype):
 
 
 def achieved(device, dtype):
-    """(FLOP/s that training is expected to reach, how they were got)"""
+    """(FLOP/s that training should reach, a text that explains the figure)"""
     part = f'{EFFICIENCY:.0%} (an assumption) of'
     if peak := hardware.peak_flops(device, dtype):
         name = torch.cuda.get_device_name(device)
@@ -105,7 +111,7 @@ def achieved(device, dtype):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory and time, measured
+# Measured memory and time
 
 @dataclass
 class Measured:
@@ -117,8 +123,10 @@ class Measured:
 
 
 def steps(knobs, shape, rows, pattern, threads):
-    """In a process of its own: training steps with random tokens, pattern[i] micro-steps of `rows` sequences in step i -> (bytes
-    they took, seconds of a micro-step, seconds of the rest of a step), without those of the first step."""
+    """Run training steps with random tokens. Must run in its own process.
+
+    Step i has pattern[i] micro-steps of `rows` sequences.
+    Returns (bytes used, seconds per micro-step, seconds for the rest of a step). The times are medians without the first step."""
     torch.set_num_threads(threads)
     device, dtype, _ = hardware.resolve(knobs.device, knobs.dtype)
     before, times = hardware.peak_memory_gb(device), []
@@ -143,17 +151,21 @@ def steps(knobs, shape, rows, pattern, threads):
 
 def probe(config, rows, micro_steps, seconds_a_row, fits):
     """
-    A Measured: four steps (more where they are short: some seconds of a machine tell more than one) with as many sequences, up to
-    `rows`, as fit and take no longer than PROBE by `seconds_a_row` of a micro-step, and two with half as many. None if not even one
-    fits, or if memory runs out all the same.
+    Measure a few real training steps. Returns a Measured, or None if not even one sequence fits or memory runs out.
+
+    Starts from `rows` sequences and halves them until the steps fit in memory and in PROBE seconds.
+    seconds_a_row: the expected seconds per sequence of a micro-step.
+    fits(n): whether a micro-step of n sequences should fit in memory.
+    Runs four steps with that many sequences, and two steps with half as many. Short steps are repeated more often, because
+    several seconds of measurement are more reliable than one.
     """
     several = min(2, micro_steps)
-    cost = 1 + 3 * several + (1 + several) / 2  # micro-steps of n rows that all of it takes at least
+    cost = 1 + 3 * several + (1 + several) / 2  # at least this many micro-steps of n sequences in total
     n = next((n for n in (rows >> i for i in range(rows.bit_length())) if cost * n * seconds_a_row <= PROBE and fits(n)), 0)
     if not n:
         return None
     server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['torch._dynamo'])  # seconds to import, and every optimizer needs it: once for all
+    server.set_forkserver_preload(['torch._dynamo'])  # takes seconds, every optimizer needs it
     knobs, shape = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig)
     repeats = next((k for k in range(12, 3, -1) if k * several * n * seconds_a_row <= PROBE / 10), 3)
 
@@ -161,7 +173,8 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
         with ProcessPoolExecutor(1, server) as pool:
             return pool.submit(steps, knobs, shape, n, pattern, torch.get_num_threads()).result()
     try:
-        most, micro, rest = run(n, 1, *repeats * [several])  # the memory of TriX grows a little for some steps: its tiles' loads change
+        # Several steps, because the load of TriX tiles changes and its memory grows a little for some steps.
+        most, micro, rest = run(n, 1, *repeats * [several])
         less = run(n // 2, 1, several)[0] if n > 1 else most
     except process.BrokenProcessPool:
         return None
@@ -176,22 +189,24 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
 # Disk
 
 def checkpoint_bytes(config):
-    """Of one checkpoint: weights, what is saved with them, and the optimizers' moments, in fp32."""
+    """Bytes of one checkpoint: the model's state dict and the optimizers' moments, in fp32."""
     with torch.device('meta'):
         model = GPT(config.pick(GPTConfig))
         optimizers = make_optimizers(model, config, torch.device('cpu')).values()
-    tensors = {id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}  # a tied matrix is there once
+    tensors = {id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}  # a tied matrix counts once
     return sum(tensors.values()) + next(size for kind, size, _ in counted(model, optimizers) if kind == 'optimizer')
 
 
 def checkpoints_at_most(config):
-    """(checkpoints that are on the disk at most, in words): the newest, the best, those for ever, and one that is being written."""
+    """(largest number of checkpoints on disk at once, a text that explains it).
+
+    Counts the newest, the best, the permanent checkpoints, and a checkpoint that is being written."""
     edge, last = schedules.boundary(config), config.max_steps
     forever = {*config.mandatory_steps, *((edge, edge + 1) if edge is not None else ())}
     if not config.save_interval:
         return 1, 'only if the run is interrupted (--save_interval=0)'
     regular = (set(range(interval, last + 1, interval)) for interval in (config.save_interval, config.eval_interval) if interval)
-    saves = len({last, *forever}.union(*regular))  # a better validation is saved, too
+    saves = len({last, *forever}.union(*regular))  # a better validation also saves a checkpoint
     if not config.keep:
         return saves, 'all are kept (--keep=0), if every validation is better than those before'
     words = [f'keep={config.keep}'] + ['the best'] * bool(config.eval_interval) + [f'{len(forever)} mandatory'] * bool(forever)
@@ -199,16 +214,18 @@ def checkpoints_at_most(config):
 
 
 def free_bytes(path):
-    """Of the file system that a path, which need not exist, is on."""
+    """Free bytes on the file system of a path. The path need not exist."""
     return shutil.disk_usage(next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.is_dir())).free
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The page
+# The page of the plan
 
 def page(config, rows, micro_steps, data=None, world=1):
-    """The whole plan as text, for each of `world` processes with micro-steps of `rows` sequences. data: the loader of what is
-    prepared, or None. Raises UserError."""
+    """The whole plan as text. Memory is per process.
+
+    rows: sequences per micro-step. world: number of processes. data: the loader of the prepared data, or None.
+    Raises UserError if the device or precision is not available."""
     if config.card_gb and not torch.cuda.is_available():
         device, dtype = torch.device('cuda'), hardware.DTYPES.get(config.dtype, torch.bfloat16)
         why, here = f'a GPU of {config.card_gb:g} GB, {str(dtype).removeprefix("torch.")}: none is here', False
@@ -217,7 +234,7 @@ def page(config, rows, micro_steps, data=None, world=1):
     with torch.device('meta'):
         model = GPT(config.pick(GPTConfig))
     size, whose = room(device, config.card_gb)
-    # Python and torch themselves, before the model. On a GPU, the tensors alone count.
+    # Memory of Python and torch before the model exists. On a CUDA GPU, only tensors count.
     base = hardware.peak_memory_gb(device) * 1e9 if device.type != 'cuda' else 0
     speed, how = achieved(device, dtype if device.type != 'cpu' else torch.float32) if here else (None, '')
     kinds, fsdp = estimate(config, device.type if device.type == 'cuda' else 'cpu', dtype), config.parallel == 'fsdp' and world > 1
@@ -226,7 +243,7 @@ def page(config, rows, micro_steps, data=None, world=1):
         return sum(share(kinds(rows, checkpointing), world if fsdp else 1).values())
 
     def total(rows, checkpointing=config.activation_checkpointing):
-        """By what was measured, and the estimated difference to that."""
+        """Bytes of a step: the measured bytes plus the estimated difference. Without a measurement, the estimate."""
         own = config.activation_checkpointing
         if not seen:
             return estimated(rows, checkpointing)
@@ -245,12 +262,12 @@ def page(config, rows, micro_steps, data=None, world=1):
 
 
 def share(memory, parts):
-    """FSDP shares out what there is of each parameter."""
+    """FSDP divides parameters, gradients and optimizer state by the number of processes, `parts`."""
     return {kind: size / parts if kind in ('parameters', 'gradients', 'optimizer') else size for kind, size in memory.items()}
 
 
 def room(device, card_gb):
-    """(bytes of memory to train in, whose they are)"""
+    """(bytes of memory for training, the name of the device that has them)"""
     if card_gb:
         return card_gb * 1e9, f'a card of {card_gb:g} GB'
     if device.type == 'cuda':
@@ -274,7 +291,7 @@ HOW = {'copies': 'ternary codes, weights in low precision, the gradient of the h
 
 
 def memory_lines(config, memory, total, seen, rows, base, size, whose):
-    """By kind, and by batch_size."""
+    """Two tables: memory by kind, and memory by batch_size."""
     T, step = config.block_size, total(rows)
     table = [(f'  {kind}', readable(each), HOW.get(kind, '')) for kind, each in memory.items() if each >= 0.0005 * step]
     if seen:
@@ -296,7 +313,7 @@ def memory_lines(config, memory, total, seen, rows, base, size, whose):
 
 
 def changes(config, device, dtype, rows, world, size, total, memory):
-    """A line for each knob that saves memory and is not turned yet, with what the step takes then."""
+    """One line for each unused option that saves memory, with the memory of a step under that option."""
     found, tokens = [], config.batch_tokens
     smaller = [n for n in range(rows - 1, 0, -1) if tokens % (n * config.block_size * world) == 0]
     for checkpointing in {config.activation_checkpointing, True}:
@@ -330,7 +347,9 @@ def run_lines(config, data):
 
 
 def time_lines(config, model, seen, speed, how, rows, micro_steps, world):
-    """How long the run takes, by the probe, or by an assumption, which is named. A token of a validation takes a third of the time."""
+    """How long the run takes, from the probe or from a stated assumption.
+
+    A validation token takes a third of the time of a training token, because it needs no backward."""
     work = model.flops_per_token() * config.max_steps * config.batch_tokens
     evals = config.max_steps // config.eval_interval + 1 if config.eval_interval else 0
     part = 1 + evals * config.eval_tokens / 3 / (config.max_steps * config.batch_tokens)
@@ -350,12 +369,12 @@ def time_lines(config, model, seen, speed, how, rows, micro_steps, world):
 
 def disk_lines(config, data):
     (n, why), each, free = checkpoints_at_most(config), checkpoint_bytes(config), free_bytes(config.out_dir)
-    width = id_dtype(config.vocab_size).itemsize  # bytes a token
+    width = id_dtype(config.vocab_size).itemsize  # bytes per token
     size = width * config.max_steps * config.batch_tokens
     if data:
         there = sum(file.stat().st_size for file in data.path.rglob('*') if file.is_file())
         text = f'{readable(there)} of data are in {data.path}'
-    elif config.dataset == 'fineweb_edu':  # as much of it as the run reads
+    elif config.dataset == 'fineweb_edu':  # only prepares as many tokens as the run reads
         text = f'{readable(size)} of data are to be prepared'
     else:
         text = f'{config.dataset} is not prepared yet: {width} bytes a token'
@@ -365,7 +384,7 @@ def disk_lines(config, data):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In words
+# Numbers as text
 
 def duration(seconds):
     for unit, size in (('years', 365 * 86_400), ('days', 86_400), ('h', 3600), ('min', 60)):

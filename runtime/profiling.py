@@ -1,11 +1,11 @@
-"""Where the memory and the time of a training step go. Imported by train.py: --plan, --profile, and when memory runs out.
+"""Measure the memory and time of a training step. Used by --plan, by --profile, and when a run is out of memory.
 
     rows = memory_breakdown(model, [optimizer], config.batch_size, device, dtype)
-    print(breakdown_table(rows, device))               # parameters, ..., activations, and the peak so far beside their sum
+    print(breakdown_table(rows, device))               # parameters, ..., activations, their total, the peak so far
     print(advice(model, [optimizer], config, device, dtype))     # out of memory: ...: --batch_size=8 ... saves 3.0 GB, ...
-    profile = Profile('runs/x', device)                # profile.step() after every optimizer step, profile.close() at the end
+    profile = Profile('runs/x', device)                # profile.step() after every step, profile.close() at the end
 
-Memory is that of eager execution: a compiled model keeps less.
+All memory figures are for eager execution. A compiled model keeps less.
 """
 import contextlib
 import functools
@@ -23,11 +23,11 @@ from optim import Muon, local_tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory: what a forward keeps for backward
+# Memory that forward keeps for backward
 
 @contextlib.contextmanager
 def untouched(model, device):
-    """Whatever a forward changes in here is put back: attributes and buffers of every module, random states."""
+    """Context that restores what a forward changes: attributes and buffers of every module, and random states."""
     modules, buffers = [(m, dict(vars(m))) for m in model.modules()], [(b, b.clone()) for b in model.buffers()]
     try:
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
@@ -36,32 +36,32 @@ def untouched(model, device):
         for module, before in modules:
             vars(module).clear()
             vars(module).update(before)
-            if hasattr(module, 'reshard'):  # FSDP2 keeps what is outside of blocks whole until backward
+            if hasattr(module, 'reshard'):  # FSDP2 keeps weights outside of blocks unsharded until backward
                 module.reshard()
         for buffer, before in buffers:
             buffer.copy_(before)
 
 
 def codes(model):
-    """The ternary codes that OncePerStep holds from step to step."""
+    """The tensors of ternary codes that the model's OncePerStep objects hold."""
     found = [value for m in model.modules() for value in vars(m).values()]
     found = [each for value in found for each in (value.values() if isinstance(value, dict) else [value])]
     return [t for once in found if isinstance(once, OncePerStep) for t in once.value or ()]
 
 
 def kept(model, rows, device, dtype):
-    """Bytes that stay from one forward of `rows` random sequences until its backward: (plain, with activation checkpointing).
+    """Bytes that a forward of `rows` random sequences keeps until backward: (plain, with activation checkpointing).
 
-    Every storage that autograd saves counts once, those of parameters and buffers not at all. This forward only counts and
-    keeps nothing, so that it fits where a step does not."""
+    Each storage that autograd saves counts once. Parameters and buffers do not count. The forward here only counts bytes
+    and keeps nothing, so it fits in memory even if a training step does not."""
     saved, inputs, place, known = {}, {}, None, {StorageWeakRef(b.untyped_storage()) for b in model.buffers()}
 
     def note(where, tensor):
-        ref = StorageWeakRef(tensor.untyped_storage())  # while this lives, no other storage comes to the same address
+        ref = StorageWeakRef(tensor.untyped_storage())  # while this lives, the address is not reused
         if ref not in known:
             where.setdefault(ref, (tensor.untyped_storage().nbytes(), place))
 
-    def enter(module, args):  # parameters are looked up here, where those that FSDP has split are whole
+    def enter(module, args):  # looks up parameters inside forward, where FSDP has gathered them
         nonlocal place
         known.update(StorageWeakRef(local_tensor(p).untyped_storage()) for p in module.parameters())
         if module is not model:
@@ -84,38 +84,43 @@ def kept(model, rows, device, dtype):
             model(idx, idx)
         for t in codes(model):
             note(saved, t)
-    own = Counter()  # bytes of each block, and of None: outside of blocks
+    own = Counter()  # bytes per block; the key None is outside of blocks
     for ref, (size, block) in saved.items():
         own[block] += 0 if ref in inputs else size
     always = own.pop(None) + sum(size for size, _ in inputs.values())
-    return sum(size for size, _ in saved.values()), always + max(own.values())  # one block at a time is computed again
+    return sum(size for size, _ in saved.values()), always + max(own.values())  # checkpointing recomputes one block at a time
 
 
 def measured(model, device, dtype):
-    """(bytes of activations a sequence, the same with activation checkpointing, bytes kept whatever the number of sequences)."""
+    """Measure the bytes that forward keeps, with one and with two sequences.
+
+    Returns (bytes per sequence, bytes per sequence with activation checkpointing, bytes that do not depend on the batch)."""
     (one, one_checkpointed), (two, two_checkpointed) = (kept(model, rows, device, dtype) for rows in (1, 2))
     return two - one, two_checkpointed - one_checkpointed, 2 * one - two
 
 
 def saved_bytes(model, rows, device, dtype):
-    """Bytes of activations that autograd keeps for backward in a micro-step of `rows` sequences of block_size tokens: measured
-    on one and on two sequences, and scaled. With model.activation_checkpointing they are the inputs of all blocks, what is kept
-    outside of blocks, and the largest block's own. The model is left as it was."""
+    """Bytes of activations that autograd keeps for backward in a micro-step of `rows` sequences of block_size tokens.
+
+    Measured on one and two sequences, then scaled. With model.activation_checkpointing, this counts the inputs of all
+    blocks, the activations outside of blocks, and the activations of the largest block. The model does not change."""
     return rows * measured(model, device, dtype)[model.activation_checkpointing]
 
 
 def logit_bytes(model, rows, device, dtype):
-    """Of a chunk of logits in ChunkedCrossEntropy: fp32 and a copy in `dtype`."""
+    """Bytes of one chunk of logits in ChunkedCrossEntropy: in fp32, plus a copy in a lower-precision `dtype`."""
     V, positions = model.config.vocab_size, rows * model.config.block_size
     chunk = max(64, 2 ** 20 // V // 64 * 64) * (1 if device.type == 'cpu' else 32)
     return min(chunk, positions) * V * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory: the whole step
+# Memory of a whole step
 
 def counted(model, optimizers, world=1, sharded=False):
-    """[(kind, bytes, how)] of what does not depend on the batch, exactly. sharded: what FSDP has not split yet counts as split."""
+    """The exact memory that does not depend on the batch: [(kind, bytes, how)].
+
+    sharded: tensors that FSDP has not sharded yet count as sharded over `world` processes."""
     def share(t):
         return local_tensor(t).nbytes // (world if sharded and local_tensor(t) is t else 1)
 
@@ -134,8 +139,9 @@ def counted(model, optimizers, world=1, sharded=False):
 
 
 def memory_breakdown(model, optimizers, rows, device, dtype, world=1, sharded=False):
-    """[(kind, bytes, how)] of a step with micro-steps of `rows` sequences, their total last: what is held as the forward ends,
-    the gradients of an earlier micro-step included. sharded: by FSDP over `world` processes."""
+    """The memory at the end of a forward with micro-steps of `rows` sequences: [(kind, bytes, how)]. The last row is the total.
+
+    It includes the gradients of an earlier micro-step. sharded: FSDP shards the model over `world` processes."""
     *a_sequence, copies = measured(model, device, dtype)
     how = 'inputs of the blocks, and one block at a time' if model.activation_checkpointing else 'kept for backward'
     found = counted(model, optimizers, world, sharded) + [
@@ -151,7 +157,7 @@ def readable(size):
 
 
 def breakdown_table(rows, device):
-    """memory_breakdown as text, beside what this process really held at most so far."""
+    """The rows of memory_breakdown as text, plus the real peak memory of this process so far."""
     peak, total = hardware.peak_memory_gb(device) * 1e9, rows[-1][1]
     what = 'tensors, at most so far' if device.type == 'cuda' else 'resident memory, at most so far: with Python and torch themselves'
     return '\n'.join(['memory of a training step:'] + [f'  {kind:11s} {readable(size):>9s} {size / total:9.1%}  {how}'
@@ -165,7 +171,7 @@ WORDS = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_
 
 
 def is_out_of_memory(error):
-    """Whether an exception, or one that it comes from, says that memory ran out."""
+    """Whether an exception, or one of its causes, is an out-of-memory error."""
     while error is not None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             return True
@@ -181,12 +187,12 @@ def has_bfloat16(device):
 
 
 def advice(model, optimizers, config, device, dtype, world=1):
-    """One line for a run that is out of memory: what takes it, and how much the knobs save that are not turned yet.
+    """One line for a run that is out of memory: what uses the memory, and how much each unused memory option would save.
 
-    To be called after the `except` clause: inside, the error still holds the tensors of the step. A model that FSDP has split
-    is not measured: that would wait for the other processes."""
+    Call it after the `except` clause. Inside the clause, the error still holds the tensors of the step. A model sharded by
+    FSDP is not measured, because the measurement would wait for the other processes."""
     sizes = {kind: size for kind, size, _ in counted(model, optimizers, world, world > 1 and config.parallel == 'fsdp')}
-    rows = min(config.batch_size, max(1, config.batch_tokens // config.block_size // world))  # of a process's micro-step
+    rows = min(config.batch_size, max(1, config.batch_tokens // config.block_size // world))  # sequences of a micro-step in one process
     state = sizes['parameters'] + sizes['gradients'] + sizes['optimizer']
     measure = functools.cache(functools.partial(measured, model, device))
 
@@ -194,7 +200,7 @@ def advice(model, optimizers, config, device, dtype, world=1):
         *a_sequence, copies = measure(dtype)
         return rows * a_sequence[checkpointing] + copies + logit_bytes(model, rows, device, dtype)
 
-    knobs = {}  # what to say: how much it saves
+    knobs = {}  # text of the advice: a function that returns the bytes saved
     smaller = [b for b in range(1, rows) if config.batch_tokens % (b * config.block_size * world) == 0]
     if smaller:
         knobs[f'--batch_size={smaller[-1]} --batch_tokens={config.batch_tokens} (same results)'] = lambda: forward() - forward(smaller[-1])
@@ -208,7 +214,7 @@ def advice(model, optimizers, config, device, dtype, world=1):
     text = 'out of memory: ' + ', '.join(f'{kind} {readable(size)}' for kind, size in sizes.items() if size and kind != 'buffers')
     tokens, last = f'{rows} x {config.block_size} tokens', 'a smaller --block_size or --n_embd (another model)'
     try:
-        measurable = all(local_tensor(p) is p and p.device.type == device.type for p in model.parameters())  # all of it there, and whole
+        measurable = all(local_tensor(p) is p and p.device.type == device.type for p in model.parameters())  # unsharded, on this device
         activations, saved = (forward(), {knob: size() for knob, size in knobs.items()}) if measurable else (None, {})
     except Exception as error:
         if not is_out_of_memory(error):
@@ -225,8 +231,10 @@ def advice(model, optimizers, config, device, dtype, world=1):
 # Time
 
 class Profile:
-    """Records `steps` optimizer steps after the `first` ones (at least 1), which warm up, and writes out_dir/profile/trace.json
-    and table.txt. What runs between two steps (a validation) counts as part of the later one. Of many processes, one makes one."""
+    """Profiles optimizer steps and writes out_dir/profile/trace.json and table.txt.
+
+    The `first` steps (at least 1) are warm-up. The next `steps` steps are recorded. Work between two steps, such as a
+    validation, counts toward the later step. With several processes, only one creates a Profile."""
 
     def __init__(self, out_dir, device, first=3, steps=3, say=print):
         self.out, self.device, self.first, self.steps, self.say, self.done = Path(out_dir) / 'profile', device, first, steps, say, 0
@@ -237,7 +245,7 @@ class Profile:
         self.profiler.start()
 
     def step(self):
-        """To be called after every optimizer step; does nothing once the window is over."""
+        """Call after every optimizer step. Does nothing once the recording is complete."""
         if self.profiler:
             self.done += 1
             if self.done < self.first + self.steps:
@@ -246,7 +254,7 @@ class Profile:
                 self.close()
 
     def close(self):
-        """Write what was recorded, unless that is done."""
+        """Write the recorded profile, unless it is already written."""
         profiler, self.profiler, steps = self.profiler, None, self.done - self.first
         if not profiler:
             return
@@ -264,9 +272,9 @@ class Profile:
 
 
 def operator_table(averages, device, steps, rows=15):
-    """The operators that take most of the time by themselves, figures a step. MB: what they took less what they gave back."""
+    """A table of the operators with the most self time, per step. MB: memory allocated minus memory freed."""
     gpu = device.type == 'cuda'
-    operators = [e for e in averages if e.device_type == torch.autograd.DeviceType.CPU]  # a kernel counts as the operator that launched it
+    operators = [e for e in averages if e.device_type == torch.autograd.DeviceType.CPU]  # kernel time belongs to its operator
 
     def time(e):
         return e.self_device_time_total if gpu else e.self_cpu_time_total

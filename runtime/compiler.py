@@ -20,7 +20,8 @@ from runtime.profiling import is_out_of_memory, untouched
 # changes a whole gradient by 100 %.
 TOLERANCE = {torch.float32: (1e-3, 0.02, 0.3), torch.bfloat16: (1e-2, 0.1, 0.6), torch.float16: (1e-2, 0.1, 0.6)}
 BACKEND = 'inductor'
-# Ignore a gradient difference below this fraction of the norm of the whole gradient. A tiny gradient may be pure rounding.
+# Ignore a gradient difference below this fraction of the norm of the whole gradient.
+# A tiny gradient may be pure rounding.
 NEGLIGIBLE = 1e-3
 
 
@@ -87,8 +88,8 @@ def compiled(model):
 def check(model, fast, compute, device, dtype, limit, sharded_sum, lost):
     """Run one micro-batch with `model` and with `fast`, its compiled version, and compare.
 
-    Returns (problem, note). One of them is empty. The model, its buffers and the random state do not change. No gradients
-    remain in the parameters.
+    Returns (problem, note). One of them is empty.
+    The model, its buffers and the random state do not change. No gradients remain in the parameters.
     compute(module): returns the loss of one micro-batch.
     limit: a context manager around the compilation.
     sharded_sum: sums per-parameter numbers over the processes if FSDP has sharded the parameters.
@@ -131,8 +132,8 @@ def compare(model, expected, found, dtype, sharded_sum):
     """Returns (problem, distance).
 
     problem: the first difference beyond rounding, as text, or empty.
-    distance: the norm of the difference of the whole gradients, relative to the eager norm. If there is a problem, it is not
-    relative. It is nan if the eager gradient is not finite."""
+    distance: the norm of the difference of the whole gradients, relative to the eager norm.
+    If there is a problem, distance is not relative. It is nan if the eager gradient is not finite."""
     loss_tolerance, norm_tolerance, tolerance = TOLERANCE[dtype]
     sums = []  # per parameter, sums of squares: eager gradient, compiled gradient, difference
     for a, b in zip(expected[1], found[1]):

@@ -26,8 +26,8 @@ def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
 def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=1337):
     """Continue the prompts idx (B, T >= 1). Yields the next token (B,) int64, up to max_new_tokens times.
 
-    Only the first n_vocab ids can be drawn, because the model's vocabulary may be padded beyond the tokenizer's. Each token
-    costs one step with the cache. When the context is full, generation continues from its last half."""
+    Only the first n_vocab ids can be chosen, because the model's vocabulary may be padded beyond the tokenizer's.
+    Each token costs one step with the cache. When the context is full, generation continues from its last half."""
     training, size = model.training, model.config.block_size
     model.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -61,19 +61,22 @@ MODES = {
 
 
 def repetition(ids, n=4):
-    """Fraction of the n-grams of ids that occurred earlier in ids: seq-rep-n of arXiv:1908.04319. 0.0 for fewer than n ids."""
+    """Fraction of the n-grams of ids that occurred earlier in ids: seq-rep-n of arXiv:1908.04319.
+
+    Returns 0.0 for fewer than n ids."""
     grams = list(zip(*(ids[i:] for i in range(n))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @torch.no_grad()
 def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: False):
-    """Continue every prompt in every mode. Returns [{prompt, mode, text, tokens, entropy, repetition}], ordered by prompt, then mode.
+    """Continue every prompt in every mode.
 
-    All rows form one batch with one cache. While a row's prompt lasts, the row receives its next prompt token. So there is
-    no padding, and a greedy row equals the output of `generate`, even with a full context.
-    A row ends after max_new_tokens (>= 1) or at an end-of-text token. Row i has its own generator, seeded by (seed, i), so
-    the other rows do not affect it.
+    Returns [{prompt, mode, text, tokens, entropy, repetition}], ordered by prompt, then mode.
+    All rows form one batch with one cache. While a row's prompt lasts, the row receives its next prompt token.
+    So there is no padding, and a greedy row equals the output of `generate`, even with a full context.
+    A row ends after max_new_tokens (>= 1) or at an end-of-text token.
+    Row i has its own generator, seeded by (seed, i), so the other rows do not affect it.
     text, tokens and repetition exclude the end-of-text token.
     entropy: of the distribution at temperature 1, in nats, averaged over the chosen tokens, end-of-text included.
     stop() is called before every step. If it returns True, the result is [], because the statistics of truncated rows
@@ -83,7 +86,8 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
     ids = [encode(encoding, prompt)[-size:] for prompt, _ in grid]  # the tokens of each row so far
     new, nats = [[] for _ in grid], [[] for _ in grid]
     generators = [torch.Generator().manual_seed((seed * 2**16 + row) % 2**63) for row in range(len(grid))]
-    cache, start, end = model.new_cache(len(grid)), 0, min(map(len, ids), default=0)  # first step: the shortest prompt's length
+    # The first step feeds as many tokens as the shortest prompt has.
+    cache, start, end = model.new_cache(len(grid)), 0, min(map(len, ids), default=0)
     live = set(range(len(grid)))
     model.eval()
     try:

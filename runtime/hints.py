@@ -25,7 +25,7 @@ def rises(values):
 
 
 def hints(evals, samples):
-    """A list of reasons to stop, one line each. It is empty if all is well. Never raises, whatever the lines contain."""
+    """A list of reasons to stop, one line each, empty if all is well. Never raises, whatever the lines contain."""
     found, losses, rounds = [], numbers(evals, 'loss'), {}
     if losses:
         step, last = losses[-1]

@@ -1,7 +1,7 @@
 """Train one model with several processes, started by torchrun.
 
     torchrun --standalone --nproc_per_node=8 train.py config/trix_medium.py                  # DDP: a full model each
-    torchrun --standalone --nproc_per_node=8 train.py config/resonance_xlarge.py --parallel=fsdp   # FSDP2: sharded weights
+    torchrun --standalone --nproc_per_node=8 train.py config/resonance_xlarge.py --parallel=fsdp  # FSDP2: sharded model
 
     group = start(timeout=600)                  # without torchrun: a group of one process, with the same calls
     trained = group.wrap(model, device)         # or group.shard(model, device)
@@ -27,7 +27,8 @@ from model import OncePerStep
 from optim import full_tensor
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  # torchrun sets all of them
-LOST = ('gloo', 'connection', 'socket', 'timed out', 'timeout', 'nccl', 'broken pipe')  # words in the errors of a lost peer
+# Words that errors about a lost process contain.
+LOST = ('gloo', 'connection', 'socket', 'timed out', 'timeout', 'nccl', 'broken pipe')
 
 
 class Ended(SystemExit):
@@ -35,7 +36,10 @@ class Ended(SystemExit):
 
 
 class Group:
-    """The processes of a run. .rank counts from 0, .world is their number, .main is True in the process that writes and prints."""
+    """The processes of a run.
+
+    .rank: the number of this process, from 0. .world: the number of processes.
+    .main: True only in the process that writes files and prints."""
 
     def __init__(self, rank=0, world=1, local_rank=0, timeout=600):
         self.rank, self.world, self.local_rank, self.timeout, self.main = rank, world, local_rank, timeout, rank == 0
@@ -90,7 +94,9 @@ class Group:
         return [values.tolist() for values in every]
 
     def barrier(self, what):
-        """Wait for all processes. Use each `what` only once. After the timeout, raises a UserError that names the missing ranks."""
+        """Wait for all processes. Use each `what` only once.
+
+        After the timeout, raises a UserError that names the missing ranks."""
         if self.store:
             self.store.set(f'{what}/{self.rank}', '')
             self.wait_for(what)
@@ -106,14 +112,15 @@ class Group:
             time.sleep(0.02)
 
     def first(self, work):
-        """Run work() in the main process first, then in the others. They wait for the main process without a timeout."""
+        """Run work() in the main process first, then in the others. The others wait without a timeout."""
         if self.main:
             result = work()
             if self.store:
                 self.store.set('first', 'done')
             return result
         while not self.store.check(['first']):
-            if self.store.check(['failure']) and not self.store.check(['first']):  # a failure after work() is handled later
+            # A failure that is reported after 'first' does not concern this wait.
+            if self.store.check(['failure']) and not self.store.check(['first']):
                 self.failed_elsewhere()
             time.sleep(0.2)
         return work()
@@ -140,7 +147,8 @@ class Group:
     def wrap(self, model, device):
         """DDP: wrap the model for training, so that gradients are averaged over the processes."""
         # DDP need not broadcast buffers, because TriX itself sums its balance statistics over the processes.
-        # torch 2.13 deprecates broadcast_buffers. Its new option broadcasts once at the start. Older versions lack that option.
+        # torch 2.13 deprecates broadcast_buffers. Its new option broadcasts once at the start.
+        # Older versions lack that option.
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', '.*broadcast_buffers', FutureWarning)
             return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
@@ -211,7 +219,9 @@ def first_line(error):
 
 
 def start(timeout):
-    """The Group that torchrun's environment variables describe, not connected yet. Raises UserError if they are invalid."""
+    """The Group that torchrun's environment variables describe. It is not connected yet.
+
+    Raises UserError if the variables are invalid."""
     there = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
     if 'RANK' not in there:
         return Group()
@@ -232,7 +242,8 @@ def start(timeout):
 def whole(state, main):
     """A state dict with every sharded tensor gathered on the CPU of the main process.
 
-    Every process must call this. In the other processes, None replaces a sharded tensor. Other values stay as they are."""
+    Every process must call this. In the other processes, None replaces a sharded tensor.
+    Values that are not sharded stay as they are."""
     if isinstance(state, dict):
         return {key: whole(value, main) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

@@ -43,7 +43,7 @@ def activations(config, kind, dtype):
     """
     Estimate the bytes that a micro-step keeps for backward.
 
-    Returns (bytes per sequence, bytes per sequence with activation checkpointing, bytes that do not depend on the batch).
+    Returns (bytes per sequence, bytes per sequence with activation checkpointing, bytes independent of the batch).
     profiling.measured measures small models, and the result is scaled. Memory grows in proportion to layers and
     vocabulary. It also grows in proportion to context, unless the CPU's attention has dropout.
     Tensors are fake (without content), except for TriX and for document masks with resonance.
@@ -126,7 +126,8 @@ def steps(knobs, shape, rows, pattern, threads):
     """Run training steps with random tokens. Must run in its own process.
 
     Step i has pattern[i] micro-steps of `rows` sequences.
-    Returns (bytes used, seconds per micro-step, seconds for the rest of a step). The times are medians without the first step."""
+    Returns (bytes used, seconds per micro-step, seconds for the rest of a step).
+    The times are medians without the first step."""
     torch.set_num_threads(threads)
     device, dtype, _ = hardware.resolve(knobs.device, knobs.dtype)
     before, times = hardware.peak_memory_gb(device), []
@@ -156,8 +157,8 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
     Starts from `rows` sequences and halves them until the steps fit in memory and in PROBE seconds.
     seconds_a_row: the expected seconds per sequence of a micro-step.
     fits(n): whether a micro-step of n sequences should fit in memory.
-    Runs four steps with that many sequences, and two steps with half as many. Short steps are repeated more often, because
-    several seconds of measurement are more reliable than one.
+    Runs four steps with that many sequences, and two steps with half as many.
+    Short steps are repeated more often, because several seconds of measurement are more reliable than one.
     """
     several = min(2, micro_steps)
     cost = 1 + 3 * several + (1 + several) / 2  # at least this many micro-steps of n sequences in total
@@ -225,7 +226,7 @@ def page(config, rows, micro_steps, data=None, world=1):
     """The whole plan as text. Memory is per process.
 
     rows: sequences per micro-step. world: number of processes. data: the loader of the prepared data, or None.
-    Raises UserError if the device or precision is not available."""
+    Raises UserError, for example if the device or the precision is not available."""
     if config.card_gb and not torch.cuda.is_available():
         device, dtype = torch.device('cuda'), hardware.DTYPES.get(config.dtype, torch.bfloat16)
         why, here = f'a GPU of {config.card_gb:g} GB, {str(dtype).removeprefix("torch.")}: none is here', False

@@ -2,7 +2,7 @@
 
     rows = memory_breakdown(model, [optimizer], config.batch_size, device, dtype)
     print(breakdown_table(rows, device))               # parameters, ..., activations, their total, the peak so far
-    print(advice(model, [optimizer], config, device, dtype))     # out of memory: ...: --batch_size=8 ... saves 3.0 GB, ...
+    print(advice(model, [optimizer], config, device, dtype))  # out of memory: ...: --batch_size=8 ... saves 3.0 GB, ...
     profile = Profile('runs/x', device)                # profile.step() after every step, profile.close() at the end
 
 All memory figures are for eager execution. A compiled model keeps less.
@@ -52,8 +52,8 @@ def codes(model):
 def kept(model, rows, device, dtype):
     """Bytes that a forward of `rows` random sequences keeps until backward: (plain, with activation checkpointing).
 
-    Each storage that autograd saves counts once. Parameters and buffers do not count. The forward here only counts bytes
-    and keeps nothing, so it fits in memory even if a training step does not."""
+    Each storage that autograd saves counts once. Parameters and buffers do not count.
+    The forward here only counts bytes and keeps nothing, so it fits in memory even if a training step does not."""
     saved, inputs, place, known = {}, {}, None, {StorageWeakRef(b.untyped_storage()) for b in model.buffers()}
 
     def note(where, tensor):
@@ -88,13 +88,14 @@ def kept(model, rows, device, dtype):
     for ref, (size, block) in saved.items():
         own[block] += 0 if ref in inputs else size
     always = own.pop(None) + sum(size for size, _ in inputs.values())
-    return sum(size for size, _ in saved.values()), always + max(own.values())  # checkpointing recomputes one block at a time
+    # Checkpointing recomputes one block at a time, so only the largest block counts.
+    return sum(size for size, _ in saved.values()), always + max(own.values())
 
 
 def measured(model, device, dtype):
     """Measure the bytes that forward keeps, with one and with two sequences.
 
-    Returns (bytes per sequence, bytes per sequence with activation checkpointing, bytes that do not depend on the batch)."""
+    Returns (bytes per sequence, bytes per sequence with activation checkpointing, bytes independent of the batch)."""
     (one, one_checkpointed), (two, two_checkpointed) = (kept(model, rows, device, dtype) for rows in (1, 2))
     return two - one, two_checkpointed - one_checkpointed, 2 * one - two
 
@@ -139,8 +140,9 @@ def counted(model, optimizers, world=1, sharded=False):
 
 
 def memory_breakdown(model, optimizers, rows, device, dtype, world=1, sharded=False):
-    """The memory at the end of a forward with micro-steps of `rows` sequences: [(kind, bytes, how)]. The last row is the total.
+    """The memory at the end of a forward with micro-steps of `rows` sequences: [(kind, bytes, how)].
 
+    The last row is the total.
     It includes the gradients of an earlier micro-step. sharded: FSDP shards the model over `world` processes."""
     *a_sequence, copies = measured(model, device, dtype)
     how = 'inputs of the blocks, and one block at a time' if model.activation_checkpointing else 'kept for backward'
@@ -167,7 +169,8 @@ def breakdown_table(rows, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Out of memory
 
-WORDS = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED', 'bad_alloc')  # CPU, CUDA, MPS
+# Words in the out-of-memory errors of CPU, CUDA and MPS.
+WORDS = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED', 'bad_alloc')
 
 
 def is_out_of_memory(error):
@@ -187,12 +190,13 @@ def has_bfloat16(device):
 
 
 def advice(model, optimizers, config, device, dtype, world=1):
-    """One line for a run that is out of memory: what uses the memory, and how much each unused memory option would save.
+    """One line for a run that is out of memory: what uses the memory, and how much each unused option would save.
 
-    Call it after the `except` clause. Inside the clause, the error still holds the tensors of the step. A model sharded by
-    FSDP is not measured, because the measurement would wait for the other processes."""
+    Call it after the `except` clause. Inside the clause, the error still holds the tensors of the step.
+    A model sharded by FSDP is not measured, because the measurement would wait for the other processes."""
     sizes = {kind: size for kind, size, _ in counted(model, optimizers, world, world > 1 and config.parallel == 'fsdp')}
-    rows = min(config.batch_size, max(1, config.batch_tokens // config.block_size // world))  # sequences of a micro-step in one process
+    # Sequences of a micro-step in one process.
+    rows = min(config.batch_size, max(1, config.batch_tokens // config.block_size // world))
     state = sizes['parameters'] + sizes['gradients'] + sizes['optimizer']
     measure = functools.cache(functools.partial(measured, model, device))
 
@@ -214,7 +218,8 @@ def advice(model, optimizers, config, device, dtype, world=1):
     text = 'out of memory: ' + ', '.join(f'{kind} {readable(size)}' for kind, size in sizes.items() if size and kind != 'buffers')
     tokens, last = f'{rows} x {config.block_size} tokens', 'a smaller --block_size or --n_embd (another model)'
     try:
-        measurable = all(local_tensor(p) is p and p.device.type == device.type for p in model.parameters())  # unsharded, on this device
+        # Measure only if all parameters are unsharded and on this device.
+        measurable = all(local_tensor(p) is p and p.device.type == device.type for p in model.parameters())
         activations, saved = (forward(), {knob: size() for knob, size in knobs.items()}) if measurable else (None, {})
     except Exception as error:
         if not is_out_of_memory(error):
@@ -274,7 +279,8 @@ class Profile:
 def operator_table(averages, device, steps, rows=15):
     """A table of the operators with the most self time, per step. MB: memory allocated minus memory freed."""
     gpu = device.type == 'cuda'
-    operators = [e for e in averages if e.device_type == torch.autograd.DeviceType.CPU]  # kernel time belongs to its operator
+    # The time of a kernel counts for the operator that launched it.
+    operators = [e for e in averages if e.device_type == torch.autograd.DeviceType.CPU]
 
     def time(e):
         return e.self_device_time_total if gpu else e.self_cpu_time_total

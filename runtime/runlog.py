@@ -30,9 +30,9 @@ except ImportError:  # not on Windows
 
 
 def speak(text='', end='\n'):
-    """print() that survives a lost console (`| head`, a lost terminal, a full disk). Returns whether the console is there.
+    """print() that survives a lost console (`| head`, a lost terminal, a full disk).
 
-    Once the console is lost, stdout goes to the null device."""
+    Returns whether the console is there. Once the console is lost, stdout goes to the null device."""
     try:
         print(text, end=end, flush=True)
         return True
@@ -44,7 +44,9 @@ def speak(text='', end='\n'):
 
 
 def read_lines(path):
-    """The JSON objects of a .jsonl file, in order. Skips incomplete or damaged lines. A missing file gives an empty list."""
+    """The JSON objects of a .jsonl file, in order. Skips incomplete or damaged lines.
+
+    A missing file gives an empty list."""
     found = []
     with contextlib.suppress(OSError):
         for raw in Path(path).read_bytes().splitlines():
@@ -86,7 +88,8 @@ class RunLog:
         if self.active:
             start = '\r\x1b[K' if self.open_line else ''
             self.open_line = progress and self.terminal
-            shown = text[:shutil.get_terminal_size().columns - 1] if self.open_line else text  # a wrapped line can't be written over
+            # Cut the text to the width of the terminal, because a wrapped line cannot be overwritten.
+            shown = text[:shutil.get_terminal_size().columns - 1] if self.open_line else text
             there = speak(start + shown, end='' if self.open_line else '\n')
             self.append('log.txt', text)
             if not there:
@@ -111,7 +114,9 @@ class RunLog:
 
     @contextlib.contextmanager
     def failing(self):
-        """Context for a run. Records an error in the run's files if they are still writable. Unlocks the directory at the end."""
+        """Context for a run. Records an error in the run's files if they are still writable.
+
+        Unlocks the directory at the end."""
         try:
             yield
         except Exception as error:
@@ -186,7 +191,9 @@ def tensorboard(out, step):
 
 
 def wandb(out, config):
-    """A tracker that sends metrics to Weights & Biases. A resumed run continues its wandb run. Raises UserError if wandb fails."""
+    """A tracker that sends metrics to Weights & Biases. A resumed run continues its wandb run.
+
+    Raises UserError if wandb cannot start."""
     import wandb
     known = Path(out) / 'wandb.id'
     if not known.exists():

@@ -6,7 +6,7 @@
 # Plateau: the last PATIENCE validations improve the best loss by less than the fraction LEAST_GAIN.
 # At least PATIENCE validations must come before them.
 PATIENCE, LEAST_GAIN = 5, 0.001
-# Rising loss: RISES rises in a row, to more than the fraction ABOVE_BEST above the best loss.
+# Rising loss: it rises RISES times in a row, to more than the fraction ABOVE_BEST above the best loss.
 RISES, ABOVE_BEST = 3, 0.01
 # Repetition over the last ROUNDS rounds of samples: it rises to above REPETITIVE, or always exceeds VERY_REPETITIVE.
 ROUNDS, REPETITIVE, VERY_REPETITIVE = 3, 0.3, 0.5

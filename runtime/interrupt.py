@@ -1,6 +1,6 @@
 """Handle signals. A run stops at its next safe point. Work inside limit() is interrupted if it takes too long.
 
-    interrupt = Interrupt()                                # from now on, interrupt.signals records every signal
+    interrupt = Interrupt()                                # from now on, interrupt.signals records the signals to stop
     with interrupt.limit(600): compile_something()         # raises Overdue after 600 s, and 3 s after a signal
 """
 import contextlib

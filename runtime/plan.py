@@ -152,8 +152,9 @@ def steps(knobs, shape, rows, pattern, threads):
 
 def probe(config, rows, micro_steps, seconds_a_row, fits):
     """
-    Measure a few real training steps. Returns a Measured, or None if not even one sequence fits or memory runs out.
+    Measure a few real training steps.
 
+    Returns a Measured. Returns None if even one sequence is too large or too slow, or if memory runs out anyway.
     Starts from `rows` sequences and halves them until the steps fit in memory and in PROBE seconds.
     seconds_a_row: the expected seconds per sequence of a micro-step.
     fits(n): whether a micro-step of n sequences should fit in memory.
@@ -166,7 +167,7 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
     if not n:
         return None
     server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['torch._dynamo'])  # takes seconds, every optimizer needs it
+    server.set_forkserver_preload(['torch._dynamo'])  # import once: it is slow, and every optimizer needs it
     knobs, shape = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig)
     repeats = next((k for k in range(12, 3, -1) if k * several * n * seconds_a_row <= PROBE / 10), 3)
 
@@ -375,7 +376,7 @@ def disk_lines(config, data):
     if data:
         there = sum(file.stat().st_size for file in data.path.rglob('*') if file.is_file())
         text = f'{readable(there)} of data are in {data.path}'
-    elif config.dataset == 'fineweb_edu':  # only prepares as many tokens as the run reads
+    elif config.dataset == 'fineweb_edu':  # prepares only as many tokens as the run reads
         text = f'{readable(size)} of data are to be prepared'
     else:
         text = f'{config.dataset} is not prepared yet: {width} bytes a token'

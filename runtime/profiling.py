@@ -142,8 +142,8 @@ def counted(model, optimizers, world=1, sharded=False):
 def memory_breakdown(model, optimizers, rows, device, dtype, world=1, sharded=False):
     """The memory at the end of a forward with micro-steps of `rows` sequences: [(kind, bytes, how)].
 
-    The last row is the total.
-    It includes the gradients of an earlier micro-step. sharded: FSDP shards the model over `world` processes."""
+    The last row is the total. The rows include the gradients of an earlier micro-step.
+    sharded: FSDP shards the model over `world` processes."""
     *a_sequence, copies = measured(model, device, dtype)
     how = 'inputs of the blocks, and one block at a time' if model.activation_checkpointing else 'kept for backward'
     found = counted(model, optimizers, world, sharded) + [

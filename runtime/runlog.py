@@ -145,9 +145,10 @@ class RunLog:
                             '--resume=auto, or choose another --out_dir')
 
     def cut(self, step):
-        """Delete the lines that a resumed run will write again, and the temporary files of a killed run.
+        """Delete the lines that a resumed run will write again, and what a killed run left incomplete.
 
-        Training lines and events go after `step`. Validations and samples go from `step` on."""
+        Training lines and events go after `step`. Validations and samples go from `step` on.
+        Incomplete lines and temporary files go, too."""
         if not self.active:
             return
         for name in ('metrics.jsonl', 'samples.jsonl'):

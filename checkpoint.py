@@ -1,13 +1,15 @@
-"""Checkpoints: atomic save, verified load, resume, retention. Imported by train.py and by every script that takes a run.
+"""Checkpoints: atomic save, verified load, resume, retention.
+
+Imported by train.py and by every script that takes a run:
 
     save('runs/x/checkpoints/step_0001000.pt', state)
-    path, state = find('runs/x')               # the newest good checkpoint of a run, or a file
+    path, state = find('runs/x')               # the newest good checkpoint of a run; a file also works
     model, state = load_model('runs/x', device)
 
-Packed files of export.py are not checkpoints. deploy.packed.load_model reads both.
+Packed files of export.py are not checkpoints. deploy.packed.load_model reads checkpoints and packed files.
 
 A checkpoint is one dict of tensors and plain containers in torch's zip format. It is always read with
-weights_only=True, which unpickles nothing else, so a file from a stranger can't run code.
+weights_only=True, which unpickles only tensors and plain containers. A file from a stranger therefore can't run code.
 """
 import math
 import re
@@ -24,12 +26,12 @@ from model import GPT, GPTConfig
 from schedule import schedule, top_k
 
 VERSION = 1
-# What every one has; the tokenizer is None after training on shards without one.
+# Every checkpoint has these keys. The tokenizer is None if the training shards had none.
 KINDS = {'model': dict, 'optimizer': dict, 'step': int, 'config': dict, 'tokenizer': (dict, type(None)), 'data': dict}
 
 
 def save(path, state, advice='continue with --resume=auto'):
-    """Write `state` to `path`, whole or not at all; UserError, with advice, if the disk won't take it."""
+    """Write `state` to `path` atomically. UserError, with advice, if the file can't be written."""
     try:
         with replacing(path) as file:
             torch.save({'format': 'nanotrix-checkpoint', 'version': VERSION, **state}, file)
@@ -43,7 +45,7 @@ def save(path, state, advice='continue with --resume=auto'):
 
 
 def load(path, map_location='cpu'):
-    """The dict in a checkpoint file, verified (every record's CRC-32); UserError for anything else."""
+    """The dict in a checkpoint file. Checks every record's CRC-32. UserError if the file is no valid checkpoint."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
@@ -55,7 +57,7 @@ def load(path, map_location='cpu'):
         raise UserError(f'{path}: truncated, or not a checkpoint')
     except OSError as error:
         raise UserError(f'{path}: {error.strerror or error}')
-    except Exception as error:  # weights_only raises several types at what it won't unpickle
+    except Exception as error:  # weights_only raises several types for objects that it refuses
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
             raise UserError(f'{path}: refused, it holds Python objects that are not plain tensors and containers')
         raise UserError(f'{path}: damaged ({type(error).__name__})')
@@ -74,9 +76,9 @@ def steps(directory):
 
 
 def find(run, map_location='cpu', say=print):
-    """A checkpoint file, or a run directory's newest one that is good -> (path, state). UserError if there is none.
+    """A checkpoint file, or a run directory (its newest good checkpoint) -> (path, state). UserError if there is none.
 
-    Damaged ones are named and skipped."""
+    Damaged checkpoints of a run directory are reported and skipped."""
     run = Path(run)
     if run.is_file():
         return run, load(run, map_location)
@@ -91,9 +93,10 @@ def find(run, map_location='cpu', say=print):
 
 
 def resume(config, data, world, say=print):
-    """(path, state) from which a run with this config of train.py goes on, or (None, None) to start afresh; says what has changed.
+    """The checkpoint (path, state) that a run of train.py resumes, or (None, None) for a new run. Prints what changed.
 
-    UserError if it can't go on with this config and data, or config.out_dir holds a run that it would write over."""
+    UserError if the checkpoint doesn't fit this config or data, or if the run would overwrite another one in
+    config.out_dir."""
     out, source = Path(config.out_dir), Path(config.out_dir if config.resume == 'auto' else config.resume)
     there = steps(out / 'checkpoints')
     own = config.resume and out.resolve() in (source.resolve(), *source.resolve().parents)
@@ -105,20 +108,21 @@ def resume(config, data, world, say=print):
         say(f'--resume=auto: no checkpoint in {out}, starting at step 0')
         return None, None
     path, state = find(source, say=say)
-    if not state['optimizer'] or not {'scaler', 'rng', 'tokens', 'best', 'skipped', 'seconds'} <= state.keys():  # as export.py convert writes it
+    # A file that export.py convert wrote has only weights.
+    if not state['optimizer'] or not {'scaler', 'rng', 'tokens', 'best', 'skipped', 'seconds'} <= state.keys():
         raise UserError(f'{path}: has no optimizer state to go on with, only weights: start a run from them by --init_from={path}')
     if path == source and own and path.name < there[-1].name:
         raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
                         f'or from here in another directory by --out_dir={out}-2')
-    saved = {**vars(GPTConfig()), **state['config']}  # an older checkpoint lacks newer options
+    saved = {**vars(GPTConfig()), **state['config']}  # older checkpoints lack newer options
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
-    # chunk_size is how, not what is computed; eot_id comes from the tokenizer.
+    # chunk_size does not change the result. eot_id comes from the tokenizer.
     model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | {'optimizer'}
     if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: that can\'t change on the way'
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)
     theirs, ours = state['data'].get('fingerprint'), data.fingerprint
-    state.setdefault('windows', state['tokens'] // config.block_size)  # a checkpoint from before they were counted
+    state.setdefault('windows', state['tokens'] // config.block_size)  # older checkpoints don't count windows
     same_tokenizer(state, data, path)
     if theirs != ours and not config.other_data:
         raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {theirs}, here {ours}): bring that back, '
@@ -141,7 +145,7 @@ def resume(config, data, world, say=print):
 
 
 def consequences(changed, saved, config, state):
-    """What changed options mean for the rest of a resumed run, in lines. saved: the config of the checkpoint, a dict."""
+    """Lines on what changed options mean for the rest of a resumed run. saved: the checkpoint's config, a dict."""
     step = state['step']
     if 'batch_tokens' in changed and step < config.max_steps:
         left, (old, new) = config.max_steps - step, changed['batch_tokens']
@@ -153,7 +157,7 @@ def consequences(changed, saved, config, state):
         yield 'another packing makes other rows: texts of this epoch may come twice or not at all'
     try:
         old_rate, old_decay = schedule(step, SimpleNamespace(**saved))
-    except AttributeError:  # of an older version, without some of the options
+    except AttributeError:  # the config of an older version lacks some options
         return
     rate, decay = schedule(step, config)
     if not math.isclose(rate, old_rate):
@@ -169,8 +173,9 @@ def same_tokenizer(state, data, path, knob='--resume'):
 
 
 def model_config(state, path, context=0):
-    """The GPTConfig that a checkpoint was trained with, for windows of at least `context` tokens. UserError if its config is broken,
-    or its learned positions end before `context`."""
+    """The GPTConfig of a checkpoint, with block_size raised to `context` if that is larger.
+
+    UserError if the checkpoint's config is broken, or if it has learned positions for fewer than `context` tokens."""
     try:
         config = GPTConfig(**{f.name: typed(state['config'][f.name], f.type) for f in fields(GPTConfig)
                               if f.name in state['config']})
@@ -181,7 +186,7 @@ def model_config(state, path, context=0):
     if config.document_mask and config.eot_id < 0:
         raise UserError(f'{path}: document_mask=True without an eot_id, the id that ends a document: its config is broken')
     steps = state['config'].get('anneal_steps', 0)
-    if config.ffn == 'trix' and isinstance(steps, int) and steps > 0:  # as many tiles as it was trained with by then
+    if config.ffn == 'trix' and isinstance(steps, int) and steps > 0:  # tiles in use at the checkpoint's step
         trained = SimpleNamespace(anneal_steps=steps, trix_tiles=config.trix_tiles, trix_top_k=config.trix_top_k)
         config.trix_top_k = top_k(max(0, state['step']), trained)
     if context > config.block_size and config.positions == 'learned':
@@ -191,7 +196,7 @@ def model_config(state, path, context=0):
 
 
 def load_weights(model, state, path):
-    """Copy a checkpoint's weights into the model; UserError that names what doesn't fit."""
+    """Copy a checkpoint's weights into the model. The UserError names weights that don't fit or are not finite."""
     try:
         saved, own = state['model'], model.state_dict()
         wrong = [name for name in sorted(saved.keys() | own.keys())
@@ -208,8 +213,9 @@ def load_weights(model, state, path):
 
 
 def load_model(run, device, context=0):
-    """A run directory or checkpoint -> (GPT in eval mode on the device, the checkpoint's dict); for windows of `context` tokens, if
-    given. UserError if learned positions end before."""
+    """A run directory or checkpoint -> (GPT in eval mode on the device, the checkpoint's dict).
+
+    context: tokens of a window, if more than block_size. UserError if learned positions end before it."""
     path, state = find(run, device)
     model = GPT(model_config(state, path, context)).to(device)
     load_weights(model, state, path)
@@ -217,8 +223,10 @@ def load_model(run, device, context=0):
 
 
 def retain(newest, keep, forever):
-    """After saving `newest`: delete all but the last `keep` checkpoints up to it (0: none is deleted) and those whose step
-    is in `forever`. A later one can only be damaged, left by the run that this one resumed, and is soon written over."""
+    """Delete old checkpoints after `newest` was saved. Keeps the last `keep` up to `newest` and the steps in `forever`.
+
+    keep=0 deletes nothing. A checkpoint later than `newest` is left alone: it must be a damaged one of the run that was
+    resumed, and will soon be overwritten."""
     kept = {f'step_{step:07d}.pt' for step in forever}
     older = [path for path in steps(newest.parent) if path.name <= newest.name]
     for path in older[:-keep] if keep else []:

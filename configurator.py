@@ -1,13 +1,13 @@
 """
-Config files and --key=value -> one typed, checked config. Imported by every script:
+Turns config files and --key=value words into one typed, checked config. Imported by every script:
 
     config = load(argv, GPTConfig, TrainConfig, usage=__doc__)   # python train.py config/a.py config/b.py --n_layer=12
     model = GPT(config.pick(GPTConfig))
     print(config.changes())
 
-The keys are the fields of the dataclasses; a field's trailing comment is its documentation, printed by --help.
-A config file is plain Python: `n_layer = 12`. It reads the defaults and the values of earlier files as variables.
-Later files win over earlier ones, and the command line wins over all files.
+The keys are the fields of the dataclasses. A field's trailing comment is its documentation, printed by --help.
+A config file is plain Python: `n_layer = 12`. It can read the defaults and the values of earlier files as variables.
+Later files override earlier ones. The command line overrides all files.
 """
 import ast
 import builtins
@@ -27,18 +27,18 @@ from itertools import takewhile
 from pathlib import Path
 from typing import get_type_hints
 
-KINDS = {int: 'int', float: 'float', bool: 'bool', str: 'str', tuple[int, ...]: 'int,int,...'}  # as users read them
+KINDS = {int: 'int', float: 'float', bool: 'bool', str: 'str', tuple[int, ...]: 'int,int,...'}  # type names for users
 
 
 class UserError(Exception):
-    """Mistakes of the user or of an input: UserError('one problem', 'another'). str() is one line a problem."""
+    """A mistake of the user or in an input: UserError('one problem', 'another'). str() gives one line per problem."""
 
     def __str__(self):
         return '\n'.join(' '.join(map(str.strip, problem.splitlines())) for problem in self.args)
 
 
 class Config:
-    """Every key is an attribute; `origin` maps it to 'default', 'config/x.py' or 'command line', in field order."""
+    """Every key is an attribute. `origin` maps keys to 'default', 'config/x.py' or 'command line', in field order."""
 
     def __init__(self, values, origin):
         vars(self).update(values, origin=origin)
@@ -48,16 +48,16 @@ class Config:
         vars(self)[key] = value
 
     def pick(self, cls):
-        """The instance of one of the classes with the values of its fields."""
+        """An instance of one of the dataclasses, with the values of this config."""
         return cls(**{field.name: getattr(self, field.name) for field in fields(cls)})
 
     def as_dict(self):
-        """Plain values in field order, equal to what comes back from JSON (so a tuple is a list)."""
+        """Plain values in field order. Tuples become lists, so the dict is unchanged by a round trip through JSON."""
         values = {key: getattr(self, key) for key in self.origin}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def changes(self, width=118):
-        """What differs from the defaults, in lines: where it comes from, and the keys with their values."""
+        """The values that differ from the defaults: one paragraph per origin, with the keys and values."""
         groups = {}
         for key, where in self.origin.items():
             if where != 'default':
@@ -69,9 +69,11 @@ class Config:
 
 def load(argv, *classes, positional=(), usage='', check=None):
     """
-    Resolve the command line against dataclasses; raise UserError with all problems at once. Words that are neither
-    --key=value nor a .py file fill the fields named by `positional`, in turn. Impossible combinations are named by a
-    class's own `problems(self) -> list[str]`, and across classes by `check(config) -> list[str]`.
+    Resolve the command line against dataclasses -> Config. Raises UserError with all problems at once.
+
+    positional: fields that are filled, in order, by words that are neither --key=value nor a .py file.
+    Invalid combinations are found by a class's own `problems(self) -> list[str]`, and across classes by
+    `check(config) -> list[str]`.
     """
     kinds, values = schema(classes)
     assert set(positional) <= set(kinds), f'positional={positional}: name fields of the classes'
@@ -80,7 +82,7 @@ def load(argv, *classes, positional=(), usage='', check=None):
         raise SystemExit(0)
 
     origin = dict.fromkeys(values, 'default')
-    unreadable, unknown = [], []  # apart, because combinations can't be judged while a value is missing
+    unreadable, unknown = [], []  # separate, because combinations can't be checked while a value is missing
 
     def assign(where, key, value, written):
         if key not in kinds:
@@ -146,31 +148,31 @@ def schema(classes):
 
 
 def run_file(path, values):
-    """Run a config file; return the names that it assigns, without its helpers. Raises UserError."""
+    """Run a config file -> the names that it assigns, without helpers. UserError if the file is missing or fails."""
     if not Path(path).is_file():
         siblings = {file.stem: str(file) for file in Path(path).parent.glob('*.py')}  # stems: all names share '.py'
         raise UserError(f'{path}: no such file{nearest(Path(path).stem, siblings, siblings.get)}')
-    # The values so far stand where built-in names do: readable from everywhere in the file (comprehensions and
-    # functions too), while the namespace itself ends up with what the file assigned and nothing else.
+    # The values so far are passed as built-in names. The whole file can read them, also in comprehensions and
+    # functions. The namespace then holds only what the file assigned.
     namespace = {'__builtins__': {**vars(builtins), **values}}
     try:
         tree = ast.parse(Path(path).read_bytes(), path)
         exec(compile(tree, path, 'exec', dont_inherit=True), namespace)
-    except (Exception, SystemExit) as error:  # SystemExit: a config file must not end the program without a word
+    except (Exception, SystemExit) as error:  # SystemExit: a config file must not end the program silently
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = lines[-1] if lines else getattr(error, 'lineno', None)  # a file that doesn't parse has no frame
+        line = lines[-1] if lines else getattr(error, 'lineno', None)  # a syntax error has no frame
         where = f'{path}:{line}' if line else path
         raise UserError(f'{where}: {traceback.format_exception_only(error)[-1]}') from error
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
     def is_helper(name, value):
-        misspelt = difflib.get_close_matches(name, values, 1, 0.8)  # n_layers, which the file itself reads, is no helper
+        misspelt = difflib.get_close_matches(name, values, 1, 0.8)  # n_layers is a typo, even if the file reads it
         return name[0] == '_' or name in read and not misspelt or isinstance(value, types.ModuleType) or callable(value)
     return {name: value for name, value in namespace.items() if name in values or not is_helper(name, value)}
 
 
 def parse(text, kind):
-    """The Python value that `text` writes. Where it writes none it stays text, for `typed` to refuse."""
+    """The Python value in `text`. Invalid text is returned unchanged, and `typed` then rejects it."""
     if kind is bool:
         return {'true': True, '1': True, 'false': False, '0': False}.get(text.lower(), text)
     if kind == tuple[int, ...]:
@@ -179,15 +181,15 @@ def parse(text, kind):
         with suppress(ValueError):
             return int(text)
         with suppress(ValueError):
-            if math.isfinite(float(text)) or 'inf' in text.lower():  # 1e999 is a slip, inf is a choice
+            if math.isfinite(float(text)) or 'inf' in text.lower():  # 1e999 is a typo, inf is a choice
                 return float(text)
     return text
 
 
 def typed(value, kind):
-    """`value` as `kind`: 5e6 is an int, 2.5 and True are not. Raises ValueError, or OverflowError for a huge int."""
+    """`value` as `kind`. 5e6 is an int; 2.5 and True are not. Raises ValueError, or OverflowError for a huge int."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int and number and value % 1 == 0:  # false for inf and nan
+    if kind is int and number and value % 1 == 0:  # False for inf and nan
         return int(value)
     if kind is float and number and not math.isnan(value):
         return float(value)
@@ -201,7 +203,7 @@ def typed(value, kind):
 
 
 def read_json(path, advice=''):
-    """The object in a JSON file. Raises UserError with advice, by default for a file of a prepared directory."""
+    """The object in a JSON file. UserError with `advice`; the default advice is for a file of a prepared directory."""
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -220,7 +222,7 @@ def nearest(name, names, shown=str):
 
 
 def describe(cls):
-    """The --help of a dataclass: key, type, default and comment of each field."""
+    """The --help text of a dataclass: key, type, default and comment of each field."""
     code = textwrap.dedent(inspect.getsource(cls))
     lines, hints, rows, said = code.split('\n'), get_type_hints(cls), [], {}
     for node in ast.parse(code).body[0].body:
@@ -236,30 +238,36 @@ def describe(cls):
 
 
 def columns(rows):
-    """Rows of strings as aligned lines. One very long cell pushes only its own line."""
+    """Rows of strings as aligned lines. A very long cell shifts only its own line."""
     widths = [min(32, max(map(len, column))) for column in zip(*rows)]
     return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def as_utf8(text):
-    """A value of the command line as it was typed, also where the locale is not UTF-8 and Python has kept its bytes as surrogates."""
+    """A command-line value as typed. Decodes the surrogates that Python uses for bytes if the locale is not UTF-8."""
     return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
 
 def utf8_path(path):
-    """A path as other programs read it, whatever the locale here; None if its bytes are no UTF-8."""
+    """A path as other programs read it, in any locale here. None if its bytes are not UTF-8."""
     with suppress(UnicodeDecodeError):
         return os.fsencode(path).decode()
 
 
 def run(main):
     """
-    Call main(sys.argv[1:]) as a program that ends without a traceback. A UserError is a line a problem and exit code 2, and so is what the
-    system refuses: a file, or a console that is full. Ctrl-C is 130, another signal 128 + its number, a reader of the output that goes away
-    141. Signals are exceptions here, so that a file in the making is removed. A character that the console's encoding lacks becomes '?'.
+    Call main(sys.argv[1:]) as a program. Expected errors end it without a traceback. Exit codes:
+
+        2             a UserError (one line per problem) or an OSError, such as an unreadable file or a full console
+        130           Ctrl-C
+        128 + number  another signal
+        141           the reader of the output went away
+
+    Signals raise exceptions, so partly written files are removed. A character that the console can't encode prints as
+    '?'.
     """
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:  # closed, as by `>&-`: no file that is opened later may get its number
+        if getattr(sys, name) is None:  # closed, as by `>&-`; a file opened later must not get its descriptor
             setattr(sys, name, open(os.devnull, 'w'))
         elif hasattr(getattr(sys, name), 'reconfigure'):
             getattr(sys, name).reconfigure(errors='replace')
@@ -267,28 +275,28 @@ def run(main):
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP is ignored
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP is ignored and stays ignored
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()  # here, where a closed pipe is caught, and not while the interpreter shuts down
+        sys.stdout.flush()  # a closed pipe is caught here, but not during interpreter shutdown
     except UserError as error:
         end(2, error)
     except KeyboardInterrupt:
         end(130)
     except OSError as error:
         failure = None if error.filename else console_failure()
-        if isinstance(failure, BrokenPipeError):  # the reader of our output went away, as in `python watch.py runs/x | head`
+        if isinstance(failure, BrokenPipeError):  # the reader went away, as in `python watch.py runs/x | head`
             end(141)
         if failure:
             end(2, f'standard output: {failure.strerror}')
-        if isinstance(error, BrokenPipeError):  # some other pipe, say to a worker process that died: a bug
+        if isinstance(error, BrokenPipeError):  # another pipe, say to a dead worker process: a bug
             raise
         end(2, f'{error.filename}: {error.strerror}' if error.filename else error.strerror or error)
 
 
 def console_failure():
-    """The OSError of standard output, which then leads nowhere, or None if it still takes text."""
+    """The OSError of writing to standard output, or None. After an error, output goes to os.devnull."""
     try:
         print(flush=True)
     except OSError as error:
@@ -299,21 +307,21 @@ def console_failure():
 
 
 def end(code, reason=''):
-    with suppress(OSError):  # of a console that is gone
+    with suppress(OSError):  # the console may be gone
         if reason:
             print(reason, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def refuse(kind, error, trace):
-    """sys.excepthook until run(): what the system refuses to an import is a line and exit code 2."""
+    """sys.excepthook until run(): an OSError during imports becomes one line and exit code 2."""
     if not issubclass(kind, OSError):
         return sys.__excepthook__(kind, error, trace)
     end(2, f'{error}: make room, or set TMPDIR' if 'temporary directory' in str(error) else error)
 
 
-# The scripts import this file before torch, which takes seconds. Until run() Ctrl-C ends them at once: as an exception it would leave a
-# traceback, or a library half imported.
+# The scripts import this file before torch, whose import takes seconds. Until run(), Ctrl-C ends them at once. As an
+# exception, it would print a traceback or leave a library half imported.
 if Path(getattr(sys.modules['__main__'], '__file__', None) or '').resolve().parent == Path(__file__).resolve().parent:
     sys.excepthook = refuse
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:

@@ -1,11 +1,12 @@
 """
-Prepared token bins -> batches, as a pure function of (seed, step). Imported by train.py, evaluate.py, bench.py, prepare.py:
+Reads batches from prepared token bins. A batch is a pure function of (seed, step).
+Imported by train.py, evaluate.py, bench.py, prepare.py:
 
     data = TokenData('data/pylib', block_size=256, vocab_size=8192)
     x, y = data.batch(step, micro, batch_size=16, batch_rows=64, rank=0, world=2, seed=1337)   # (16, 256) each
     x, y = data.val_batch(data.val_windows(eval_tokens=500_000)[:16])
 
-A loader has no state, so a resumed run and a run on another number of processes see the very same batches.
+A loader has no state. A resumed run sees the same batches as an uninterrupted one, on any number of processes.
 """
 import hashlib
 import json
@@ -23,16 +24,22 @@ from configurator import UserError, read_json
 from tokenizer import load_tokenizer
 from verification import BinFile, verify
 
-VERSION = 1  # of meta.json
-DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}  # of ids in bins
-GAMMA = 0x9e3779b97f4a7c15  # 2^64 / golden ratio: keeps `mix` away from its fixed point 0
+VERSION = 1  # version of meta.json
+DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}  # types of the ids in bins
+GAMMA = 0x9e3779b97f4a7c15  # 2^64 / golden ratio; keeps `mix` away from its fixed point 0
 
 
 def data_dir(dataset, tokenizer='bpe', root='data', max_tokens=0, vocab_size=8192, **options):
     """
-    Where prepare.py puts a corpus. Every option that isn't the default is part of the name, so that no two preparations share a
-    directory: pylib -> data/pylib, with GPT-2's tokenizer data/pylib-gpt2, 500M tokens of fineweb_edu in a vocabulary of 32,000
-    -> data/fineweb_edu-500M-32000, text:my/notes -> data/text-my-notes-<hash>. A path ('data/x', with its slash) is itself.
+    The directory where prepare.py puts a corpus. Every non-default option is part of the name, so two different
+    preparations never share a directory:
+
+        pylib                                               -> data/pylib
+        pylib with GPT-2's tokenizer                        -> data/pylib-gpt2
+        500M tokens of fineweb_edu, a vocabulary of 32,000  -> data/fineweb_edu-500M-32000
+        text:my/notes                                       -> data/text-my-notes-<hash>
+
+    A dataset with a slash and no colon ('data/x') is a path and is returned unchanged.
     """
     kind, colon, path = dataset.partition(':')
     if not colon and '/' in dataset:
@@ -51,7 +58,7 @@ def data_dir(dataset, tokenizer='bpe', root='data', max_tokens=0, vocab_size=819
 
 
 def short_number(n):
-    """500_000_000 -> '500M', 2_500_000 -> '2500k', 1_234_567 -> '1234567': as short as it is exact."""
+    """500_000_000 -> '500M', 2_500_000 -> '2500k', 1_234_567 -> '1234567': the shortest exact form."""
     for unit, size in (('B', 10**9), ('M', 10**6), ('k', 10**3)):
         if n % size == 0:
             return f'{n // size}{unit}'
@@ -59,13 +66,13 @@ def short_number(n):
 
 
 def slug(path):
-    """A path as one readable word. With a hash, for a/b and a-b are one word without."""
+    """A path as one readable word. A hash at the end keeps a/b and a-b apart."""
     word = re.sub(r'[^A-Za-z0-9.]+', '-', path).strip('-.')[-60:]
     return f'{word}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}'
 
 
 def mix(x):
-    """uint64 array -> uint64 array, a bijection in which every bit of x reaches every bit: the finaliser of splitmix64."""
+    """uint64 array -> uint64 array: splitmix64's finaliser. A bijection in which every bit affects all bits."""
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9
     x = (x ^ (x >> 27)) * 0x94d049bb133111eb
     return x ^ (x >> 31)
@@ -73,17 +80,18 @@ def mix(x):
 
 def permute(i, n, key):
     """
-    The i-th element of range(n) in the order that `key` stands for. i: integer array, key: integer or array like i.
+    The i-th element of range(n) in a pseudo-random order chosen by `key`.
+    i: integer array. key: integer, or an integer array of i's shape.
 
-    A Feistel network is a bijection of range(2^bits); a value that falls outside range(n) goes through it again until it is
-    inside (cycle walking: Black and Rogaway 2002), fewer than 2 times on average. Unlike numpy's permutation it needs no
-    memory for n and is the same in every version.
+    A Feistel network is a bijection of range(2^bits). A value outside range(n) goes through the network again until it
+    lies inside (cycle walking: Black and Rogaway 2002). This takes fewer than 2 passes on average. Unlike numpy's
+    permutation it needs no memory for n and gives the same order in every version.
     """
     i = np.asarray(i).astype(np.uint64)
     key = np.broadcast_to(np.asarray(key).astype(np.uint64), i.shape)
     bits = (n - 1).bit_length()
     low = (bits + 1) // 2
-    keys = [key := mix(key + GAMMA) for _ in range(6)]  # one a round: with 4 the orders of a tiny n are not equally likely
+    keys = [key := mix(key + GAMMA) for _ in range(6)]  # 6 rounds: with 4, orders of a tiny n are not equally likely
 
     def feistel(x, keys):
         left, right = x >> low, x & (2**low - 1)
@@ -99,17 +107,17 @@ def permute(i, n, key):
 
 
 class Part(NamedTuple):
-    """The tokens of a bin that belong to a split: all, unless meta.json gives the `offset` of the first in bytes."""
+    """The tokens of a bin that belong to a split: all, unless meta.json gives the first token's `offset` in bytes."""
     name: str
     tokens: int
     offset: int
     size: int  # bytes of the whole bin
     sha256: str  # of the whole bin
-    content: object  # what it adds to the fingerprint of the data
+    content: object  # what this part adds to the fingerprint of the data
 
     @classmethod
     def of(cls, entry, dtype):
-        """From an entry in meta.json. Raises KeyError, TypeError or ValueError for a broken one."""
+        """Build a Part from an entry in meta.json. Raises KeyError, TypeError or ValueError if the entry is broken."""
         tokens, sha256 = int(entry['tokens']), entry['sha256']
         if 'offset' not in entry:
             return cls(entry['name'], tokens, 0, dtype.itemsize * tokens, sha256, sha256)
@@ -121,13 +129,16 @@ class Part(NamedTuple):
 
 class TokenData:
     """
-    A prepared directory: .meta, .tokenizer (the content of tokenizer.json), .fingerprint, .train_tokens, .n_windows.
+    A prepared directory. Attributes: .meta, .tokenizer (the content of tokenizer.json), .fingerprint, .train_tokens,
+    .n_windows.
 
-    Window i of a split covers the tokens [i*T, i*T + T + 1), T = block_size: inputs, and targets one further. Everything that
-    can be wrong with the directory is a UserError here.
+    Window i of a split covers the tokens [i*T, i*T + T + 1), T = block_size. The targets are the inputs shifted by one.
+    The constructor raises UserError for anything wrong with the directory.
 
-    verify: which bins are read as a whole, to compare their sha256 and to look for ids outside the vocabulary. 'once':
-    those that were not read since they last changed; 'always': all; 'never': none, for a caller who reads them anyway.
+    verify: which bins are read completely, to compare their sha256 and to find ids outside the vocabulary.
+        'once': bins that changed since they were last read
+        'always': all bins
+        'never': no bins, for a caller that reads them anyway
     """
 
     def __init__(self, path, block_size, vocab_size, verify='once'):
@@ -167,16 +178,16 @@ class TokenData:
         self.train_tokens = totals['train']
         self.n_windows = (totals['train'] - 1) // block_size
         self.n_val_windows = (totals['val'] - 1) // block_size
-        # Of a file that has parts of both splits the one that begins earlier says where its ids begin.
+        # A file can hold parts of both splits. The dict keeps the offset of the earlier part, where the ids begin.
         both = sorted(parts['train'] + parts['val'], key=lambda part: -part.offset)
         self.bins = {part.name: BinFile(part.sha256, self.dtype, part.offset) for part in both}
         if verify != 'never':
             self.verify(reread=verify == 'always')
 
     def too_short(self, split, tokens):
-        """Says that a split has no window, how much text a window is where meta.json tells, and what to do."""
+        """The error for a split shorter than a window: what to do, and, if meta.json tells, the text a window needs."""
         window = self.block_size + 1
-        val_ratio = self.meta.get('val_ratio', 0)  # 0: not known, None: the corpus has splits of its own
+        val_ratio = self.meta.get('val_ratio', 0)  # 0: unknown, None: the corpus has its own splits
         files = self.meta['files']['train'] + self.meta['files']['val']
         all_bytes, all_tokens = (sum(file.get(key, 0) for file in files) for key in ('bytes', 'tokens'))
         window_kb = window * all_bytes / max(1, all_tokens) / 1000
@@ -191,24 +202,24 @@ class TokenData:
                 f'{size}: {shorter}, {more}{ratio}')
 
     def verify(self, reread):
-        """Read the bins that are not on record, or all of them (reread) -> {name: what verification.scan found}."""
+        """Read the bins without a verification record, or all bins (reread) -> {name: result of verification.scan}."""
         return verify(self.path, self.bins, self.n_vocab, self.again, reread)
 
     def open(self, part):
-        """The ids of a part of a bin, memory-mapped, the size of the bin checked."""
+        """Memory-map the ids of a part of a bin. Checks the size of the bin."""
         file = self.path / part.name
         try:
             if (size := file.stat().st_size) != part.size:
                 raise UserError(f'{file}: {size} bytes, but meta.json says {part.size}: {self.again}')
-            if not part.tokens:  # nothing can't be mapped
+            if not part.tokens:  # an empty range can't be mapped
                 return np.zeros(0, self.dtype)
-            # A plain view: slices of a np.memmap object cost ten times as much.
+            # A plain array view, because slicing a np.memmap object costs ten times as much.
             return np.asarray(np.memmap(file, self.dtype, 'r', part.offset, (part.tokens,)))
         except OSError as error:
             raise UserError(f'{file}: {error.strerror}: {self.again}')
 
     def read(self, split, start, stop):
-        """Tokens [start, stop) of a split, over as many shards as they lie in."""
+        """Tokens [start, stop) of a split. The range may span several shards."""
         starts = self.starts[split]
         first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
         return np.concatenate([self.shards[split][k][max(0, start - starts[k]):stop - starts[k]] for k in range(first, last)])
@@ -216,7 +227,8 @@ class TokenData:
     def gather(self, split, windows):
         """(n,) windows -> x, y: (n, T) int64"""
         T = self.block_size
-        tokens = np.stack([self.read(split, w * T, w * T + T + 1) for w in windows.tolist()]).astype(np.int64)  # (n, T + 1)
+        # (n, T + 1)
+        tokens = np.stack([self.read(split, w * T, w * T + T + 1) for w in windows.tolist()]).astype(np.int64)
         if tokens.max() >= self.n_vocab:
             row, column = np.argwhere(tokens >= self.n_vocab)[0]
             raise UserError(f'{self.path}: id {tokens[row, column]} at position {windows[row] * T + column} of the {split} split '
@@ -224,7 +236,7 @@ class TokenData:
         return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
     def repeats(self, tokens):
-        """A line that says how often a run of so many tokens reads the training data; None if it reads nothing twice."""
+        """A line that says how often a run of so many tokens reads the training data. None if it repeats nothing."""
         times = tokens / (self.n_windows * self.block_size)
         if times > 1:
             return (f'this run reads its training data {times:.1f} times: to see no text twice, prepare more of it, '
@@ -232,22 +244,23 @@ class TokenData:
 
     def rows(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0, offset=0):
         """
-        (batch_size,) int64: the windows of one micro-step. The batch_rows rows of a step are dealt to its micro-steps and ranks.
+        (batch_size,) int64: the windows of one micro-step. Micro-steps and ranks share the batch_rows rows of a step.
 
-        Step s begins at row s * batch_rows + offset of the run. The offset is not 0 after a resume with another batch size: then it
-        is the number of rows read before, less resumed_step * batch_rows, so that reading goes on where it stopped.
+        Step s begins at row s * batch_rows + offset of the run. The offset is 0 unless the run was resumed with another
+        batch size. Then offset = rows read before the resume - resumed_step * batch_rows, so reading continues where it
+        stopped.
         """
         number = offset + step * batch_rows + (micro * world + rank) * batch_size + np.arange(batch_size)
-        epoch, i = np.divmod(number, self.n_windows)  # every window once an epoch
+        epoch, i = np.divmod(number, self.n_windows)  # an epoch reads every window once
         key = mix(mix(np.array([seed]).astype(np.uint64) + GAMMA) + epoch.astype(np.uint64))
         return permute(i, self.n_windows, key)
 
     def batch(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0, offset=0):
-        """x, y: (batch_size, T) int64. The union over micro-steps and ranks is the same for any number of processes."""
+        """x, y: (batch_size, T) int64. The union over micro-steps and ranks is equal for any number of processes."""
         return self.gather('train', self.rows(step, micro, batch_size, batch_rows, rank, world, seed, offset))
 
     def val_windows(self, eval_tokens=0):
-        """(n,) int64: the windows of every evaluation on about eval_tokens (0: all), spread evenly over the split."""
+        """(n,) int64: the windows of an evaluation on about eval_tokens (0: all), spread evenly over the split."""
         n = self.n_val_windows
         count = min(n, max(1, eval_tokens // self.block_size)) if eval_tokens else n
         return np.arange(count) * n // count
@@ -259,8 +272,8 @@ class TokenData:
 
 class Prefetcher:
     """
-    Iterator over batch(*arguments) for every item of `sequence`, the next one made in a thread while the current one is used.
-    `wait` adds up the seconds that the consumer waited. What batch() raises, the consumer's next() raises.
+    Iterator over batch(*arguments) for every item of `sequence`. A thread makes the next batch while the current one is
+    used. `wait` is the total time in seconds that the consumer has waited. An exception in batch() is raised by next().
     """
 
     def __init__(self, batch, sequence):

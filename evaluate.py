@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from configurator import UserError, load, run, typed  # before torch, whose import Ctrl-C may interrupt
+from configurator import UserError, load, run, typed  # before torch, so Ctrl-C can interrupt torch's import
 import numpy as np
 
 from runtime import device as hardware
@@ -51,13 +51,18 @@ class EvaluateConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Windows that overlap, and the test split
+# Overlapping windows, and the test split
 
 class Strided:
-    """Texts of one length as overlapping windows, for `validate`: each target (all tokens but a text's first) counts once.
+    """Splits texts of equal length into overlapping windows for `validate`. Each target counts once.
 
-    Windows start every `stride` tokens of a text. In its first one all targets count, in the others the last `stride`, which
-    have at least context - stride tokens before them. read(text, start, stop): ids. limit: targets from the first on (0: all)."""
+    The targets are all tokens except the first of each text. Windows start every `stride` tokens of a text. In the
+    first window all targets count. In later windows the last `stride` targets count; each has at least context - stride
+    tokens before it.
+
+    read(text, start, stop): returns ids of a text
+    texts, length: number of texts, and tokens in each
+    limit: number of targets, counted from the first (0: all)"""
 
     def __init__(self, read, texts, length, context, stride, limit=0):
         self.read, self.length, self.stride, self.context = read, length, stride, min(context, length - 1)
@@ -69,13 +74,13 @@ class Strided:
         return np.arange(self.window_of(self.limit - 1) + 1)
 
     def window_of(self, target):
-        """The window in which a target counts; both are numbered over all texts."""
+        """The window in which a target counts. Windows and targets are numbered over all texts."""
         text, k = divmod(target, self.length - 1)
         inside = 0 if k < self.context else 1 + (k - self.context) // self.stride
         return inside + (text * (1 + self.window_of(self.length - 2)) if text else 0)
 
     def val_batch(self, windows):
-        """x, y: (len(windows), context) int64; behind the end of a text x is 0, and y is -1 where a target counts elsewhere."""
+        """x, y: (len(windows), context) int64. x is 0 after a text's end. y is -1 where no target counts here."""
         x, y = np.zeros((len(windows), self.context), np.int64), np.full((len(windows), self.context), -1)
         for row, window in enumerate(windows.tolist()):
             text, k = divmod(window, 1 + self.window_of(self.length - 2))
@@ -88,23 +93,24 @@ class Strided:
 
 
 def strided(data, stride, limit):
-    """The first `limit` targets of the validation split (0: all) as Strided; of shards every row is a text of its own."""
+    """A Strided over the first `limit` validation targets (0: all). In shards each row is a separate text."""
     if isinstance(data, ShardData):
-        rows = ShardData(data.path, data.row, data.n_vocab)  # whose windows are whole rows
+        rows = ShardData(data.path, data.row, data.n_vocab)  # a window is a whole row
         return Strided(lambda row, start, stop: rows.gather('val', np.array([row]))[0][0, start:stop], rows.n_val_windows,
                        data.row, data.block_size, stride, limit)
 
     def read(_, start, stop):
         ids = data.read('val', start, stop)
-        if ids.max() >= data.n_vocab:  # in a file that is too big to be checked when it is opened
+        if ids.max() >= data.n_vocab:  # files too big for the check at opening
             raise UserError(f'{data.path}: id {ids.max()} in the val split is outside the vocabulary of {data.n_vocab}')
         return ids
     return Strided(read, 1, data.starts['val'][-1] + len(data.shards['val'][-1]), data.block_size, stride, limit)
 
 
 def validation(config, data, usual):
-    """(what has val_batch, its windows) for the validation that is asked for; usual: eval_tokens of the run. UserError if there
-    are not so many tokens."""
+    """(object with val_batch, windows) for the requested validation. usual: the run's eval_tokens.
+
+    UserError if the split has fewer tokens than requested."""
     asked, there = max(0, config.eval_tokens), data.n_val_windows * data.block_size
     if config.stride:
         loader = strided(data, config.stride, asked)
@@ -118,8 +124,8 @@ def validation(config, data, usual):
 
 
 def read_test(data):
-    """(text, {words, lines}) of the test split that prepare.py keeps beside the bins. UserError if there is none."""
-    from corpora.corpus import count_words  # here: what it imports takes a while, and train.py imports this file
+    """(text, {words, lines}) of the test split that prepare.py stores. UserError if it is missing or damaged."""
+    from corpora.corpus import count_words  # here because its imports are slow
     if 'test' not in data.meta:
         raise UserError(f'{data.path}: there is no test split in it: prepare.py keeps that of --dataset=wikitext2 and wikitext103')
     try:
@@ -137,7 +143,7 @@ def read_test(data):
 
 
 def as_stream(encoding, text):
-    """(n,) ids: the end of a text, as before every document in training, and then all of `text` as one stream."""
+    """(n,) ids: an end-of-text token, as before every document in training, then all of `text` as one stream."""
     ids = encode(encoding, text)
     return np.concatenate([np.array([encoding.eot_token], ids.dtype), ids])
 
@@ -146,9 +152,10 @@ def evaluate_test(model, encoding, text, counts, context, stride, batch_size, de
     """
     -> {word_perplexity, words, lines, test_loss (nats a token), test_bits_per_byte, test_stride}.
 
-    The text is one stream without an end of text between its articles, as Megatron-LM and Hugging Face's guide to perplexity have
-    it: what is measured is the text alone, each token of it once. Word-level perplexity is exp(nats / (words + lines)), because
-    models of words predict an <eos> for every line; unlike that of tokens it compares models with different tokenizers.
+    The text is one stream without end-of-text tokens between articles, as in Megatron-LM and in Hugging Face's guide to
+    perplexity. Only the text is measured, and each token counts once. Word-level perplexity is
+    exp(nats / (words + lines)), because word-level models predict an <eos> for every line. Unlike token-level
+    perplexity, it compares models with different tokenizers.
     """
     ids = as_stream(encoding, text)
     strided = Strided(lambda _, start, stop: ids[start:stop], 1, len(ids), context, stride)
@@ -161,25 +168,25 @@ def evaluate_test(model, encoding, text, counts, context, stride, batch_size, de
 # ----------------------------------------------------------------------------------------------------------------------
 
 def of_the_run(state, path):
-    """(eval_tokens, tokens of a micro-step in each process) of the run, which it validated with. UserError if they are broken."""
+    """(eval_tokens, tokens per micro-step and process) of the run's own validation. UserError for a broken config."""
     try:
         eval_tokens, size, batch, T, world = (typed(value, int) for value in (
             *(state['config'].get(key, 0) for key in ('eval_tokens', 'batch_size', 'batch_tokens', 'block_size')),
             state.get('processes', 1)))
-        return max(0, eval_tokens), T * max(1, min(size, batch // T // world))  # as train.micro_batches has it
+        return max(0, eval_tokens), T * max(1, min(size, batch // T // world))  # as in settings.micro_batches
     except (ValueError, OverflowError, ZeroDivisionError):
         raise UserError(f'{path}: its config has values of the wrong type')
 
 
 def own_loss(path, step):
-    """The loss that a run, given as to `load_model`, has recorded for its validation at a step; None if there is none."""
+    """The validation loss that a run recorded at a step, or None. path: a run directory or a checkpoint."""
     folder = Path(path) if Path(path).is_dir() else Path(path).absolute().parent.parent
     lines = read_lines(folder / 'metrics.jsonl')
     return next((line.get('loss') for line in reversed(lines) if line.get('kind') == 'eval' and line.get('step') == step), None)
 
 
 def open_validation(config, model, state):
-    """The data that are asked for, with the run's tokenizer."""
+    """The requested data. UserError if its tokenizer is not the run's, or if it doesn't fit the options."""
     path = config.data or state['data'].get('path', '')
     try:
         data = open_data(path, config.context or model.config.block_size, model.config.vocab_size,

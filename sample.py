@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, as_utf8, load, run  # before torch, whose import Ctrl-C may interrupt
+from configurator import UserError, as_utf8, load, run  # before torch, so Ctrl-C can interrupt torch's import
 import torch
 
 from deploy.packed import load_model
@@ -46,7 +46,7 @@ class SampleConfig:
 
 
 def stream(encoding, tokens, say):
-    """Say the text of token ids as it comes, whole characters at a time; returns how many there were."""
+    """Pass the text of token ids to `say` as they arrive, in whole characters. Returns the number of tokens."""
     decoder, count = codecs.getincrementaldecoder('utf-8')('replace'), 0
     for count, token in enumerate(tokens, 1):
         say(decoder.decode(encoding.decode_single_token_bytes(token)))
@@ -64,7 +64,7 @@ def main(argv):
     if encoding.n_vocab > model.config.vocab_size:
         raise UserError(f'{config.run}: its tokenizer has {encoding.n_vocab} tokens, its model {model.config.vocab_size}')
     print(f'{config.run}, step {state["step"]:,}, on {chosen}', file=sys.stderr)
-    made, seconds, tokens = 0, [0.0, 0.0], [0, 0]  # of prompts, and of what was generated one by one
+    made, seconds, tokens = 0, [0.0, 0.0], [0, 0]  # [of prompts, of generated tokens]
     for prompt in prompts(config):
         idx = torch.tensor([encode(encoding, prompt)], device=device)
         for i in range(config.num):
@@ -92,13 +92,14 @@ def main(argv):
 
 
 def prompts(config):
-    """The prompts that are asked for, one after the other. UserError if their file can't be read."""
+    """Yield the requested prompts. UserError if the file of --prompts is unreadable or has no prompt."""
     if config.interactive:
         while prompt := ask():
             yield prompt
     elif config.prompts:
         try:
-            lines = Path(config.prompts).read_text(encoding='utf-8-sig').split('\n')  # not splitlines: a form feed is part of a prompt
+            # Not splitlines, which would also split at form feeds. They belong to prompts.
+            lines = Path(config.prompts).read_text(encoding='utf-8-sig').split('\n')
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'--prompts={config.prompts}: {getattr(error, "strerror", None) or error}')
         if not any(lines):

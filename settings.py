@@ -1,7 +1,7 @@
-"""The options of a training run: every one with its default and what it does. Model options are in model.py.
+"""All options of a training run, with defaults and descriptions. Model options are in model.py.
 
-    config = load(['config/trix_tiny.py', '--max_steps=100'])     # files and --key=value, later ones win; checked
-    rows, micro_steps = micro_batches(config, world=4)            # how four processes share the tokens of a step
+    config = load(['config/trix_tiny.py', '--max_steps=100'])     # config files and --key=value words, checked
+    rows, micro_steps = micro_batches(config, world=4)            # how four processes split the tokens of a step
 """
 import math
 import os
@@ -104,7 +104,7 @@ class TrainConfig:
 
 
 def load(argv, usage=__doc__):
-    """Command line -> checked config; a pure function. UserError with a line for each problem."""
+    """Command line -> checked config. A pure function. UserError with one line per problem."""
     config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage,
                                check=lambda c: batch_problems(c) + schedule_problems(c) + annealing_problems(c))
     files = [Path(word).stem for word in argv if word.endswith('.py') and not word.startswith('--')]
@@ -114,8 +114,9 @@ def load(argv, usage=__doc__):
 
 
 def schedule_problems(config):
-    """Also puts the number of warm-up steps in, and, where --max_steps cuts the run of a file short, the usual parts for the
-    file's own that don't fit any more."""
+    """The problems of the schedule, one string each. Also completes the config: it sets automatic warm-up steps. If
+    --max_steps shortens the run of a config file and the file's step counts no longer fit, it sets the automatic
+    step counts."""
     parts = {'warmup_steps': -1, 'restart_steps': 0, 'decay_steps': 0, 'boundary_step': 0}
     for _ in range(2):
         if config.warmup_steps == -1:
@@ -146,7 +147,7 @@ def annealing_problems(config):
 
 
 def micro_batches(config, world):
-    """(sequences of a micro-step in each process, micro-steps of a step). UserError if `world` processes can't share a step."""
+    """(sequences per micro-step and process, micro-steps per step). UserError if the processes can't split a step."""
     rows = config.batch_tokens // config.block_size
     size = min(config.batch_size, max(1, rows // world))
     if rows % (world * size):

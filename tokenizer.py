@@ -1,13 +1,15 @@
 """
-Text <-> token ids, exactly: encoding a text and decoding the ids gives back every byte. Imported by every script:
+Converts text to token ids and back without loss: decoding the ids of a text gives back every byte.
+Imported by every script:
 
     content = train_bpe(texts, 8192)                  # or gpt2(), or from_file('llama2/tokenizer.json')
-    encoding = load_tokenizer(content)                # also from a prepared directory, as in load_tokenizer('data/pylib')
-    ids = encoding.encode_ordinary('Hello world')     # text alone: '<|endoftext|>' in it is spelled like any other text
+    encoding = load_tokenizer(content)                # or load_tokenizer('data/pylib'), a prepared directory
+    ids = encoding.encode_ordinary('Hello world')     # plain text only: '<|endoftext|>' in it is no special token
     encoding.decode(ids) == 'Hello world'
     lengths = token_bytes(encoding)                   # for bits per byte
 
-The content of a tokenizer is what tokenizer.json and every checkpoint hold: a dict of plain values, enough to rebuild it.
+The content of a tokenizer is a dict of plain values that suffices to rebuild it.
+tokenizer.json and every checkpoint hold this dict.
 """
 import base64
 import hashlib
@@ -22,35 +24,39 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from configurator import UserError, read_json
 
-VERSION = 1  # of tokenizer.json
-MAX_VOCAB = 2**20  # ids are held in 16 bits where they fit, else in 32
+VERSION = 1  # version of tokenizer.json
+MAX_VOCAB = 2**20  # ids are stored in 16 bits if they fit, else in 32
 EOT = '<|endoftext|>'
-ENDS = (EOT, '</s>', '<|end_of_text|>', '<eos>')  # names of the end of a text in Hugging Face's files
-# GPT-2's split into words as tiktoken writes it, and one that splits every text the same, twice as fast: what needs no look ahead
-# is one group that tiktoken's fancy-regex leaves to the automaton of the library below it.
+ENDS = (EOT, '</s>', '<|end_of_text|>', '<eos>')  # end-of-text tokens in Hugging Face's files
+# PATTERN is GPT-2's split into words as tiktoken writes it. FASTER splits every text identically and is twice as fast:
+# its first group needs no lookahead, so tiktoken's fancy-regex passes that group to the automaton
+# of the regex library below it.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 FASTER = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"""
-LONGEST_WORD = 4096  # bytes of a word that a BPE is trained on: the time of a merge grows with the length of a word
-LONG_WORDS = 6_000_000  # bytes of different words of more than 40 characters that a BPE is trained on: see `affordable`
-# Characters that a library gets at a time: Hugging Face's takes about 150 bytes of memory for each, tiktoken's stack overflows in a
-# run of a million spaces.
+LONGEST_WORD = 4096  # longest word in bytes for BPE training; a merge takes longer in longer words
+LONG_WORDS = 6_000_000  # total bytes of distinct words over 40 characters for BPE training: see `affordable`
+# Characters per call to a tokenizer library. Hugging Face's needs about 150 bytes of memory per character. tiktoken's
+# stack overflows on a run of a million spaces.
 SLICE = 2**19
-SPACE = '\u2581'  # how SentencePiece writes a space
+SPACE = '\u2581'  # SentencePiece writes a space as this character
 ASCII = re.compile('[\0-\x7f]')
-BYTES = {f'<0x{byte:02X}>': bytes([byte]) for byte in range(256)}  # its tokens for what no other token spells
+BYTES = {f'<0x{byte:02X}>': bytes([byte]) for byte in range(256)}  # SentencePiece's byte fallback tokens
 PRINTABLE = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
-# How a byte-level BPE writes a byte: one that is printable as its own character, the others in order as those from 256 on.
+# A byte-level BPE writes a printable byte as its own character. The other bytes become, in order,
+# the characters from 256 on.
 OTHERS = sorted({*range(256)} - {*PRINTABLE})
 BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + k): byte for k, byte in enumerate(OTHERS)}
-# What a tokenizer must give back byte by byte before it is accepted.
+# A tokenizer is accepted only if it reproduces this text byte by byte.
 HARD = "\0 I'll  say\t\r\n\n\xa0\x85\u2028 1234 e\u0301\xe9\ufb01\u212b\xc5İß 數据🙂\U000e0001 "
 HARD += f'a{SPACE}b{SPACE}{SPACE}{SPACE.join(BYTES)}  '
 
 
 def train_bpe(texts, vocab_size):
     """
-    The content of a byte-level BPE trained on str's: its ranks are the 256 bytes and then the tokens as they were merged. Words
-    of more than LONGEST_WORD bytes, as in a genome on one line, are cut for the training.
+    Train a byte-level BPE on an iterable of str -> its content. Ranks: the 256 bytes, then tokens in merge order.
+
+    Words of more than LONGEST_WORD bytes, as in a genome on one line, are cut for training. UserError if the texts
+    yield fewer than vocab_size tokens.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -66,8 +72,10 @@ def train_bpe(texts, vocab_size):
 
 def affordable(texts):
     """
-    The texts, up to where training on more would take over 1 GB. The library keeps every different word, at 100 bytes of memory
-    a byte, and in text without spaces (Chinese, Japanese, Thai) nearly every clause is another word. Of English and code all fits.
+    The texts, cut off where training on more would take over 1 GB of memory.
+
+    The library keeps every distinct word at 100 bytes of memory a byte. In text without spaces (Chinese, Japanese,
+    Thai) nearly every clause is a new word. English and code fit completely.
     """
     seen, size = set(), 0
     for text in texts:
@@ -81,10 +89,10 @@ def affordable(texts):
 
 
 def gpt2():
-    """The content of GPT-2's tokenizer (50,257 tokens), which tiktoken downloads once. Raises UserError where it can't."""
+    """The content of GPT-2's tokenizer (50,257 tokens). tiktoken downloads it once. UserError if the download fails."""
     try:
         encoding = tiktoken.get_encoding('gpt2')
-    except Exception as error:  # tiktoken lets through what its libraries raise: no network, no disk, a wrong sha256, ...
+    except Exception as error:  # tiktoken doesn't wrap the errors of its libraries: network, disk, sha256, ...
         raise UserError(f"GPT-2's tokenizer: tiktoken can't download it ({error!r:.200}): give Hugging Face's tokenizer.json of it "
                         'as --tokenizer=FILE, or a TIKTOKEN_CACHE_DIR that holds its files, or train one with --tokenizer=bpe')
     return native('gpt2', [encoding.decode_single_token_bytes(token) for token in range(encoding.eot_token)])
@@ -96,14 +104,16 @@ def native(name, ranks):
 
 
 def spelled(token):
-    """The bytes that a token of a byte-level BPE stands for."""
+    """The bytes of a token of a byte-level BPE."""
     return bytes(BYTE_OF[character] for character in token)
 
 
 def from_file(path):
     """
-    The content of the tokenizer in a file, or in a directory's tokenizer.json: one of ours, or one of Hugging Face's that is a
-    byte-level BPE (GPT-2, SmolLM) or a SentencePiece BPE with byte fallback (LLaMA-2, Mistral). Raises UserError for all others.
+    The content of the tokenizer in a file, or in a directory's tokenizer.json.
+
+    Accepts our own format and two kinds of Hugging Face tokenizers: byte-level BPE (GPT-2, SmolLM) and SentencePiece
+    BPE with byte fallback (LLaMA-2, Mistral). Raises UserError for all others.
     """
     file = json_of(path)
     content = read_json(file, 'expected a tokenizer.json, ours or of Hugging Face')
@@ -117,8 +127,10 @@ def from_file(path):
 
 def load_tokenizer(source):
     """
-    The encoding in a tokenizer.json: its path, the directory that holds it, or its content. A tiktoken.Encoding, or for what
-    came from Hugging Face a `HuggingFace`, which has the same methods. Raises UserError for all that is wrong with it.
+    The encoding of a tokenizer. source: path of a tokenizer.json, its directory, or its content.
+
+    Returns a tiktoken.Encoding, or for a tokenizer from Hugging Face a `HuggingFace`, which has the same methods.
+    Raises UserError if the tokenizer is broken.
     """
     if isinstance(source, dict):
         return checked('the tokenizer', source, build)
@@ -127,7 +139,7 @@ def load_tokenizer(source):
 
 
 def label(content):
-    """A name for the content of a tokenizer.json, for meta.json. None: one that is trained on the corpus."""
+    """The name of a tokenizer for meta.json. content: from tokenizer.json, or None for a BPE trained on the corpus."""
     if not content:
         return 'bpe'
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
@@ -139,7 +151,7 @@ def json_of(path):
 
 
 def checked(where, content, function):
-    """function(content), whose complaints name the file."""
+    """function(content). Its errors become UserErrors that name the file."""
     try:
         return function(content)
     except UserError as error:
@@ -151,7 +163,7 @@ def checked(where, content, function):
 
 
 def build(content):
-    """Content -> encoding, which has given back the bytes of a hard text."""
+    """Content -> encoding. Checks that the encoding reproduces a hard text byte by byte."""
     if (content['format'], content['version']) != ('nanotrix-tokenizer', VERSION):
         raise ValueError(f"format {content['format']!r} version {content['version']!r}, expected version {VERSION}")
     name, special = content['name'], content['special_tokens']
@@ -161,7 +173,7 @@ def build(content):
         exact = encoding.decode_bytes(encoding.encode_ordinary(text)) == normalized(encoding, text).encode()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of the libraries, which are written in Rust, is no Exception
+    except BaseException as error:  # a panic of the Rust libraries is no Exception
         raise ValueError(error)
     if not exact:
         raise UserError('a text changes when it is encoded and decoded: choose another tokenizer')
@@ -169,7 +181,10 @@ def build(content):
 
 
 def from_ranks(content):
-    """The tiktoken.Encoding of ours. The ranks must hold every byte, nothing twice, and special tokens come directly after them."""
+    """
+    The tiktoken.Encoding for content in our own format. ValueError unless the ranks hold every byte, have no
+    duplicates, and are followed directly by the special tokens.
+    """
     special, ranks = content['special_tokens'], [base64.b64decode(rank, validate=True) for rank in content['ranks']]
     if missing := set(range(256)) - {rank[0] for rank in ranks if len(rank) == 1}:
         raise ValueError(f'no rank for the byte {min(missing)}')
@@ -189,40 +204,42 @@ def check_size(n_vocab):
 
 
 def id_dtype(n_vocab):
-    """The type of an id in bins: 16 bits where they suffice, which nanoGPT can read."""
+    """The type of an id in bins: 16 bits if they suffice (nanoGPT can read these), else 32."""
     return np.dtype('<u2' if n_vocab <= 2**16 else '<u4')
 
 
 def normalizer_of(content):
-    """'NFC' where a tokenizer changes a text to that form before it encodes it, else ''."""
+    """'NFC' if the tokenizer normalizes a text to NFC before encoding, else ''."""
     return (content.get('huggingface', {}).get('normalizer') or {}).get('type', '')
 
 
 def normalized(encoding, text):
-    """The text that the ids of `text` stand for: `text` itself, but for a tokenizer with a normalizer."""
+    """The text that decoding the ids of `text` gives: `text` itself, unless the tokenizer has a normalizer."""
     return encoding.normalize(text) if isinstance(encoding, HuggingFace) else text
 
 
 def encode(encoding, text):
-    """str of any length -> (n,) ids, uint16 or uint32; '<|endoftext|>' in it is plain text."""
-    size = SLICE if isinstance(encoding, tiktoken.Encoding) else max(1, len(text))  # HuggingFace cuts for itself
+    """str of any length -> (n,) ids, uint16 or uint32. '<|endoftext|>' counts as plain text."""
+    size = SLICE if isinstance(encoding, tiktoken.Encoding) else max(1, len(text))  # HuggingFace slices by itself
     parts = [encoding.encode_to_numpy(text[i:i + size], disallowed_special=()) for i in range(0, len(text), size)]
     dtype = id_dtype(encoding.n_vocab)
     return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
 
 
 def token_bytes(encoding):
-    """(n_vocab,) int32: length of every token in bytes, 0 for special tokens. For bits per byte."""
+    """(n_vocab,) int32: length of every token in bytes, 0 for special tokens. Needed for bits per byte."""
     return np.array([0 if encoding.is_special_token(token) else len(encoding.decode_single_token_bytes(token))
                      for token in range(encoding.n_vocab)], np.int32)
 
 
-# Tokenizers of Hugging Face
+# Hugging Face tokenizers
 
 def from_huggingface(file):
     """
-    The JSON of a tokenizer.json of theirs -> our content: the parts of it that say how a text is encoded. Special tokens leave
-    the vocabulary and the merges, so that no text is ever taken for one; added tokens that are plain text stay.
+    The JSON of a Hugging Face tokenizer.json -> our content. Keeps only what determines how a text is encoded.
+
+    Special tokens are removed from the vocabulary and the merges, so no text is ever encoded as a special token. Added
+    tokens that are plain text stay. Raises UserError for a tokenizer that can lose text or has no end-of-text token.
     """
     model, added = file['model'], file.get('added_tokens') or []
     kind = model.get('type') or ('BPE' if 'merges' in model else None)  # the oldest files have no type
@@ -262,15 +279,20 @@ def from_huggingface(file):
 
 def is_text(token, prefix):
     """
-    Whether an added token is plain text, such as <table>, or the runs of spaces of tokenizers for code. Where the library puts
-    a space in front of a text, it puts one behind such a token, too, which changes the text: there only spaces are.
+    Whether an added token is plain text, such as <table>, or a run of spaces in a tokenizer for code.
+
+    With prefix ' ' the library puts a space in front of a text, and also after such a token. This changes the text, so
+    with this prefix only runs of spaces count as plain text.
     """
     plain = not any(token.get(key) for key in ('special', 'lstrip', 'rstrip', 'single_word'))
     return plain and (token['content'].isspace() or prefix != ' ')
 
 
 def matched(texts, prefix, vocab, end):
-    """[{content, normalized}] of the added tokens that are cut out of a text before the BPE sees it. UserError for others."""
+    """
+    [{content, normalized}] of the added tokens that are matched in a text before the BPE runs. UserError for an added
+    token that would change the text.
+    """
     tokens = [{'content': token['content'], 'normalized': bool(token.get('normalized'))} for token in texts]
     if prefix is None:
         for text in (token['content'] for token in tokens):
@@ -281,24 +303,25 @@ def matched(texts, prefix, vocab, end):
     else:
         if spaced := [token['content'] for token in tokens if ' ' in token['content']]:
             raise UserError(f'the added token {spaced[0]!r} has a space, which this kind of BPE writes as {SPACE}')
-        # One that is not normalized matches no space, only the character SPACE itself, which is spelled by bytes here.
+        # A token that is not normalized matches the character SPACE, never a space. SPACE is spelled in bytes here.
         tokens = [token for token in tokens if token['normalized'] or SPACE not in token['content']]
     return [token for token in tokens if token['content'] != end]
 
 
 def spaces_of(vocab, prefix):
     """
-    The added tokens of a content without a list of them. A byte-level vocabulary writes a space as another character: what
-    is a space in it was added.
+    The added tokens of a content that has no list of added tokens. A byte-level vocabulary writes a space as another
+    character, so any token of real spaces was added.
     """
     return [{'content': text, 'normalized': False} for text in vocab if prefix is None and text.isspace()]
 
 
 def spacing(normalizer, pre_tokenizer, byte_fallback):
     """
-    How a text is changed and split before the BPE, and what is put in front of it: (None or NFC, pre-tokenizer, None) for a
-    byte-level BPE, (None, None or pre-tokenizer, ' ' or '') for one of SentencePiece, where a space is written as SPACE.
-    Raises UserError for what loses text.
+    (normalizer, pre-tokenizer, prefix): how a text is changed and split before the BPE, and what is put in front of it.
+
+    Byte-level BPE: (None or NFC, pre-tokenizer, None). SentencePiece BPE, which writes a space as SPACE: (None, None or
+    pre-tokenizer, ' ' or ''). Raises UserError if text could be lost.
     """
     before, after = steps(normalizer), steps(pre_tokenizer)
     if any(step['type'] == 'ByteLevel' for step in after):
@@ -312,7 +335,7 @@ def spacing(normalizer, pre_tokenizer, byte_fallback):
     if not byte_fallback:
         raise UserError('a BPE that is neither byte-level nor has byte fallback, which loses the characters it does not know')
     replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
-    # Gemma splits at spaces when there are none any more.
+    # Gemma has this step. It has no effect, because all spaces were replaced before it.
     no_effect = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}
     if after in ([], [no_effect]) and before in ([replace], [{'type': 'Prepend', 'prepend': SPACE}, replace]):
         return None, None, ' ' if before[1:] else ''
@@ -333,11 +356,14 @@ def steps(part):
 
 class HuggingFace:
     """
-    A tokenizer of Hugging Face with the methods of tiktoken.Encoding that this project uses. Its ids are the original's, but
-    every text comes back: special tokens in it are text, and SentencePiece's sign for a space is spelled byte by byte.
+    A Hugging Face tokenizer with the methods of tiktoken.Encoding that this project uses.
 
-    SentencePiece's put one space in front of a text. decode() and decode_bytes() take it away at the start and after a special
-    token; decode_single_token_bytes() can't know and keeps it, which is right for tokens that continue a text.
+    The ids are the original's, but every text survives encoding and decoding. Special tokens in a text are plain text,
+    and SentencePiece's character for a space is spelled byte by byte.
+
+    SentencePiece tokenizers put one space in front of a text. decode() and decode_bytes() remove it at the start and
+    after a special token. decode_single_token_bytes() has no context and keeps it, which is right for tokens that
+    continue a text.
     """
 
     def __init__(self, name, special, parts):
@@ -352,7 +378,7 @@ class HuggingFace:
             raise ValueError(f'no token {min(missing)}')
         added = parts.get('text_tokens', spaces_of(vocab, self.prefix))
         written = {token['content'] for token in added}
-        self.bytes = [b''] * self.n_vocab  # an id that no token has stands for nothing
+        self.bytes = [b''] * self.n_vocab  # an unused id stands for no bytes
         for text, token in vocab.items():
             if self.prefix is None:
                 is_spelled = BYTE_OF.keys() >= {*text} and text not in written
@@ -361,7 +387,7 @@ class HuggingFace:
                 self.bytes[token] = BYTES.get(text) or text.replace(SPACE, ' ').encode()
         for text, token in special.items():
             self.bytes[token] = text.encode()
-        self.space = [vocab.get(f'<0x{byte:02X}>') for byte in SPACE.encode()]  # not a space, but the character itself
+        self.space = [vocab.get(f'<0x{byte:02X}>') for byte in SPACE.encode()]  # spell the character SPACE in bytes
         flags = dict.fromkeys(('special', 'lstrip', 'rstrip', 'single_word'), False)
         normalizer = parts.get('normalizer')
         if normalizer not in (None, {'type': 'NFC'}):
@@ -371,7 +397,7 @@ class HuggingFace:
             self.bpe = Tokenizer.from_str(json.dumps({
                 'version': '1.0', 'normalizer': normalizer, 'pre_tokenizer': parts['pre_tokenizer'],
                 'model': parts['model'], 'added_tokens': [{'id': vocab[token['content']], **token, **flags} for token in added]}))
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises plain Exceptions
             raise ValueError(error)
 
     @property
@@ -394,7 +420,10 @@ class HuggingFace:
         return [token for part in self.slices(text) for token in self.bpe.encode(part, add_special_tokens=False).ids]
 
     def slices(self, text):
-        """Parts of SLICE characters. With a normalizer each begins with an ASCII character, which joins with none before it."""
+        """
+        Parts of SLICE characters. With a normalizer a part ends before an ASCII character, which never combines with
+        the characters before it.
+        """
         start = 0
         while start < len(text):
             end = start + SLICE
@@ -412,7 +441,7 @@ class HuggingFace:
         return ''.join(map(self.normalizer.normalize_str, self.slices(text)))
 
     def encode_to_numpy(self, text, *, disallowed_special=()):
-        """(n,) uint32. `disallowed_special` is there as tiktoken has it: special tokens are always text."""
+        """(n,) uint32. `disallowed_special` matches tiktoken's signature. Special tokens are always plain text."""
         return np.array(self.encode_ordinary(text), np.uint32)
 
     def decode_single_token_bytes(self, token):

@@ -7,7 +7,7 @@
 
 Exit codes: 0 finished, 2 a mistake in the call or an input, 3 diverged, 75 interrupted (saved; try again with --resume=auto).
 """
-import configurator  # before torch, whose import Ctrl-C may interrupt
+import configurator  # before torch, so Ctrl-C can interrupt torch's import
 import contextlib
 import math
 import os
@@ -42,7 +42,7 @@ from training import WATCHED_STEPS, Progress, TrainStep, validate
 
 
 def load(argv):
-    """Command line -> checked config; a pure function."""
+    """Command line -> checked config. A pure function."""
     return settings.load(argv, usage=__doc__)
 
 
@@ -51,7 +51,7 @@ def main(argv):
         config = load(argv)
     except UserError:
         if os.environ.get('RANK', '0') != '0':
-            sys.exit(2)  # rank 0 says it for all
+            sys.exit(2)  # rank 0 prints the error
         raise
     group = parallel.start(config.dist_timeout)
     say = runlog.speak if group.main else (lambda text: None)
@@ -65,7 +65,7 @@ def main(argv):
         if (config.tensorboard or config.profile) and configurator.utf8_path(config.out_dir) is None:
             raise UserError(f'out_dir={config.out_dir}: not UTF-8, and the libraries behind --tensorboard and --profile open no other path')
         device, dtype, reason = hardware.resolve(config.device, config.dtype, group.local_rank if group.world > 1 else None)
-        micro_batches(config, group.world)  # can the processes share a step?
+        micro_batches(config, group.world)  # fails early if the processes can't split a step
         group.connect(device)
         with group.together(), contextlib.ExitStack() as exit_stack:
             code = train(config, group, device, dtype, reason, say, exit_stack)
@@ -76,7 +76,7 @@ def main(argv):
 
 @contextlib.contextmanager
 def before_the_loop(say):
-    """A signal ends the program, and it says so, until the loop, which has handlers of its own, has something to save."""
+    """A signal before the loop ends the program with a message: nothing to save. The loop has its own handlers."""
     for number in wanted_signals():
         if number != signal.SIGINT:
             signal.signal(number, lambda *_: sys.exit(75))
@@ -90,12 +90,15 @@ def before_the_loop(say):
 
 def train(config, group, device, dtype, reason, say, exit_stack):
     """
-    The whole run -> exit code. say: prints on the console of the main process. reason: of the choice of device and dtype, a line.
-    exit_stack: what the run opens is closed when the caller leaves it.
+    The whole run -> exit code.
+
+    say: prints on the console of the main process
+    reason: one line on why this device and dtype were chosen
+    exit_stack: closes everything that the run opens when the caller leaves it
     """
-    # ---- data, and the checkpoint to go on from
+    # ---- data, and the checkpoint to resume from
     use_compile, compile_line = compiler.choose(config.compile, device, config.max_steps * config.batch_tokens)
-    # With --verify one process of each machine reads everything; the others open what the main process has verified.
+    # With --verify one process per machine reads all data. The others open data that was already verified.
     verify = 'always' if config.verify and group.local_rank == 0 else 'once'
     data = group.first(lambda: open_dataset(config, verify=verify))
     find_eot(config, data)
@@ -140,7 +143,7 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     if group.world > 1 and not sharded:
         train_step.forward = group.wrap(train_step.forward, device)
 
-    # ---- state of the run that is resumed
+    # ---- state of the resumed run
     processes_before = group.world
     if state:
         for name, optimizer in optimizers.items():
@@ -151,10 +154,10 @@ def train(config, group, device, dtype, reason, say, exit_stack):
         del state
 
     # ---- the files of the run, and its first lines
-    group.barrier('the first step')  # from here on a signal reaches the loop of every process
+    group.barrier('the first step')  # from here on, the loop of every process handles signals
     log = run.log = runlog.RunLog(config.out_dir, group.main)
     exit_stack.enter_context(log.failing())
-    exit_stack.enter_context(memory_guard(out_of_memory))  # in validation, say, or in the optimizer
+    exit_stack.enter_context(memory_guard(out_of_memory))  # for example in validation or in the optimizer
     log.cut(progress.step)
     log.config({**config.as_dict(), 'data_fingerprint': data.fingerprint})
     if group.main:
@@ -170,7 +173,7 @@ def train(config, group, device, dtype, reason, say, exit_stack):
 
 @dataclass
 class Run:
-    """What the loop works with. Its functions below take it as their first argument."""
+    """State of the training loop. The functions below take it as their first argument."""
     config: TrainConfig
     group: parallel.Group
     device: torch.device
@@ -191,22 +194,22 @@ class Run:
         self.model = self.train_step.model
         self.micro_batch_size, self.micro_steps = micro_batches(config, self.group.world)
         self.rows_per_step = config.batch_tokens // config.block_size
-        self.offset = self.progress.windows - self.progress.step * self.rows_per_step  # 0 unless earlier steps had another size
+        self.offset = self.progress.windows - self.progress.step * self.rows_per_step  # 0 unless the step size changed
         self.encoding = load_tokenizer(self.data.tokenizer) if self.data.tokenizer else None
         self.token_bytes = token_bytes(self.encoding) if self.encoding else None
         self.val_windows = self.data.val_windows(config.eval_tokens)
         boundary = schedules.boundary(config)
         both_sides = {boundary, boundary + 1} if boundary is not None else set()
-        self.pinned_steps = {*config.mandatory_steps, *both_sides}  # whose checkpoints are never deleted
+        self.pinned_steps = {*config.mandatory_steps, *both_sides}  # their checkpoints are never deleted
         self.out = Path(config.out_dir)
 
     @property
     def total_tokens(self):
-        """Tokens that the run has seen when it ends."""
+        """Tokens that the run will have seen at its end."""
         return self.progress.tokens + (self.config.max_steps - self.progress.step) * self.config.batch_tokens
 
     def windows(self, step, micro, rank):
-        """(micro_batch_size,) int64: the windows of the training data in a micro-batch."""
+        """(micro_batch_size,) int64: the training windows of a micro-batch."""
         return self.data.rows(step, micro, self.micro_batch_size, self.rows_per_step, rank, self.group.world, self.config.seed, self.offset)
 
     def batch(self, step, micro):
@@ -232,12 +235,12 @@ def loop(run, interrupt):
     meter = Meter(run, batches)
 
     def stopping():
-        """Whether any process was asked to stop. All of them call this at the same points."""
+        """Whether any process received a signal to stop. All processes must call this at the same points."""
         run.stopped = run.stopped or run.group.any(interrupt.signals)
         return run.stopped
 
     write_status(run, 'running')
-    model.statistics()  # flip rates count from here
+    model.statistics()  # resets the counters, so flip rates start here
     while True:
         # ---- progress.step steps are done: validate, sample, save
         last = progress.step >= config.max_steps
@@ -258,7 +261,7 @@ def loop(run, interrupt):
             set_rates(optimizer, lr * (config.matrix_lr or config.learning_rate) / config.learning_rate if kind == 'muon' else lr, wd)
         losses = train_step.backward(progress.step, batches, run.micro_steps, stopping)
         if losses is None:
-            continue  # the step is not whole: it is done again after the resume
+            continue  # the step is incomplete, so the resumed run repeats it
         result = train_step.judge(losses, progress.recent)
         if result.skip:
             record_skipped(run, result, lr)
@@ -266,8 +269,8 @@ def loop(run, interrupt):
         advance(run, result)
         meter.steps += 1
 
-        # ---- say how it went
-        if train_step.steps == last_step_here >= 3:  # with zero_init blocks have no gradient in the first step
+        # ---- report the step
+        if train_step.steps == last_step_here >= 3:  # with zero_init, blocks have no gradient in the first step
             warn_of_silent_parameters(run)
         if progress.skipped == config.max_skipped or train_step.zero_steps == WATCHED_STEPS:
             return diverged(run)
@@ -285,7 +288,7 @@ def loop(run, interrupt):
 
 
 def advance(run, result):
-    """A step is done, with or without an update."""
+    """Count a completed step, with or without an update."""
     progress = run.progress
     progress.step += 1
     progress.tokens += run.config.batch_tokens
@@ -297,13 +300,13 @@ def advance(run, result):
 
 
 def is_due(run, interval):
-    """Whether something that happens every `interval` steps (0: never), and at the end, happens now."""
+    """Whether an action is due that happens every `interval` steps (0: never) and at the end of the run."""
     step = run.progress.step
     return bool(interval) and (step % interval == 0 or step >= run.config.max_steps)
 
 
 class Meter:
-    """Speed since the last log line, without the time that validation, samples and saving take."""
+    """Speed since the last log line, without the time for validation, samples and saving."""
 
     def __init__(self, run, batches):
         self.run, self.batches, self.steps, self.waited, self.start = run, batches, 0, 0.0, time.perf_counter()
@@ -315,7 +318,7 @@ class Meter:
         self.start += time.perf_counter() - pause
 
     def read(self):
-        """-> (tokens/s, share of the time spent waiting for data), and start anew."""
+        """-> (tokens/s, fraction of the time spent waiting for data). Restarts the measurement."""
         hardware.synchronize(self.run.device)
         span = time.perf_counter() - self.start
         speed, wait = self.steps * self.run.config.batch_tokens / span, (self.batches.wait - self.waited) / span
@@ -328,7 +331,7 @@ class Meter:
 # Between steps: validation, samples, checkpoints
 
 def run_validation(run, stopping):
-    """Validate, log it -> whether it is the best so far."""
+    """Validate and log the result -> whether it is the best so far."""
     progress = run.progress
     result = validate(run.model, run.data, run.token_bytes, run.val_windows, run.micro_batch_size, run.device, run.dtype, stopping, run.group)
     if not result:
@@ -344,7 +347,7 @@ def run_validation(run, stopping):
 
 
 def run_samples(run, stopping):
-    """Sample every prompt, and show the typical ones."""
+    """Sample every prompt in all modes. Prints the typical samples."""
     config, log = run.config, run.log
     prompts = configurator.as_utf8(config.sample_prompts).split('|')
     try:
@@ -361,7 +364,7 @@ def run_samples(run, stopping):
 
 
 def give_hints(run):
-    """What the losses and samples so far suggest, each kind of hint once."""
+    """Print hints from the losses and samples so far, each kind of hint once."""
     if not is_due(run, run.config.eval_interval) and not is_due(run, run.config.sample_interval):
         return
     for hint in hints(run.evals, run.samples):
@@ -372,7 +375,7 @@ def give_hints(run):
 
 
 def should_save(run, better):
-    """Whether this step gets a checkpoint: a regular one, a better validation, or a pinned step."""
+    """Whether this step gets a checkpoint: it is due, validation improved, or the step is pinned."""
     config, progress = run.config, run.progress
     if not progress.step or not config.save_interval:
         return False
@@ -381,7 +384,7 @@ def should_save(run, better):
 
 
 def save(run):
-    """Write a checkpoint of this step, unless it is there, and delete the old ones. All processes take part."""
+    """Write a checkpoint of this step, unless it exists, and delete old ones. All processes must call this."""
     path = run.out / 'checkpoints' / f'step_{run.progress.step:07d}.pt'
     if run.saved == path:
         return
@@ -399,10 +402,10 @@ def save(run):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run says
+# Messages of a run
 
 def say_first_lines(run, first):
-    """Device, processes, model, data and steps."""
+    """Print device, processes, model, data and steps."""
     config, group, model, log = run.config, run.group, run.model, run.log
     log.say(first + (f'; {group.world} processes, {config.parallel}' if group.world > 1 else ''))
     for kind, total, used in model.parameter_table():
@@ -434,7 +437,7 @@ def write_status(run, state, **more):
 
 
 def log_step(run, meter, result, lr, wd):
-    """A line on the console, in metrics.jsonl and in status.json."""
+    """Log the step on the console, in metrics.jsonl and in status.json."""
     config, progress, log = run.config, run.progress, run.log
     speed, loader_wait = meter.read()
     memory, peak = hardware.peak_memory_gb(run.device), hardware.peak_flops(run.device, run.dtype)
@@ -449,7 +452,7 @@ def log_step(run, meter, result, lr, wd):
 
 
 def record_skipped(run, result, lr):
-    """What is worth knowing about a step without an update, before its gradients are freed. All processes take part."""
+    """Log a step without an update, before its gradients are freed. All processes must call this."""
     config, progress, log = run.config, run.progress, run.log
     micro_losses = run.group.gather([loss.item() * run.micro_steps for loss in result.losses])
     names = [name for name, p in run.model.named_parameters() if p.grad is not None and not local_tensor(p.grad).isfinite().all()]
@@ -466,9 +469,9 @@ def record_skipped(run, result, lr):
 
 
 def warn_of_silent_parameters(run):
-    """A line if some parameters had no gradient in any of the first steps."""
+    """Print a line if some parameters had no gradient in any of the first steps."""
     names, steps = run.train_step.silent, run.train_step.steps
-    if not names or run.train_step.zero_steps:  # a gradient of exactly zero everywhere ends the run by itself
+    if not names or run.train_step.zero_steps:  # if all gradients are exactly zero, the run ends anyway
         return
     run.log.line('metrics.jsonl', kind='event', event='no_gradient', step=run.progress.step, parameters=len(names), first_of_them=names[:5])
     more = f' and {len(names) - 5} more parameters' if len(names) > 5 else ''
@@ -476,7 +479,7 @@ def warn_of_silent_parameters(run):
 
 
 def diverged(run):
-    """The last lines of a run that can't go on -> exit code."""
+    """Print the last lines of a run that can't continue -> exit code."""
     write_status(run, 'diverged', loss=run.last_loss)
     if zeros := run.train_step.zero_steps:
         run.log.say(f'the gradient was exactly zero in {zeros} steps: nothing is learnt (if the model is compiled, try --compile=false)')
@@ -488,7 +491,7 @@ def diverged(run):
 
 
 def ended(run, finished):
-    """The last lines of a run that is finished or was interrupted -> exit code."""
+    """Print the last lines of a finished or interrupted run -> exit code."""
     progress, log = run.progress, run.log
     if not finished:
         write_status(run, 'interrupted', loss=run.last_loss)
@@ -507,7 +510,7 @@ def ended(run, finished):
 # Before the loop
 
 def initial_model(config, data, origin, state, say):
-    """A GPT on the CPU with the weights to start from: drawn, those of the resumed checkpoint, or those of --init_from."""
+    """A GPT on the CPU with its initial weights: random, from the resumed checkpoint, or from --init_from."""
     model = GPT(config.pick(GPTConfig))
     if state:
         checkpoint.load_weights(model, state, origin)
@@ -520,7 +523,7 @@ def initial_model(config, data, origin, state, say):
 
 
 def find_eot(config, data):
-    """Put the id that ends a document in the data into the config, for document_mask. UserError if it is not known, or another one."""
+    """Set config.eot_id from the data, for document_mask. UserError if it is unknown or the config has another one."""
     if not config.document_mask:
         return
     found = eot_id_of(data)
@@ -533,7 +536,7 @@ def find_eot(config, data):
 
 
 def find_teacher(config, data, device):
-    """The model of --distill_from, or None. UserError if its tokens are not those of the data."""
+    """The model of --distill_from, or None. UserError if its tokenizer or its vocabulary size doesn't match."""
     if not config.distill_from:
         return None
     model, state = packed.load_model(config.distill_from, device, config.block_size)
@@ -546,8 +549,9 @@ def find_teacher(config, data, device):
 
 def compiled_model(run, interrupt, sharded):
     """
-    (what to call in training, a line about it): the model compiled, or the model itself if compilation fails, takes too long, or
-    computes anything else than eager execution. None if a signal came meanwhile.
+    (module to call in training, a line about it). The module is the compiled model. It is the model itself if
+    compilation fails, takes too long, or gives other results than eager execution. None if a signal arrived during
+    compilation. UserError if compilation of a sharded model takes too long.
     """
     config, group, model, step = run.config, run.group, run.model, run.progress.step
     model.set_top_k(schedules.top_k(step, config))
@@ -564,7 +568,7 @@ def compiled_model(run, interrupt, sharded):
     except Overdue:
         overdue, problem, note = True, f'it took over {config.compile_timeout} s (--compile_timeout)', ''
         model.zero_grad(set_to_none=True)
-    if overdue and sharded:  # the others may be anywhere in the step, which all take together
+    if overdue and sharded:  # the other processes may be in the middle of this collective step
         if interrupt.signals:
             return None
         raise UserError(f'rank {group.rank}: {problem}: use --compile=false, or give it longer')
@@ -579,7 +583,7 @@ def compiled_model(run, interrupt, sharded):
 
 @contextlib.contextmanager
 def memory_guard(advice):
-    """Around what may run out of memory: a UserError with what advice() says then, when what was in the making is freed."""
+    """Turns out-of-memory into a UserError with advice(). advice() runs after the failed block's memory is freed."""
     out = False
     try:
         yield

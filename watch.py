@@ -41,7 +41,7 @@ PANELS = {  # title: (left axis, {key of metrics.jsonl: name of its curve}, righ
     'TriX balance': ('', {'trix_overload': 'overload', 'trix_entropy': 'entropy', 'trix_dead': 'dead tiles'}, '', {}),
     'ternary weights': ('share', {'ternary_minus': '-1', 'ternary_zero': '0', 'ternary_plus': '+1'}, 'flipped', {'ternary_flips': ''}),
 }
-INK = '#2b2d31'  # axes and text of pictures; on a page it becomes the colour of its text, be it dark or light
+INK = '#2b2d31'  # axes and text of pictures; pages replace it by their text colour, dark or light
 STYLE = {**dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'), INK), 'font.size': 9,
          'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': 0.3,
          'legend.frameon': False, 'legend.fontsize': 8, 'legend.handlelength': 1.2, 'legend.columnspacing': 1, 'svg.fonttype': 'none',
@@ -73,7 +73,7 @@ class WatchConfig:
 # Reading
 
 def number(value):
-    """A number of sound size, or None for all else that a damaged file may hold in its place."""
+    """`value` if it is a number of plausible size, otherwise None. Damaged files may hold anything."""
     return value if type(value) in (int, float) and (value == 0 or 1e-18 < abs(value) < 1e18) else None
 
 
@@ -82,7 +82,7 @@ def numbers(line):
 
 
 def clean(value):
-    """A value as text that a terminal and a page can show."""
+    """A value as text that is safe to show on a terminal and a page. Cut after 1,000 characters."""
     return ''.join(c if c.isprintable() else ' ' for c in str(value)[:1000])
 
 
@@ -91,7 +91,7 @@ def texts(line):
 
 
 def read_object(path):
-    """The JSON object in a file, without what is nested deeper than a list; an empty one if the file is missing or damaged."""
+    """The JSON object in a file, without values nested deeper than a list. Empty if the file is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if isinstance(found := json.loads(path.read_bytes()), dict):
             return {key: value for key, value in found.items()
@@ -100,8 +100,8 @@ def read_object(path):
 
 
 class Run:
-    """What the files of a run say at this moment, cleaned here once: what is missing, torn or of the wrong type is left out, a
-    number is finite, a text can be shown."""
+    """A snapshot of a run's files. All cleaning happens here: missing, torn or wrongly typed values are dropped,
+    numbers are finite, and texts are safe to show."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -119,18 +119,18 @@ class Run:
         self.best = min(self.evals, key=lambda line: line['loss'], default={})
         self.step = max([self.status.get('step', 0)] + [line['step'] for line in self.train[-1:]])
         self.max_steps = number(self.config.get('max_steps')) or self.status.get('max_steps', 0)
-        self.checkpoints, self.seen = [], self.status.get('time', 0)  # (name, bytes, time), oldest first; the last sign of life
+        self.checkpoints, self.seen = [], self.status.get('time', 0)  # (name, bytes, time)s, oldest first
         for file in sorted(self.path.glob('checkpoints/step_*.pt')):
-            with contextlib.suppress(OSError):  # retention may delete it just now
+            with contextlib.suppress(OSError):  # the run may delete it at this moment
                 self.checkpoints.append((clean(file.name), file.stat().st_size, file.stat().st_mtime))
         with contextlib.suppress(OSError):
-            self.seen = max(self.seen, (self.path / 'metrics.jsonl').stat().st_mtime)
+            self.seen = max(self.seen, (self.path / 'metrics.jsonl').stat().st_mtime)  # last sign of life
         self.add_times()
 
     def add_times(self):
-        """Give each training line the seconds since the one before, without evaluations, and the hours of training up to it."""
+        """Add to each training line its seconds since the last one, without evaluations, and the hours of training."""
         lines = [line for line in self.train if 'tokens' in line and line.get('tokens_per_s', 0) > 0]
-        # A run may go on from the tokens of another: before its first line lie as many as before its second.
+        # A run may start from another run's tokens. The first line is assumed to cover as many tokens as the second.
         ends, hours = [line['tokens'] for line in lines], 0
         starts = [max(0, 2 * ends[0] - ends[1]) if len(ends) > 1 else 0, *ends]
         for line, start in zip(lines, starts):
@@ -138,19 +138,21 @@ class Run:
             line['hours'] = hours = hours + line['seconds'] / 3600
 
     def sign_of_life(self, now, seen, since):
-        """-> (what the files say of the last sign of life, when that was by the clock here), given both of the look before. A run's machine
-        may have another clock: what has changed between two looks was written just now."""
+        """(time of the last sign of life in the files, the same on the local clock).
+
+        seen, since: the result of the previous call, or None, None. The run's machine may have another clock. If the
+        files changed between two calls, they were written just now."""
         return self.seen, min(self.seen, now) if seen is None else since if seen == self.seen else now
 
     def recent(self, key):
         return series(self.train[-20:], key)[1]
 
     def state(self, now):
-        """(state, advice): what status.json says, held against the process and the clock."""
+        """(state, advice): the state in status.json, corrected if the process is gone or silent for too long."""
         state, silent = self.said.get('state', 'no status yet'), now - self.seen
         if state == 'running' and self.said.get('host') == socket.gethostname() and gone(self.status.get('pid', 0)):
             state = 'killed'
-        usual = median(self.recent('seconds') or [120])  # the first step may wait for a compiler
+        usual = median(self.recent('seconds') or [120])  # before the first lines: compilation takes time
         if state == 'running' and silent > max(60, 5 * usual):
             return 'stalled', f'stalled? no line for {duration(silent)}, where one is due every {duration(usual)}'
         if state == 'running' and silent < -60:
@@ -160,18 +162,18 @@ class Run:
 
 
 def series(lines, key, x='step'):
-    """The points of a curve as two lists, without lines that lack one of the numbers."""
+    """The points of a curve as two lists. Skips lines that lack one of the numbers."""
     points = [(line[x], line[key]) for line in lines if x in line and key in line]
     return [a for a, _ in points], [b for _, b in points]
 
 
 def gone(pid):
-    """Whether this machine has no such process."""
-    if os.name == 'posix' and 0 < pid < 2**31:  # elsewhere os.kill would end it
+    """Whether no process with this id exists on this machine."""
+    if os.name == 'posix' and 0 < pid < 2**31:  # on other systems os.kill would end the process
         try:
             os.kill(int(pid), 0)
         except OSError as error:
-            return isinstance(error, ProcessLookupError)  # PermissionError: it lives, and is another user's
+            return isinstance(error, ProcessLookupError)  # PermissionError: it lives, but belongs to another user
     return False
 
 
@@ -179,7 +181,7 @@ def gone(pid):
 # Status
 
 def duration(seconds):
-    """12 s, 3 min 5 s, 2 h 5 min, 4 d 7 h: the two largest units."""
+    """Seconds as text in the two largest units: 3 min 5 s, 2 h 5 min, 4 d 7 h."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -187,12 +189,12 @@ def duration(seconds):
 
 
 def show(line, form, *keys):
-    """A format filled with the numbers of a line, or nothing if one of them is missing."""
+    """A format filled with numbers of a line. Empty if one is missing."""
     return '' if None in map(number, map(line.get, keys)) else form.format(*map(line.get, keys))
 
 
 def facts(run, now):
-    """{name: a few words} of all that there may be to say about a run; no words where there is nothing."""
+    """{name: short text} of everything to show about a run. The text is empty if there is nothing to show."""
     state, newest, losses = run.state(now)[0], run.evals[-1] if run.evals else {}, run.recent('loss')
     usual = {key: median(run.recent(key)) for key in ('tokens_per_s', 'mfu', 'mem_gb', 'loader_wait') if run.recent(key)}
     part = min(1, max(0, run.step / run.max_steps)) if run.max_steps > 0 else 0
@@ -232,21 +234,21 @@ def quality(sample):
 
 
 def side_by_side(runs, now):
-    """A table: the names of the runs, then a row for each fact that one of them has, without those that can't be compared."""
+    """A table: the run names, then one row per fact that any run has. Leaves out facts that can't be compared."""
     found, left_out = [facts(run, now) for run in runs], () if comparable(runs) else ('training loss', 'validation loss', 'best', 'perplexity')
     return [('', *(run.name for run in runs)), *(row for name in found[0] if name not in left_out
                                                  and any((row := (name, *(one[name] for one in found)))[1:]))]
 
 
 def comparable(runs):
-    """Whether a nat a token is the same in all runs: the same data by the same tokenizer."""
+    """Whether losses per token are comparable: all runs have the same data and tokenizer."""
     known = all('data_fingerprint' in run.config for run in runs)
     keys = ('data_fingerprint',) if known else ('dataset', 'tokenizer', 'vocab_size')
     return len({tuple(repr(run.config.get(key)) for key in keys) for run in runs}) == 1
 
 
 def remarks(runs, now):
-    """What a person should know or do, a line each."""
+    """Warnings and advice for the user, one line each."""
     other = [] if comparable(runs) else ['different data or tokenizers: a loss a token is no measure between these runs, so they are compared '
                                          'by bits per byte, each of its own validation text']
     return other + [f'{run.name}: {what}' for run in runs for what in [run.state(now)[1], *hints(run.evals, run.samples)] if what]
@@ -262,7 +264,7 @@ def screen(runs, now):
 
 
 def follow(paths, every):
-    """Show the status until every run is over: in place on a terminal, otherwise once per change."""
+    """Show the status until every run is over. Updates in place on a terminal, otherwise prints each change."""
     terminal, before, last_signs = sys.stdout.isatty(), None, {}
     print('\x1b[2J' * terminal, end='')
     while True:
@@ -284,12 +286,13 @@ def follow(paths, every):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures. A panel is a function that draws into axes; {title: panel} becomes one picture, or a drawing each on a page.
+# Pictures. A panel is a function that draws into axes. {title: panel} becomes one picture, or separate drawings on
+# a page.
 
 def curve(axes, lines, key, color, label='', x='step', smoothed=False, **style):
-    """One number of the lines as a curve, if they have it; smoothed: its running mean, and the values themselves as a thin line."""
+    """Plot one number of the lines, if they have it. smoothed: its running mean, with raw values as a thin line."""
     a, b = series(lines, key, x)
-    dots = len(a) > 5000  # a drawing on a page would hold each of them
+    dots = len(a) > 5000  # as vectors, a page would store every point
     if a and smoothed:
         axes.plot(a, b, color=color, linewidth=0.7, alpha=0.3, rasterized=dots)
         half = -(-len(b) // 80)
@@ -299,13 +302,13 @@ def curve(axes, lines, key, color, label='', x='step', smoothed=False, **style):
 
 
 def planned(config):
-    """The schedule of a config as lines like those of a run."""
+    """The schedule of a config, in the format of a run's training lines."""
     steps = range(0, config.max_steps, max(1, config.max_steps // 1000))
     return [dict(zip(('step', 'lr', 'wd'), (step, *schedule(step, config)))) for step in steps]
 
 
 def plan_of(run):
-    """The schedule that a run was started with; none if its config.json, of another version or damaged, doesn't describe one."""
+    """The planned schedule of a run. Empty if config.json has no valid one (another version, or damaged)."""
     with contextlib.suppress(Exception):
         config = SimpleNamespace(**run.config)
         whole = ('max_steps', 'warmup_steps', 'decay_steps', 'boundary_step', 'restart_steps', 'restart_factor')
@@ -315,7 +318,7 @@ def plan_of(run):
 
 
 def draw_panel(run, title, legend, axes):
-    """One of PANELS. Events are vertical lines, which the legend names where it is asked to."""
+    """Draw one of PANELS. Events are vertical lines. legend: whether the legend names them."""
     left, names, right, more = PANELS[title]
     sides, colors, plan = [(axes, left, names)], iter(('C0', 'C1', 'C2', 'C3')), plan_of(run) if title == 'schedule' else []
     if any(series(plan + run.train, key)[1] for key in more):
@@ -345,7 +348,7 @@ def draw_panel(run, title, legend, axes):
 
 
 def draw_comparison(runs, lines, key, x, axes):
-    """One number of several runs. Of a loss, the fall over the first fifth of a run may leave the picture at the top."""
+    """Draw one number of several runs. The first fifth of a loss may exceed the top of the picture."""
     late = []
     for i, run in enumerate(runs):
         curve(axes, getattr(run, lines), key, f'C{i % 10}', run.name, x, lines == 'train', linestyle=('-', '--', ':', '-.')[i // 10 % 4],
@@ -360,7 +363,7 @@ def draw_comparison(runs, lines, key, x, axes):
 
 
 def panels(runs):
-    """{title: panel} of a run, without those whose numbers it doesn't have, or of several runs compared."""
+    """{title: panel} of one run, for the numbers that it has, or of a comparison of several runs."""
     if len(runs) == 1:
         known = {'loss', 'lr', 'tokens_per_s', 'grad_norm', *(key for line in runs[0].train for key in line)}
         return {title: partial(draw_panel, runs[0], title, title == 'loss') for title, (_, names, *_) in PANELS.items() if known & {*names}}
@@ -373,20 +376,20 @@ def panels(runs):
 
 
 def schedule_panel(config):
-    """{title: panel} of a config before its run: the schedule, what happens in it as events."""
+    """{title: panel} of a config before its run: the schedule, with its marks as events."""
     events = [{'event': what, 'step': step} for step, what in marks(config).items() if 0 < step < config.max_steps - 1]
     return {'schedule': partial(draw_panel, SimpleNamespace(config={}, train=planned(config), evals=[], events=events), 'schedule', True)}
 
 
 def draw(panels, heading='', kind='png'):
-    """The panels as one picture, in the bytes of a PNG or SVG."""
+    """Draw the panels in one picture -> the bytes of a PNG or SVG."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
-    except (ImportError, ValueError) as error:  # the package is missing, or MPLBACKEND names no backend
+    except (ImportError, ValueError) as error:  # the package is missing, or MPLBACKEND is invalid
         raise UserError(f'no picture: matplotlib: {error}')
     epoch = os.environ.get('SOURCE_DATE_EPOCH') or '0'
-    if not epoch.isdecimal():  # matplotlib dates a drawing by it
+    if not epoch.isdecimal():  # matplotlib uses it as the date of a drawing
         raise UserError(f'SOURCE_DATE_EPOCH={epoch}: expected a number of seconds')
     wide, content = min(2, len(panels)), io.BytesIO()
     high = -(-len(panels) // wide)
@@ -403,7 +406,7 @@ def draw(panels, heading='', kind='png'):
 # Pages
 
 def drawings(panels):
-    """The panels as drawings inside a page, in the colour of its text. Each names its parts in its own way, so that none clash."""
+    """The panels as inline SVG in the page's text colour. Each drawing's ids get a prefix, so ids never clash."""
     found = []
     for i, (title, panel) in enumerate(panels.items()):
         source = draw({title: panel}, kind='svg').decode()
@@ -413,7 +416,7 @@ def drawings(panels):
 
 
 def table(rows):
-    """Rows of texts, the first their header; nothing if there is only that. All but the first line of a text stands as it is."""
+    """An HTML table of texts, header first ('' if no other rows). In a cell, lines after the first are <pre>."""
     lines = []
     for tag, row in zip(('th', *['td'] * len(rows)), rows):
         cells = [html.escape(cell).partition('\n') for cell in row]
@@ -422,7 +425,7 @@ def table(rows):
 
 
 def report(runs, now):
-    """A page about a run, or one that compares several, that loads nothing and runs nothing."""
+    """The HTML page about one run, or a comparison of several. It has no scripts and loads no files."""
     title = html.escape(f'{runs[0].name}: {runs[0].state(now)[0]}' if len(runs) == 1 else f'{len(runs)} runs')
     parts = {'': ''.join(f'<p>{html.escape(what)}</p>' for what in remarks(runs, now)) + table(side_by_side(runs, now)),
              'Curves': drawings(panels(runs))}
@@ -445,7 +448,7 @@ def report(runs, now):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def no_run(path):
-    """Why a path is no run, or nothing."""
+    """Why a path is not a run. Empty if it is a run."""
     if not os.path.exists(path):
         return f'{path}: no such directory' + configurator.nearest(path, [str(other) for other in Path(path).parent.glob('*/')])
     files, inside = ('config.json', 'metrics.jsonl', 'status.json'), [str(file.parent) for file in sorted(Path(path).glob('*/config.json'))]
@@ -465,12 +468,12 @@ def write(path, content):
 def main(argv):
     paths, options = [word for word in argv if word[:1] != '-'], [word for word in argv if word[:1] == '-']
     files, own = [path for path in paths if path.endswith('.py')], {'h', 'help', *(field.name for field in fields(WatchConfig))}
-    knobs = [word for word in options if files and word.lstrip('-').partition('=')[0] not in own]  # of train.py
+    knobs = [word for word in options if files and word.lstrip('-').partition('=')[0] not in own]  # options of train.py
     config = configurator.load([word for word in options if word not in knobs], WatchConfig, usage=__doc__)
     if files:
         if files != paths or not config.plot or config.watch or config.report:
             raise UserError(f'{files[0]}: a config file has a schedule and no run yet: --plot alone draws it')
-        import settings  # here, because it brings torch
+        import settings  # here, because it imports torch
         return write(config.out or 'schedule.png', draw(schedule_panel(settings.load(files + knobs)), clean(configurator.as_utf8(' '.join(files + knobs)))))
     if not paths:
         raise UserError('name a run: python watch.py runs/x')

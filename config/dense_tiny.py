@@ -1,5 +1,5 @@
-# The dense twin of trix_tiny: 1,639,808 parameters, the same but for a GELU FFN of width 4 n_embd. The same tokens in the
-# same order.
+# The dense twin of trix_tiny: 1,639,808 parameters. Only the FFN differs: GELU of width 4 n_embd. It sees the same
+# tokens in the same order.
 ffn = 'gelu'
 n_layer, n_head, n_embd = 3, 4, 128
 block_size, vocab_size = 256, 8192
@@ -9,7 +9,7 @@ dataset = 'pylib'
 batch_size = 16
 batch_tokens = 16 * 256
 max_steps = 5_000_000 // batch_tokens
-optimizer, learning_rate, matrix_lr = 'muon', 24e-3, 6e-3  # of the embedding, of the matrices
+optimizer, learning_rate, matrix_lr = 'muon', 24e-3, 6e-3  # rates of the embedding and of the matrices
 schedule, min_lr_ratio = 'linear', 0.0
 
 eval_interval = save_interval = sample_interval = 122

@@ -1,7 +1,7 @@
-# The middle size of the TriX plan (source A): 12,062,976 parameters.
-# config/recipes/source.py gives the plan's recipe.
-# Weights, gradients and AdamW: 0.193 GB at 16 bytes a parameter; activations come on top.
-# Its dense twin on the same tokens in the same order: `--ffn=gelu` (or `--ffn=swiglu`).
+# The middle of three sizes in the plan for TriX (a sparse, ternary FFN): 12,062,976 parameters.
+# config/recipes/source.py sets the plan's recipe.
+# Weights, gradients and AdamW take 0.193 GB at 16 bytes a parameter. Activations come on top.
+# `--ffn=gelu` (or `--ffn=swiglu`) trains the dense twin on the same tokens in the same order.
 ffn = 'trix'
 n_layer, n_head, n_embd = 6, 4, 256
 block_size, vocab_size = 256, 16_384
@@ -12,7 +12,7 @@ dataset = 'fineweb_edu'
 batch_size = 32
 batch_tokens = 64 * 256  # 3,051 updates from 50M tokens
 max_steps = 50_000_000 // batch_tokens
-optimizer, learning_rate, matrix_lr = 'muon', 12e-3, 8e-3  # trix_tiny's by the width: not tuned at this one
+optimizer, learning_rate, matrix_lr = 'muon', 12e-3, 8e-3  # trix_tiny's rates scaled by width, not tuned here
 schedule, min_lr_ratio = 'linear', 0.0
 warmup_steps = 100
 

@@ -1,6 +1,6 @@
-# WikiText trainer for 16 GB cards (source D), the smallest of three GPT-2 models: 16,090,880 parameters.
-# Weights, gradients and AdamW: 0.257 GB at 16 bytes a parameter; activations come on top.
-# Its TriX twin on the same tokens in the same order: `--ffn=trix`.
+# The smallest of three GPT-2 models of a WikiText trainer for 16 GB cards: 16,090,880 parameters.
+# Weights, gradients and AdamW take 0.257 GB at 16 bytes a parameter. Activations come on top.
+# `--ffn=trix` trains the TriX twin on the same tokens in the same order.
 ffn, norm, positions, bias = 'gelu', 'layernorm', 'learned', True
 n_layer, n_head, n_embd = 4, 4, 256
 d_ff = 1024
@@ -16,4 +16,4 @@ warmup_steps = 100
 weight_decay = 0.1
 
 eval_interval = save_interval = sample_interval = 244
-eval_tokens = 0  # all of the validation split, as the field reports WikiText
+eval_tokens = 0  # the whole validation split, as papers report WikiText

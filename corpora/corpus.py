@@ -1,11 +1,11 @@
 """
-The corpora by name, each a stream of documents that goes on from any position. Imported by prepare.py:
+The corpora by name. Each one is a stream of documents that can resume at any position. Imported by prepare.py:
 
     corpus = open_corpus(config)                    # pylib, text:PATH, fineweb_edu, wikitext2, wikitext103
-    for document in corpus.documents(position):     # position: that of the last document that was used, None: from the start
+    for document in corpus.documents(position):     # position of the last document used; None starts at the beginning
         document.text or document.dropped, corpus.progress(document.position)
 
-Memory stays bounded whatever the size of a file. A file that can't be read is one line with its name and where in it.
+Memory use is bounded for files of any size. An unreadable file gives a one-line error with file name and position.
 """
 import asyncio
 import codecs
@@ -44,17 +44,17 @@ DATASETS = ('pylib', 'wikitext2', 'wikitext103', 'fineweb_edu')  # and text:PATH
 FINEWEB = 'HuggingFaceFW/fineweb-edu'
 WIKITEXT, SUBSETS = 'Salesforce/wikitext', {'wikitext2': 'wikitext-2-raw-v1', 'wikitext103': 'wikitext-103-raw-v1'}
 SURROGATE = re.compile('[\ud800-\udfff]')
-TITLE = re.compile(r' = [^=\s].* = \s*')  # of an article; those of its sections have more of the =
-PIECE, PATIENCE, LONGEST = 8 * 1024, 64 * 1024, 128 * 1024  # bytes of a .txt document: see `pieces`
+TITLE = re.compile(r' = [^=\s].* = \s*')  # title of an article; section titles have more than one =
+PIECE, PATIENCE, LONGEST = 8 * 1024, 64 * 1024, 128 * 1024  # bytes of a .txt document, explained in `pieces`
 LONGEST_LINE = 2**26  # bytes
-LONGEST_ARTICLE = 2**20  # characters after which a file without titles is cut, at a line end
-CHECKED = 1000  # up to so many files are all opened before the first is read
-HEAD = 64 * 1024  # bytes from which is told what a file holds
+LONGEST_ARTICLE = 2**20  # characters; a longer article is cut at a line end (files without titles)
+CHECKED = 1000  # with fewer files than this, all are opened before the first is read
+HEAD = 64 * 1024  # bytes read to detect the content of a file
 GO_ON = ' (--bad_text=skip or replace goes on)'
-RETRIES = 5  # times that a fault of the network is waited out, for 1, 2, 4, 8 and 16 s; documents that arrive start the count anew
-HOPELESS = 15  # seconds: where not one row has come so long after the start there is no network, and nothing more to wait for
+RETRIES = 5  # retries after a network error, with waits of 1, 2, 4, 8 and 16 s; each document received resets the count
+HOPELESS = 15  # seconds without a first row after which we assume that there is no network and give up
 
-# Of files by their endings. .gz and .zst may follow, except behind .parquet.
+# Kind of a file by its ending. .gz or .zst may follow, except after .parquet.
 KINDS = {'.txt': 'txt', '.text': 'txt', '.md': 'txt', '.rst': 'txt',
          '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl', '.parquet': 'parquet'}
 REMEDIES = {
@@ -69,7 +69,7 @@ REMEDIES = {
     'no text: rows of token ids are read by --dataset=shards:DIR (.npy, .pt) or --dataset=bins:PATH (.bin)':
         '.npy .pt .bin'}
 NOT_TEXT = {ending: remedy for remedy, endings in REMEDIES.items() for ending in endings.split()}
-MAGIC = {  # the first bytes of what is no text. PRINTABLE ones could begin a text, too
+MAGIC = {  # first bytes of files that are not text. Those in PRINTABLE_MAGIC could also begin a text
     b'\x1f\x8b': 'gzip: give it the ending .gz', b'\x28\xb5\x2f\xfd': 'zstd: give it the ending .zst',
     b'PK\x03\x04': 'zip (or .docx, .epub, ...): unpack it, or extract its text',
     b'%PDF-': 'PDF: extract its text to a .txt file',
@@ -78,22 +78,23 @@ MAGIC = {  # the first bytes of what is no text. PRINTABLE ones could begin a te
 PRINTABLE_MAGIC = {b'PAR1': 'Parquet: give it the ending .parquet', b'BZh': 'bzip2: unpack it',
                    b'GIF8': 'GIF: leave it out'}
 MARKS = {codecs.BOM_UTF8: 'utf-8',
-         codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',  # before UTF-16, whose marks these begin with
+         # UTF-32 comes before UTF-16, because its marks start with the UTF-16 marks.
+         codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 JSON_START = re.compile(rb'\s*(\[\s*)*\{\s*("[^"\n]*"\s*:|\})')
-ISO_2022_JP = re.compile(rb'\x1b\$[@B]')  # it switches to two bytes a character, all of them ASCII
+ISO_2022_JP = re.compile(rb'\x1b\$[@B]')  # switches to two bytes per character, all of them ASCII
 MARKUP_START = re.compile(rb'\s*<(!doctype html|html|\?xml)', re.IGNORECASE)
 
 
 class SourceMissing(UserError):
-    """There is no file of the corpus at the path that was named."""
+    """The given path has no files of the corpus."""
 
 
 class Document(NamedTuple):
-    text: str | None  # None: dropped
-    dropped: str  # why: 'unreadable', 'bad_text', 'not_json' or 'low_score', '' if it wasn't; 'replaced': text that was mended
-    split: str | None  # 'train' or 'val' where the corpus has splits of its own
-    position: object  # of JSON; documents(position) goes on directly behind this document
+    text: str | None  # None: the document was dropped
+    dropped: str  # 'unreadable', 'bad_text', 'not_json' or 'low_score'; '' if kept; 'replaced' if repaired and kept
+    split: str | None  # 'train' or 'val' if the corpus has its own splits
+    position: object  # JSON-compatible; documents(position) continues right after this document
 
 
 @dataclass
@@ -110,11 +111,11 @@ class Corpus:
 
 
 class Reading(NamedTuple):
-    """How the files of a corpus are read."""
-    field: str = 'text'  # the column of the text
+    """How to read the files of a corpus."""
+    field: str = 'text'  # name of the text column
     bad_text: str = 'refuse'
-    encoding: str = 'utf-8'  # of files without a mark that says another one
-    scores: tuple = ()  # the columns of a score, one of which must be there
+    encoding: str = 'utf-8'  # of files without a byte order mark
+    scores: tuple = ()  # names of score columns; at least one must exist
 
 
 def reading_of(config, scores=()):
@@ -122,9 +123,9 @@ def reading_of(config, scores=()):
 
 
 def encoding_name(name):
-    """The one name of an encoding of text: UTF8 -> utf-8. '' for what is none."""
+    """The canonical name of a text encoding: UTF8 -> utf-8. '' if the name is not a text encoding."""
     try:
-        'a'.encode(name)  # LookupError for what is no text, as base64
+        'a'.encode(name)  # LookupError for codecs that are not text encodings, such as base64
         name = codecs.lookup(name).name.removesuffix('-sig')
     except (LookupError, ValueError):
         return ''
@@ -134,8 +135,10 @@ def encoding_name(name):
 
 def open_corpus(config, check=True):
     """
-    The Corpus that config.dataset names. Raises UserError, SourceMissing where its files are not there. check=False: files are only
-    listed, for meta.json to be compared with, and not opened. Nothing is asked of the network before documents().
+    The Corpus that config.dataset names. Raises UserError, or SourceMissing if its files do not exist.
+
+    check=False lists the files without opening them, which is enough for a comparison with meta.json.
+    The network is not used before documents() is called.
     """
     kind, colon, path = config.dataset.partition(':')
     if kind == 'text' and colon:
@@ -172,8 +175,9 @@ def pylib_corpus():
 
 def pylib_sources():
     """
-    A function for each document, that reads it: str, or None for an unreadable one. Documents are every .py file of the standard
-    library, its tests included, and the docstrings of its modules written in C.
+    One function per document. It reads the document and returns a str, or None if the document is unreadable.
+
+    The documents are all .py files of the standard library, including its tests, and the docstrings of its C modules.
     """
     roots = [Path(root) for root in dict.fromkeys(sysconfig.get_paths()[key] for key in ('stdlib', 'platstdlib'))]
     files = {}
@@ -190,16 +194,16 @@ def pylib_sources():
 
 def python_source(path):
     try:
-        with tokenize.open(path) as file:  # in the encoding that the source declares (PEP 263)
+        with tokenize.open(path) as file:  # uses the encoding that the source declares (PEP 263)
             text = file.read()
         text.encode()
         return text
-    except (OSError, SyntaxError, LookupError, ValueError):  # the library's tests have broken sources on purpose
+    except (OSError, SyntaxError, LookupError, ValueError):  # the library's tests include broken sources
         return None
 
 
 def c_docstrings(name):
-    """The public functions, classes and methods of a module written in C, as a stub that holds their docstrings."""
+    """A stub of a C module: its public functions, classes and methods with their docstrings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # deprecated modules
@@ -231,7 +235,7 @@ def c_docstrings(name):
     return '\n'.join(lines) + '\n'
 
 
-# Files: text:PATH, and --source=PATH for the corpora that are downloaded otherwise
+# Files: text:PATH, and --source=PATH for the corpora that are downloaded by default
 
 def text_corpus(config, path):
     files, left_out = find_files(path, ('txt', 'jsonl', 'parquet'))
@@ -240,8 +244,10 @@ def text_corpus(config, path):
 
 def nanochat_corpus(config, path):
     """
-    The .parquet files of nanochat: the last one by name is validation (nanochat/dataset.py in github.com/karpathy/nanochat).
-    It is read first, so that --max_tokens and --max_documents leave it whole.
+    The .parquet files of nanochat. The last file by name is the validation split
+    (nanochat/dataset.py in github.com/karpathy/nanochat).
+
+    The validation file is read first, so that --max_tokens and --max_documents do not shorten it.
     """
     files, left_out = find_files(path, ('parquet',))
     if len(files) < 2:
@@ -251,11 +257,11 @@ def nanochat_corpus(config, path):
 
 
 def files_corpus(config, files, left_out, own_splits=False):
-    """own_splits: the first file is validation."""
+    """The Corpus of these files. own_splits: the first file is the validation split, the others are train."""
     reading, bad_rows = reading_of(config), BadRows(config.bad_rows)
     source = {'dataset': config.dataset} | sizes(files)
     other = {kind(file) for file in files} - {'txt'}
-    if other - {''} or other and reading.field != 'text':  # '': the content decides, which is not looked at here
+    if other - {''} or other and reading.field != 'text':  # '': the kind depends on the content, which is not read here
         source['text_field'] = reading.field
 
     def documents(position=None):
@@ -273,8 +279,9 @@ def files_corpus(config, files, left_out, own_splits=False):
 
 def of_train_documents(limit, documents, progress=lambda position: None):
     """
-    documents() and progress() of a corpus with splits of its own, val first, that ends after `limit` documents of train. Its
-    positions are [position, documents of train so far].
+    Limit a corpus with its own splits, val first, to `limit` train documents.
+
+    Returns documents() and progress(). Their positions are [position, train documents so far].
     """
     def limited(position=None):
         inner, count = position or (None, 0)
@@ -289,21 +296,24 @@ def of_train_documents(limit, documents, progress=lambda position: None):
 
 def find_files(path, kinds):
     """
-    (the files of these kinds at a path, in a directory and its subdirectories, or of a glob, sorted; how many files with
-    which endings are left out). Files are listed, not opened, but for .json. Raises UserError.
+    Find the files of these kinds. `path` is a file, a directory (searched with its subdirectories) or a glob.
+
+    Returns (sorted files, Counter of the endings of the files left out). Only .json files are opened, the others are
+    listed. Raises UserError.
     """
     path, left_out = os.path.expanduser(path), []
     if os.path.isdir(path):
         found = list(Path(path).rglob('*'))
         known = [file for file in found if kind(file) in kinds]
-        files = [file for file in known if not is_metadata(file)] or known  # alone they were meant: `kind_of` says what to do
+        # If there is only metadata, the user meant it: `kind_of` will explain.
+        files = [file for file in known if not is_metadata(file)] or known
         kept = set(files)
         left_out = [file for file in found if file.is_file() and file not in kept]
-    else:  # what is named is read even if its ending says nothing: `kind_of` looks at the content
+    else:  # a named file is read even with an unknown ending: `kind_of` checks its content
         found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
         files = [file for file in map(Path, found) if (kind(file) or 'txt') in kinds]
         unwanted = [file for file in files if ending(file)[0] in NOT_TEXT or len(files) > 1 and is_metadata(file)]
-        if len(unwanted) < len(files):  # otherwise they were meant, and `kind_of` says what to do
+        if len(unwanted) < len(files):  # if all are unwanted, the user meant them: `kind_of` will explain
             left_out = [file for file in unwanted if file.is_file()]
             files = [file for file in files if file not in unwanted]
     for file in files:
@@ -319,12 +329,12 @@ def find_files(path, kinds):
 
 
 def is_metadata(path):
-    """Whether a .json file among others holds no rows, as the dataset_info.json of a download."""
+    """Whether a .json file holds metadata instead of rows, such as the dataset_info.json of a download."""
     if ending(path)[0] != '.json' or not path.is_file():
         return False
     try:
         return not starts_with_object(*read_head(path, 'utf-8'))
-    except UserError:  # no text at all
+    except UserError:  # not text
         return True
 
 
@@ -335,14 +345,14 @@ def ending(path):
 
 
 def kind(path):
-    """'txt', 'jsonl' or 'parquet' by the ending, '' for any other."""
+    """'txt', 'jsonl' or 'parquet' by the ending, '' for any other ending."""
     kind, packed = KINDS.get(ending(path)[0], ''), ending(path)[1]
     return '' if kind == 'parquet' and packed else kind
 
 
 def kind_of(path, encoding):
     """
-    'txt', 'jsonl' or 'parquet' by the ending, or by the content where the ending doesn't say. Raises UserError for other
+    'txt', 'jsonl' or 'parquet' by the ending, or by the content if the ending is unknown. Raises UserError for other
     content.
     """
     name = ending(path)[0]
@@ -364,13 +374,16 @@ def kind_of(path, encoding):
 
 
 def read_head(path, encoding):
-    """The beginning of a file as UTF-8, without a mark; whether there is more. Raises UserError where it is no text."""
+    """
+    Returns (the first HEAD bytes converted to UTF-8 without a byte order mark, whether the file may be longer).
+    Raises UserError if the file is not text.
+    """
     with readable(lambda: path), uncompressed(path) as (file, _):
         data = file.read(HEAD)
     is_cut = len(data) == HEAD
     is_utf8 = b'\0' not in data and not_utf8_at(data) is None
     unmarked = encoding == encoding_of(path, data, encoding)
-    # Text in another encoding is seldom UTF-8, too, and hardly ever for ten characters.
+    # Text in another encoding is rarely valid UTF-8 by accident, and almost never for ten characters beyond ASCII.
     if is_utf8 and unmarked and not encoding.startswith('utf') and len(re.sub('[\0-\x7f]+', '', data.decode(errors='ignore'))) >= 10:
         raise UserError(f'{path}: its text is UTF-8, not {encoding}: leave --encoding out, or name the files of one encoding alone')
     if encoding == 'utf-8' and (escape := ISO_2022_JP.search(data)):
@@ -390,7 +403,7 @@ def read_head(path, encoding):
 
 
 def starts_with_object(head, is_cut):
-    """Whether the first line is a JSON object. is_cut: `head` is not the whole file, and may end inside that line."""
+    """Whether the first line is a JSON object. is_cut: `head` is only part of the file and may end inside the line."""
     line, *rest = head.lstrip().split(b'\n', 1)
     if is_cut and not rest:
         return line.startswith(b'{') and JSON_START.match(line) is not None
@@ -401,7 +414,7 @@ def starts_with_object(head, is_cut):
 
 
 def contents(files, left_out, reading):
-    """In one line: how many files of which endings are read, and as what, and what is left out."""
+    """One line: how many files of each ending are read, how they are read, and which files are left out."""
     labels = Counter()
     for file in files:
         label = ''.join(ending(file)) or '(no ending)'
@@ -429,7 +442,10 @@ def sizes(files):
 
 
 def check_files(files, reading):
-    """Opens the files (of many the first ones). Raises UserError for a broken one, or one without the text or score."""
+    """
+    Opens the files (only the first 10 if there are CHECKED or more). Raises UserError if a file is broken or lacks the
+    text or score column.
+    """
     checked, without_text = files if len(files) < CHECKED else files[:10], []
     for file in checked:
         kind = kind_of(file, reading.encoding)
@@ -460,8 +476,10 @@ def check_names(where, names, one_of):
 
 def file_rows(files, reading, start=None, text=None):
     """
-    (row, dropped, position) of the files in turn. row[reading.field] is a str, unless the row was dropped. `text` reads
-    what isn't .jsonl or .parquet, by default `pieces`. Position: [index of the file, position in it], and what BadRows adds.
+    Yields (row, dropped, position) for all files in order. row[reading.field] is a str unless the row was dropped.
+
+    `text` is the reader for files other than .jsonl and .parquet, by default `pieces`. A position is
+    [index of the file, position in the file], plus the counts that BadRows adds.
     """
     number, inner = (start or (0, None))[:2]
     outdated = UserError('the unfinished preparation is of an earlier version: remove its directory, .NAME.tmp, '
@@ -490,15 +508,16 @@ def place(files, position):
 
 class BadRows:
     """
-    Rows without a text, or without a score where one is needed: they are left out, and the first is named. More than a
-    share of `limit` of the rows read so far is a UserError, once 1,000 rows are read and at the end.
+    Skips bad rows: rows without a text, or without a required score. Prints the location of the first one.
+
+    Raises UserError if the share of bad rows exceeds `limit`. The check runs from row 1,000 on and at the end.
     """
     def __init__(self, limit):
         self.limit, self.is_named = limit, False
 
     def counted(self, rows, start, reading, place):
-        """The (row, dropped, position) with the numbers of rows and of bad rows so far added to the position."""
-        count, bad = start[2:] if start and len(start) == 4 else (0, 0)  # earlier versions didn't count
+        """Yields (row, dropped, position), with the counts of rows and of bad rows so far appended to the position."""
+        count, bad = start[2:] if start and len(start) == 4 else (0, 0)  # positions of earlier versions have no counts
         position = start
         for row, dropped, position in rows:
             count += 1
@@ -537,7 +556,10 @@ def file_progress(files, reading, position):
 
 @cache
 def extent(path, encoding='utf-8'):
-    """What positions in a file go up to: rows of .parquet, otherwise bytes, of a compressed file guessed from its beginning."""
+    """
+    The largest position in a file: its rows for .parquet, otherwise its uncompressed bytes. For a compressed file this
+    is an estimate from its beginning.
+    """
     if kind(path) == 'parquet':
         with open_parquet(path) as file:
             return file.metadata.num_rows
@@ -547,7 +569,7 @@ def extent(path, encoding='utf-8'):
 
 @contextmanager
 def readable(where):
-    """Faults of a file inside become a UserError; where() says which file, and where in it."""
+    """Turns read errors inside the block into a UserError. where() returns the file and the position in it."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -556,19 +578,19 @@ def readable(where):
 
 @contextmanager
 def uncompressed(path):
-    """A buffered binary file of the uncompressed content, and the file as it is on the disk."""
+    """Yields (a buffered binary file of the uncompressed content, the raw file on disk)."""
     with open(path, 'rb') as raw:
         file, packed = raw, ending(path)[1]
         if packed == '.gz':
             file = GzipFile(fileobj=raw)
-        elif packed == '.zst':  # pyarrow always reads it, Python itself only from 3.14 on
+        elif packed == '.zst':  # pyarrow can always read zstd, Python itself only since 3.14
             file = io.BufferedReader(installed('pyarrow').input_stream(raw, compression='zstd'))
         yield file, raw
 
 
 @contextmanager
 def opened(path, reading, offset=0):
-    """A buffered binary file of the content as UTF-8, uncompressed, at this byte of it, and the file on the disk."""
+    """Yields (a buffered binary file of the uncompressed content as UTF-8, starting at byte `offset`, the raw file)."""
     with uncompressed(path) as (file, raw):
         encoding = encoding_of(path, file.peek(4), reading.encoding)
         if encoding != 'utf-8':
@@ -582,7 +604,7 @@ def opened(path, reading, offset=0):
 
 
 def encoding_of(path, data, encoding):
-    """The encoding that the mark at the beginning of a file names, `encoding` where there is none."""
+    """The encoding given by the byte order mark at the start of a file, or `encoding` if there is no mark."""
     for mark, marked in MARKS.items():
         if data.startswith(mark):
             return marked
@@ -594,8 +616,10 @@ def encoding_of(path, data, encoding):
 
 class Utf8(io.RawIOBase):
     """
-    The text of a binary file in another encoding, as UTF-8. What can't be decoded is a UserError with bad_text='refuse',
-    otherwise a byte that is no UTF-8: the readers do with it what they do with such bytes.
+    Converts a binary file from another encoding to UTF-8.
+
+    Undecodable input raises a UserError with bad_text='refuse'. Otherwise it becomes a byte that is not valid UTF-8,
+    and the readers handle that byte like any other bad byte.
     """
     def __init__(self, file, path, encoding, bad_text):
         self.file, self.path, self.encoding, self.bad_text = file, path, encoding, bad_text
@@ -623,7 +647,10 @@ class Utf8(io.RawIOBase):
 
 
 def bad_byte(error):
-    """What can't be decoded becomes a surrogate, which UTF-8 can't encode, and that becomes a byte which is no UTF-8."""
+    """
+    Codec error handler. Decoding turns bad input into a surrogate. UTF-8 cannot encode a surrogate, so encoding turns
+    it into the byte 0xff, which is not valid UTF-8.
+    """
     return b'\xff' if isinstance(error, UnicodeEncodeError) else '\udcff', error.end
 
 
@@ -632,9 +659,11 @@ codecs.register_error('bad_byte', bad_byte)
 
 def pieces(path, reading=Reading(), start=0):
     """
-    ({field: str}, dropped, end in bytes): documents of a .txt file, which joined are the file: cut at the first blank line after
-    8 KB, at the first line end after 8 KB where 64 KB have no such blank line, and at 128 KB where no line ends. So text that is
-    appended to the file changes the last document alone. Raises UserError where it isn't UTF-8, if bad_text is 'refuse'.
+    Yields ({field: str}, dropped, end in bytes): the documents of a .txt file. Joined, they are the whole file.
+
+    A document ends at the first blank line after 8 KB. If there is no such line within 64 KB, it ends at the first line
+    end after 8 KB. If there is no line end either, it ends at 128 KB. With these rules, text appended to the file
+    changes only the last document. Raises UserError if bad_text is 'refuse' and the text is not UTF-8.
     """
     blank_line, offset = re.compile(rb'\n[ \t\r]*\n'), start or 0
     with readable(lambda: f'{path}: after byte {offset}' if offset else path), opened(path, reading, offset) as (file, _):
@@ -654,7 +683,10 @@ def pieces(path, reading=Reading(), start=0):
 
 
 def lines(path, reading, start=None):
-    """(bytes, [offset behind the line, its number]) of a file's lines. Raises UserError for a damaged file or a huge line."""
+    """
+    Yields (bytes, [offset after the line, line number]) for each line of a file. Raises UserError for a damaged file or
+    a line longer than LONGEST_LINE.
+    """
     offset, number = start or (0, 0)
     with readable(lambda: f'{path}:{number + 1}'), opened(path, reading, offset) as (file, _):
         while line := file.readline(LONGEST_LINE + 1):
@@ -672,8 +704,10 @@ def text_lines(path, reading, start=None):
 
 def plain_text(data, reading, where, offset=0, final=True):
     """
-    (text or None, why it was dropped or 'replaced', bytes used). final=False: data may end inside a character. A NUL is
-    no text either. Raises UserError if bad_text is 'refuse'.
+    Returns (text or None, reason for dropping it or 'replaced', bytes used).
+
+    Text that is not UTF-8 or contains a NUL is bad. If bad_text is 'refuse', bad text raises a UserError.
+    final=False: data may end inside a character.
     """
     is_strict = reading.bad_text == 'refuse'
     try:
@@ -690,7 +724,7 @@ def plain_text(data, reading, where, offset=0, final=True):
 
 
 def not_utf8_at(data, final=False):
-    """Index of the first byte that is no UTF-8, or None. final=False: data may end inside a character."""
+    """Index of the first byte that is not UTF-8, or None. final=False: data may end inside a character."""
     try:
         codecs.utf_8_decode(data, 'strict', final)
     except UnicodeDecodeError as error:
@@ -698,7 +732,10 @@ def not_utf8_at(data, final=False):
 
 
 def wide_encoding(data):
-    """The UTF-16 or UTF-32 that data without a mark is in, or '': of Latin letters one or three bytes are NUL."""
+    """
+    Detects UTF-16 or UTF-32 without a byte order mark, returns its name or ''. It uses the fact that Latin letters have
+    one NUL byte in UTF-16 and three in UTF-32.
+    """
     for encoding, width in (('utf-32-le', 4), ('utf-32-be', 4), ('utf-16-le', 2), ('utf-16-be', 2)):
         whole = data[:len(data) - len(data) % width]
         nuls = [whole[k::width].count(0) for k in range(width)]
@@ -715,15 +752,15 @@ def wide_encoding(data):
 
 
 def encoding_hint(data):
-    """How text that is not UTF-8 may be read, for an error."""
+    """Advice for an error message: which --encoding may read this text, which is not UTF-8."""
     guess = likely_encoding(data[:HEAD])
     return f', perhaps {guess}, which --encoding={guess} reads' if guess else ' (--encoding=NAME reads other encodings)'
 
 
 def likely_encoding(data):
-    """A guess at the encoding of text that is not UTF-8, '' where there is none, or where damaged UTF-8 is likelier."""
+    """Guesses the encoding of text that is not UTF-8. '' if there is no good guess or damaged UTF-8 is more likely."""
     def share(encoding, expected):
-        """Of the characters beyond ASCII, how many are expected ones."""
+        """Share (0 to 1) of the characters beyond ASCII that match `expected`. 0 if the data can't be decoded."""
         try:
             text = codecs.getincrementaldecoder(encoding)().decode(data)
         except UnicodeDecodeError:
@@ -743,7 +780,7 @@ def likely_encoding(data):
                       ('cp1251', '[а-яё]', 0.6), ('koi8_r', '[а-яё]', 0.6)]
         for encoding, expected, least in candidates:
             if share(encoding, expected) > least:
-                return 'gb18030' if encoding == 'gb2312' else encoding  # which it is a part of
+                return 'gb18030' if encoding == 'gb2312' else encoding  # gb18030 contains gb2312
     elif share('cp1252', '[À-ÖØ-öø-ÿŒœŠšŽž€‘’“”–—…«»¡¿£§©°·]') > 0.9:
         return 'cp1252'
     return ''
@@ -751,9 +788,11 @@ def likely_encoding(data):
 
 def jsonl(path, reading, start=None):
     """
-    (row, '', position) of the lines of a .jsonl file, where row[field] is a str, or (row or None, why, position):
-    'unreadable' (no text in the field), 'bad_text' or 'not_json'; with bad_text='refuse' the last two are a UserError with
-    the number of the line.
+    Yields one item per line of a .jsonl file. Blank lines are skipped.
+
+    A good line gives (row, '', position), where row[field] is a str. With bad_text='replace', a repaired line gives
+    'replaced' instead of ''. A dropped line gives (row or None, reason, position). The reason is 'unreadable' (no text
+    in the field), 'bad_text' or 'not_json'. With bad_text='refuse' the last two raise a UserError with the line number.
     """
     for line, end in lines(path, reading, start):
         if line.isspace() or not line:
@@ -768,7 +807,7 @@ def jsonl(path, reading, start=None):
                 raise ValueError(f'no text in a field {reading.field!r}, which --text_field names{names}')
             if value is None:
                 dropped = 'unreadable'
-            elif SURROGATE.search(value):  # json lets half a pair of surrogates pass
+            elif SURROGATE.search(value):  # json accepts half of a surrogate pair
                 if strict:
                     value.encode()
                 row[reading.field], dropped = SURROGATE.sub('\ufffd', value), 'replaced'
@@ -786,8 +825,8 @@ def jsonl(path, reading, start=None):
 
 def parquet(path, reading, start=0):
     """
-    (row or None, dropped, rows up to here) of a .parquet file: the text and score columns. Row groups before `start` are
-    not read.
+    Yields (row or None, dropped, rows so far) for a .parquet file. A row holds the text and score columns. Row groups
+    before row `start` are not read.
     """
     pa, done, start = installed('pyarrow'), 0, start or 0
     with open_parquet(path, reading) as file:
@@ -799,7 +838,8 @@ def parquet(path, reading, start=0):
                     continue
                 columns = [reading.field, *scores]
                 for batch in file.iter_batches(32, row_groups=[group], columns=columns, use_threads=False):
-                    texts = batch.column(reading.field).cast(pa.large_binary()).to_pylist()  # so that a broken one can be told
+                    # As bytes: `decoded` then finds the row whose text is not UTF-8.
+                    texts = batch.column(reading.field).cast(pa.large_binary()).to_pylist()
                     values = [batch.column(name).to_pylist() for name in scores]
                     for data, *row_scores in zip(texts, *values):
                         done += 1
@@ -807,16 +847,17 @@ def parquet(path, reading, start=0):
                             text, dropped = decoded(data, reading.bad_text, f'{path}: row {done}')
                             row = {reading.field: text, **dict(zip(scores, row_scores))}
                             yield kept(row, dropped), dropped, done
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last one of a score
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: from a score
             raise UserError(f'{path}: row {done + 1}: damaged: {error}')
 
 
 @contextmanager
 def open_parquet(path, reading=None):
-    """pyarrow's ParquetFile. Raises UserError, with `reading` also where its field is no column of text."""
+    """Yields pyarrow's ParquetFile. Raises UserError if it can't be opened or if reading.field is not a text column."""
     pa, pq = installed('pyarrow'), installed('pyarrow.parquet')
     try:
-        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)  # no whole row group
+        # These buffer settings avoid loading a whole row group into memory.
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or f'no .parquet file: {error}'}")
     with file:
@@ -832,7 +873,7 @@ READERS = {'txt': pieces, '': pieces, 'jsonl': jsonl, 'parquet': parquet}
 
 
 def decoded(data, bad_text, where):
-    """(text, why it was dropped, or 'replaced')"""
+    """Returns (text or None, reason for dropping it or 'replaced'). Raises UserError if bad_text is 'refuse'."""
     try:
         return (None, 'unreadable') if data is None else (data.decode(), '')
     except UnicodeDecodeError as error:
@@ -855,7 +896,10 @@ def installed(name):
 # FineWeb-Edu and WikiText
 
 def fineweb_corpus(config):
-    """The documents with an educational score of at least min_score: streamed, or from downloaded files at config.source."""
+    """
+    The documents with an educational score of at least min_score. They are streamed, or read from downloaded files at
+    config.source.
+    """
     reading, bad_rows, inputs = reading_of(config, ('int_score', 'score')), BadRows(config.bad_rows), None
     source = {'dataset': config.dataset, 'min_score': config.min_score}
     check, contents_line = partial(installed, 'datasets'), lambda: 'reading'
@@ -877,7 +921,7 @@ def fineweb_corpus(config):
                 score = score_of(row)
                 if score is None:
                     dropped = 'unreadable'
-                elif not score >= config.min_score:  # nan too
+                elif not score >= config.min_score:  # written this way to drop nan, too
                     dropped = 'low_score'
             yield row, dropped, end
 
@@ -890,7 +934,10 @@ def fineweb_corpus(config):
 
 
 def score_of(row):
-    """The rounded score, by which the published subsets are cut, or the exact one without it. None: it is no number."""
+    """
+    The rounded score (int_score), which defines the published subsets. If it is missing, the exact score. None if the
+    score is not a number.
+    """
     score = row.get('int_score')
     score = row.get('score') if score is None else score
     try:
@@ -900,7 +947,10 @@ def score_of(row):
 
 
 def wikitext_corpus(config):
-    """WikiText's articles in its own splits: streamed, or from files at config.source (.parquet, .jsonl, .txt, wiki.train.raw)."""
+    """
+    The articles of WikiText in its own splits. They are streamed, or read from files at config.source (.parquet,
+    .jsonl, .txt, wiki.train.raw).
+    """
     subset, reading = SUBSETS[config.dataset], reading_of(config)
     source, inputs, check = {'dataset': config.dataset, 'subset': subset}, None, partial(installed, 'datasets')
     if config.source:
@@ -917,10 +967,11 @@ def wikitext_corpus(config):
 
     def split_lines(split, start=None):
         for row, dropped, end in rows[split](start):
-            line = text_of(row, dropped, reading) or ''  # null, or dropped for bad_text
-            yield line + '\n' * (split in tables and not line.endswith('\n')), dropped, end  # where '' is an empty line
+            line = text_of(row, dropped, reading) or ''  # '' for null and for bad_text
+            # In tables, '' is an empty line.
+            yield line + '\n' * (split in tables and not line.endswith('\n')), dropped, end
 
-    # A limit takes whole val and as much of train.
+    # With a limit, val comes first, so that it stays whole. The limit then applies to train.
     order = ('val', 'train') if config.max_documents or config.max_tokens else ('train', 'val')
 
     def documents(position=None):
@@ -937,9 +988,12 @@ def wikitext_corpus(config):
 
 
 def wikitext_files(folder, subset):
-    """{'train': files, 'val': files, 'test': files} of a directory, by their names. Raises UserError."""
+    """
+    {'train': files, 'val': files, 'test': files} of a directory, assigned by file name. Raises UserError if a split has
+    no files, or files of two kinds.
+    """
     folder = os.path.expanduser(folder)
-    inner = os.path.join(folder, subset)  # as a download of the whole repository has it
+    inner = os.path.join(folder, subset)  # layout of a download of the whole repository
     folder = inner if os.path.isdir(inner) else folder
     files = {'train': [], 'val': [], 'test': []}
     for file in find_files(f'{glob.escape(folder)}/*', ('txt', 'jsonl', 'parquet'))[0]:
@@ -956,8 +1010,10 @@ def wikitext_files(folder, subset):
 
 def articles(rows):
     """
-    (line, dropped, position) -> (article, 'replaced' if a line of it was mended or dropped, position), an article from a line
-    ` = Title = ` behind an empty line to the next such line.
+    Joins lines into articles: (line, dropped, position) -> (article, 'replaced' or '', position).
+
+    An article starts at a line ` = Title = ` that follows an empty line. It ends before the next such line. 'replaced'
+    means that one of its lines was repaired or dropped.
     """
     article, length, mended, has_text, blank, here = [], 0, '', False, True, None
     for line, dropped, end in rows:
@@ -974,31 +1030,35 @@ def articles(rows):
 
 def count_words(text):
     """
-    {'words': runs of what isn't whitespace, 'lines': all lines, blank ones too}. The test set of WikiText-2 is published as 245,569
-    tokens: 241,211 words and an <eos> for each of its 4,358 lines (with an <eos> for the lines that hold a word alone it would be
-    244,102). So word-level perplexity divides by words + lines.
+    {'words': runs of non-whitespace, 'lines': all lines, including blank lines}.
+
+    Word-level perplexity divides by words + lines. Reason: the published size of the WikiText-2 test set is 245,569
+    tokens, which is 241,211 words plus one <eos> for each of its 4,358 lines. Counting <eos> only for the lines that
+    hold a word would give 244,102.
     """
     return {'words': len(text.split()), 'lines': text.count('\n') + (text[-1:] not in ('', '\n'))}
 
 
-# Through the library of Hugging Face
+# Streaming from the Hugging Face Hub
 
 class Stream:
-    """The rows of a data set of the Hugging Face Hub."""
+    """Streams the rows of a dataset on the Hugging Face Hub."""
 
     def __init__(self, name, repository, subset, split, reading):
         self.name, self.where, self.reading = name, f'{repository} {subset} from the Hugging Face Hub', reading
         self.arguments = {'path': repository, 'name': subset, 'split': split}
-        self.total = 0  # rows, as far as the library says
+        self.total = 0  # rows; 0 if the library does not know
 
     def place(self, position):
         return f'{self.where}: row {position[1]:,}'
 
     def rows(self, start=None):
         """
-        (row or None, dropped, position). A fault of the network is waited out, and reading goes on behind the last row; what is
-        hopeless is a UserError. Position: the state of datasets' IterableDataset, which opens the right file at once but passes
-        over the rows before it in that file, and the number of rows.
+        Yields (row or None, dropped, position). After a network error it waits and continues after the last row. It
+        raises a UserError for a permanent error, or when the retries are used up.
+
+        A position is [state of datasets' IterableDataset, number of rows]. Resuming opens the right file at once, but
+        skips over the earlier rows of that file.
         """
         position, failures, begin, arrived = (start or [None, 0])[:2], 0, time.monotonic(), False
         while True:
@@ -1015,7 +1075,7 @@ class Stream:
                 return
             except UserError:
                 raise
-            except Exception as error:  # of whatever class: the libraries below have their own
+            except Exception as error:  # any class: each underlying library has its own
                 failures += 1
                 reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300].rstrip(':')
                 offline = 'HF_HUB_OFFLINE is set, ' if installed('datasets').config.HF_HUB_OFFLINE else ''
@@ -1031,9 +1091,10 @@ class Stream:
         datasets, hub = installed('datasets'), installed('huggingface_hub')
         datasets.disable_progress_bars()
         for library in (datasets, hub):
-            library.utils.logging.set_verbosity(logging.CRITICAL)  # faults are told in our own lines
-        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1  # not 20 of them in silence
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call another server, and wait for it
+            library.utils.logging.set_verbosity(logging.CRITICAL)  # we print our own error lines
+        # By default the library retries 20 times in silence.
+        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would wait for another server
         rows = datasets.load_dataset(**self.arguments, streaming=True)
         known = (rows.info.splits or {}).get(self.arguments['split']) if rows.info else None
         self.total = self.total or known and known.num_examples or 0
@@ -1044,7 +1105,10 @@ class Stream:
 
 
 def is_transient(error):
-    """Whether to try again, by the error and those that led to it: an HTTP status decides, otherwise the class."""
+    """
+    Whether to retry after this error. Looks at the error and the chain of its causes. An HTTP status decides if there
+    is one, otherwise the exception class.
+    """
     chain = []
     while error and error not in chain:
         chain.append(error)

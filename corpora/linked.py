@@ -1,10 +1,11 @@
 """
-Token files that other projects have made, as a directory that TokenData reads. Imported by prepare.py:
+Makes token files of other projects available as a directory that TokenData reads. Imported by prepare.py:
 
-    link('fineweb10B', Path('data/fineweb'), content, label, val_ratio=0.05)   # content of the tokenizer that made them
+    link('fineweb10B', Path('data/fineweb'), content, label, val_ratio=0.05)   # content: the tokenizer of these files
 
-The directory has tokenizer.json, meta.json and symbolic links to the files. Nothing is copied: the files are read where they
-are, from the byte on at which their ids begin. All of them is read once, to see that every id is one of the tokenizer.
+The directory has tokenizer.json, meta.json and symbolic links to the files. Nothing is copied. Training reads the
+original files, starting at the byte of their first id. link() reads all files once, to check that the tokenizer has
+every id.
 """
 import glob
 import os
@@ -23,13 +24,13 @@ from tokenizer import id_dtype, load_tokenizer
 from verification import remember, scan
 from corpora.workspace import clear, is_prepared, now, publish, workspace
 
-# nanoGPT: nothing but ids of 16 bits (data/openwebtext/prepare.py in github.com/karpathy/nanoGPT).
-# llm.c: 256 numbers of 32 bits, the first three a magic number, a version and how many ids follow
-# (dev/data/data_common.py in github.com/karpathy/llm.c). modded-nanogpt (github.com/KellerJordan/modded-nanogpt) uses the
-# first of these two formats.
+# nanoGPT: 16-bit ids without a header (data/openwebtext/prepare.py in github.com/karpathy/nanoGPT).
+# llm.c: a header of 256 32-bit numbers, then the ids. The first three numbers are a magic number, a version and the
+# number of ids (dev/data/data_common.py in github.com/karpathy/llm.c).
+# modded-nanogpt (github.com/KellerJordan/modded-nanogpt) uses the first entry of HEADERS.
 HEADERS = {20240520: (1, DTYPES['uint16']), 20240801: (7, DTYPES['uint32'])}  # {magic: (version, type of an id)}
 HEADER_BYTES = 256 * 4
-EVALUATION = 20240522  # llm.c's files of multiple-choice questions
+EVALUATION = 20240522  # magic number of llm.c's multiple-choice questions
 
 
 class Bin(NamedTuple):
@@ -41,8 +42,8 @@ class Bin(NamedTuple):
 
 def find_bins(path):
     """
-    The .bin files of a directory, a glob, or the file itself, sorted. None where there are .parquet files of text instead,
-    as nanochat has them. UserError where there is neither.
+    The sorted .bin files at `path`: a directory, a glob or a file. None if there are .parquet text files instead, as in
+    nanochat. Raises UserError if there are neither.
     """
     path = os.path.expanduser(path)
     if os.path.isdir(path):
@@ -59,7 +60,7 @@ def find_bins(path):
 
 
 def inspect(file, n_vocab):
-    """The Bin at a path by its header and size alone. UserError for a file that is in none of the formats."""
+    """The Bin at a path, from its header and size. Raises UserError if the file has none of the known formats."""
     try:
         size = file.stat().st_size
         header = np.fromfile(file, '<i4', 256)
@@ -94,8 +95,8 @@ def inspect(file, n_vocab):
 
 def deal(files, val_ratio, say):
     """
-    [Bin] -> {split: [Bin]}, by the words in their names. Where no name says val, the last tokens are validation: whole
-    files, or the end of one.
+    [Bin] -> {split: [Bin]}, by the words in the file names. If no name contains val, the last tokens become the
+    validation split: whole files, and the end of one file if needed.
     """
     words = {bin.file: set(re.findall('[a-z]+', bin.file.stem.lower())) for bin in files}
     val = [bin for bin in files if words[bin.file] & {'val', 'valid', 'validation'}]
@@ -124,7 +125,7 @@ def deal(files, val_ratio, say):
 
 
 def make_request(path, label, vocab_size, val_ratio):
-    """What meta.json says of linked files before they are read."""
+    """The entries of meta.json that are known before the files are read."""
     files = [file for file in find_bins(path) if file.exists()]
     size = sum(file.stat().st_size for file in files)
     source = {'dataset': f'bins:{path}', 'files': len(files), 'bytes': size}
@@ -134,8 +135,10 @@ def make_request(path, label, vocab_size, val_ratio):
 
 def link(path, out, content, label, val_ratio, say=print):
     """
-    Make `out`, a prepared directory of the .bin files at `path`. content, label: of the tokenizer that made them; UserError if
-    there is none. val_ratio: the part of the tokens that is validation where no file is.
+    Make `out`, a prepared directory with the .bin files at `path`.
+
+    content, label: the tokenizer that made the files. Raises UserError if content is None.
+    val_ratio: share of the tokens that become validation if no file name contains val.
     """
     files = find_bins(path)
     if content is None:

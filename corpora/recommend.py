@@ -1,8 +1,8 @@
 """
-What to train on prepared data: the presets that suit them, with size, time and memory of a run, and the command lines.
+Recommends presets for a prepared dataset, with model size, time and memory of a run, and the commands to start it.
 
     python prepare.py recommend data/pylib                # for this machine
-    python prepare.py recommend shards --card_gb=16       # shards that were not split yet; with the memory of another card
+    python prepare.py recommend shards --card_gb=16       # for shards before `split`, and a card with 16 GB
 """
 import math
 import shlex
@@ -23,7 +23,7 @@ from tokenizer import from_file, load_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / 'config'
 TOKENS_A_PARAMETER = 20  # compute-optimal (Hoffmann et al., arXiv:2203.15556)
-EPOCHS = 4  # repeated so often, data are worth almost as much as new ones (Muennighoff et al., arXiv:2305.16264)
+EPOCHS = 4  # up to 4 epochs, repeated data are almost as good as new data (Muennighoff et al., arXiv:2305.16264)
 
 
 @dataclass
@@ -47,15 +47,17 @@ class Plan:
 
 def recommend(path, device='auto', card_gb=0.0, say=print):
     """
-    Say which presets of config/ suit the data in `path` (prepared, or shards that were not split yet), what a run of each takes
-    on `device` (card_gb: with the memory of a card of so many GB), and the command lines for the best. Raises UserError.
+    Print which presets of config/ suit the data, the cost of a run of each, and the commands for the best ones.
+
+    path: prepared data, or shards that were not split yet. device: the device for the estimates. card_gb: assume a card
+    with this much memory, in GB. Raises UserError.
     """
     if not 0 <= card_gb < math.inf:
         raise UserError(f'--card_gb={card_gb}: expected the memory of a card in GB, or 0')
     corpus = corpus_of(path)
     device, dtype, _ = hardware.resolve(device, 'auto')
     kind = 'cpu' if device.type == 'cpu' and not card_gb else 'cuda'
-    dtype = torch.bfloat16 if card_gb and device.type == 'cpu' else dtype  # a card has it
+    dtype = torch.bfloat16 if card_gb and device.type == 'cpu' else dtype  # a GPU supports bfloat16
     size, whose = room(device, card_gb)
     presets, left_out = suited(path, corpus)
     plans = sorted((plan(name, config, kind, dtype) for name, config in presets), key=lambda p: p.parameters)
@@ -82,17 +84,17 @@ def recommend(path, device='auto', card_gb=0.0, say=print):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the data are, and which presets they suit
+# The data, and the presets that suit them
 
 def corpus_of(path):
-    """A Corpus, by meta.json or, where there is none, by the headers of shards alone. Raises UserError."""
+    """The Corpus at `path`, from meta.json. Without meta.json, from the headers of the shards. Raises UserError."""
     path = Path(path)
     if (path / 'meta.json').exists() or path.is_dir() and any(path.glob('*.bin')):
         data = open_whole(path)
-        named = str(path) if '/' in str(path) else f'./{path}'  # without a slash it would be a name in data/
+        named = str(path) if '/' in str(path) else f'./{path}'  # a name without a slash would mean data/NAME
         if row := row_of(data):
             return Corpus(named, data.train_tokens, data.n_val_windows * row, data.n_vocab, row)
-        return Corpus(named, data.train_tokens, data.n_val_windows + 1, data.n_vocab)  # windows of one token
+        return Corpus(named, data.train_tokens, data.n_val_windows + 1, data.n_vocab)  # windows have one token
     shapes = {file: inspect(file)[:2] for file in find_shards(path)}
     rows = {length for _, length in shapes.values()}
     if len(rows) > 1:
@@ -104,7 +106,10 @@ def corpus_of(path):
 
 
 def suited(path, corpus):
-    """([(name, config)] of presets that suit the data, [(name, reason)] of the others). UserError if bins are too small for all."""
+    """
+    Returns ([(name, config)] of presets that suit the data, [(name, reason)] of the others). Raises UserError if bins
+    are too small for all presets.
+    """
     presets, left_out, shortest = [], [], math.inf
     for file in sorted(CONFIGS.glob('*.py')):
         try:
@@ -124,7 +129,7 @@ def suited(path, corpus):
 
 
 def unsuited(config, corpus):
-    """Why a model can't be trained on the data as it is, '' if it can."""
+    """The reason why this config can't be trained on the data, '' if it can."""
     T, row = config.block_size, corpus.row
     if corpus.vocab_size > config.vocab_size:
         return f'its vocabulary of {config.vocab_size:,} is smaller than that of the data, {corpus.vocab_size:,}'
@@ -141,7 +146,7 @@ def unsuited(config, corpus):
 # Estimates
 
 def plan(name, config, kind, dtype):
-    """The figures of a preset."""
+    """The Plan of a preset: its size, FLOPs and memory."""
     with torch.device('meta'):
         model = GPT(config.pick(GPTConfig))
     parameters = sum(p.numel() for p in model.parameters())
@@ -150,7 +155,7 @@ def plan(name, config, kind, dtype):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In words
+# Output
 
 def plan_rows(plans, corpus, speed, size):
     rows = [('preset', 'parameters', 'tokens/parameter', 'epochs', 'FLOPs', 'time', 'memory', 'fits')]
@@ -163,20 +168,26 @@ def plan_rows(plans, corpus, speed, size):
 
 
 def mismatch(parameters, tokens):
-    """How far a size is from those that one epoch (0) to EPOCHS of the data feed: log of the ratio."""
+    """
+    Distance of a model size from the compute-optimal range, as the log of the ratio. The range goes from the size for
+    one epoch of the data to the size for EPOCHS epochs. 0 inside the range.
+    """
     fed = tokens / TOKENS_A_PARAMETER
     return max(0.0, math.log(fed / parameters), math.log(parameters / (EPOCHS * fed)))
 
 
 def best(plans, tokens, size):
-    """The preset that suits the data best, of those that fit into memory if any do, and the next one if it is nearly as good."""
+    """
+    The best preset for the data, plus the second best if its mismatch is below log(2). Presets that do not fit into
+    memory are considered only if none fits.
+    """
     fitting = [p for p in plans if p.memory <= size] or plans
     first, *others = sorted(fitting, key=lambda p: (mismatch(p.parameters, tokens), -p.parameters))
     return [first, *[p for p in others[:1] if mismatch(p.parameters, tokens) < math.log(2)]]
 
 
 def advice(p, corpus, speed, size):
-    """Why a preset, for how long, and the commands."""
+    """Text for a preset: the reason for it, the length of a run, and the commands."""
     name, wanted = f'config/{p.name}.py', TOKENS_A_PARAMETER * p.parameters
     steps = max(1, min(wanted, EPOCHS * corpus.tokens) // p.batch_tokens)
     tokens, epochs = steps * p.batch_tokens, wanted / corpus.tokens

@@ -1,14 +1,14 @@
 """
-Shards: token ids that another program has made, as .npy or .pt files of rows. Imported by prepare.py, train.py, evaluate.py:
+Shards: .npy or .pt files with rows of token ids, made by another program. Imported by prepare.py, train.py, evaluate.py:
 
-    validate('shards')                                    # reads everything, names every bad file, prints what there is
+    validate('shards')                                    # reads everything, names every bad file, prints a summary
     split('shards', 'data/mine', val_ratio=0.01)          # -> data/mine: links to the shards, and meta.json
     pack('data/pylib', row=32768, out='data/packed')      # bins of a prepared directory -> shards
-    data = open_data('data/mine', block_size=1024, vocab_size=50304)   # ShardData, or TokenData where there are bins
+    data = open_data('data/mine', block_size=1024, vocab_size=50304)   # ShardData for shards, TokenData for bins
 
-A file is one array (rows, L) of whole numbers, all files with the same L. Nothing in a file is ever run: .npy is read by its
-header alone, a .pt only if its pickle names nothing but one plain tensor. No file stays open or mapped, so that any number of
-shards works under any limit on open files.
+A file is one integer array of shape (rows, L). All files have the same L. No code in a file is ever run: a .npy file is
+parsed from its header, and a .pt file is loaded only if its pickle names just one plain tensor. No file stays open or
+mapped, so the number of shards is not bounded by the limit on open files.
 """
 import glob
 import hashlib
@@ -37,9 +37,10 @@ from data import VERSION, TokenData
 from verification import BLOCK, scan
 from corpora.workspace import clear, compare, is_prepared, now, publish, workspace
 
-LARGEST_VOCAB = 2**24  # where no vocabulary is given, larger ids are taken for something else
+LARGEST_VOCAB = 2**24  # upper bound of the ids if no vocabulary is given; larger numbers are unlikely to be token ids
 DTYPES = [f'{kind}int{size}' for kind in ('', 'u') for size in (8, 16, 32, 64)]
-# What the pickle of one plain tensor names: no other name gets as far as torch, whose weights_only knows many more.
+# The names in the pickle of one plain tensor. Files with other names are never passed to torch: weights_only allows
+# many more.
 PICKLED = re.compile(r'torch\._utils _rebuild_tensor_v[23]|collections OrderedDict|torch (\w+Storage|u?int\d+)|'
                      r'torch\.storage UntypedStorage')
 
@@ -48,7 +49,10 @@ PICKLED = re.compile(r'torch\._utils _rebuild_tensor_v[23]|collections OrderedDi
 # Files
 
 def find_shards(path):
-    """The .npy and .pt files of a directory and all below it (but hidden ones), of a glob, or the file itself; sorted."""
+    """
+    The sorted .npy and .pt files at `path`: a file, a glob, or a directory searched with its subdirectories. Hidden files
+    are skipped. Raises UserError.
+    """
     path = Path(path).expanduser()
 
     def fail(error):
@@ -57,7 +61,7 @@ def find_shards(path):
         found, seen = [], set()
         for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
             here = os.path.realpath(folder)
-            folders[:] = [] if here in seen else [name for name in folders if name[0] != '.']  # links can make a circle
+            folders[:] = [] if here in seen else [name for name in folders if name[0] != '.']  # links may form a loop
             found += [] if here in seen else [Path(folder, name) for name in names if name[0] != '.']
             seen.add(here)
     else:
@@ -71,14 +75,16 @@ def find_shards(path):
 
 def inspect(file):
     """
-    (rows, L, dtype, offset) of a shard by its header alone: row r is at byte offset + r * L * itemsize of the file.
-    Raises UserError, naming file and reason, unless it is a whole file with a 2-D array of whole numbers, row by row.
+    Returns (rows, L, dtype, offset) of a shard from its header. Row r starts at byte offset + r * L * itemsize.
+
+    The file must be complete and hold a 2-D integer array in row-major order. Otherwise raises UserError with the file
+    and the reason.
     """
     file = Path(file)
     header, maker = (pt_header, 'torch.save since version 1.6') if file.suffix == '.pt' else (npy_header, 'numpy.save')
     try:
         status = file.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
             raise UserError('not a regular file')
         if not status.st_size:
             raise UserError('empty')
@@ -97,7 +103,7 @@ def inspect(file):
         raise UserError(f'{file}: ' + (f'broken symbolic link to {os.readlink(file)}' if broken else error.strerror or str(error)))
     except UserError as error:
         raise UserError(f'{file}: {str(error)[:300]}')
-    except Exception as error:  # the parsers of numpy and zipfile raise whatever a damaged file leads them to
+    except Exception as error:  # numpy and zipfile raise many types for damaged files
         raise UserError(f'{file}: damaged, or not what {maker} writes ({type(error).__name__}: {str(error)[:300]})')
 
 
@@ -115,7 +121,7 @@ def npy_header(source, size):
 def pt_header(source, size):
     """(shape, name of the dtype, offset) of an open .pt file that holds one tensor."""
     with zipfile.ZipFile(source) as archive:
-        records = {info.filename.lower(): info for info in archive.infolist()}  # torch finds them in any case
+        records = {info.filename.lower(): info for info in archive.infolist()}  # torch ignores case
         if len(records) < len(archive.infolist()) or any(info.compress_type for info in records.values()):
             raise UserError('not what torch.save writes: compressed, or two records of one name')
         if sum(info.file_size for info in records.values()) > size:
@@ -131,15 +137,15 @@ def pt_header(source, size):
             raise UserError(f'its pickle names {wrong[0].replace(" ", ".")}, expected one plain tensor: not opened')
         record = archive.getinfo(tensors[0])
     source.seek(-22, os.SEEK_END)
-    if not re.fullmatch(rb'PK\x05\x06.{16}\0\0', source.read(), re.DOTALL):  # the end of a zip without a comment
+    if not re.fullmatch(rb'PK\x05\x06.{16}\0\0', source.read(), re.DOTALL):  # end record of a zip without a comment
         raise UserError('there are other bytes behind its end')
     source.seek(record.header_offset + 26)
-    start = source.tell() + 4 + sum(struct.unpack('<2H', source.read(4)))  # behind the record's name and padding
+    start = source.tell() + 4 + sum(struct.unpack('<2H', source.read(4)))  # after name and padding
 
-    import torch  # here: it takes seconds, and only .pt files need it
+    import torch  # imported here because it takes seconds and only .pt files need it
     try:
         tensor = torch.load(source.name, map_location='cpu', weights_only=True, mmap=True)
-    except Exception:  # of several types, and the text advises to switch weights_only off
+    except Exception:  # several types; not quoted because its text advises to switch weights_only off
         raise UserError('damaged, or it holds more than one plain tensor: torch.load with weights_only refuses it')
     if type(tensor) is not torch.Tensor:
         raise UserError(f'it holds a {type(tensor).__name__}, expected one tensor')
@@ -153,8 +159,11 @@ def pt_header(source, size):
 
 def check(file, vocab_size=0):
     """
-    Read a whole shard -> {file, rows, length, dtype, tokens, min_id, max_id, bytes (of the file), sha256 (of the file), seen:
-    (max_id + 1,) bool, which ids occur}. UserError for what `inspect` refuses, damage, and ids outside the vocabulary (0: 2**24).
+    Read a whole shard. Returns {file, rows, length, dtype, tokens, min_id, max_id, bytes (of the file), sha256 (of the
+    file), seen: (max_id + 1,) bool, which ids occur}.
+
+    Raises UserError for files that `inspect` refuses, for damage, and for ids outside the vocabulary.
+    vocab_size=0 means a limit of 2**24.
     """
     file = Path(file)
     rows, length, dtype, offset = inspect(file)
@@ -172,8 +181,9 @@ def check(file, vocab_size=0):
 
 def check_all(files, vocab_size):
     """
-    ([what check() finds in a file, or its UserError], which ids occur in any: bool array), in threads: reading, hashing and numpy
-    leave Python's lock alone.
+    Run check() on all files. Returns ([result or UserError of each file], bool array: which ids occur in any file).
+
+    Uses threads, because reading, hashing and numpy release the GIL.
     """
     occurring, lock = [np.zeros(0, bool)], Lock()
 
@@ -189,11 +199,11 @@ def check_all(files, vocab_size):
     try:
         return list(pool.map(attempt, files)), occurring[0]
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C doesn't wait for the rest
+        pool.shutdown(cancel_futures=True)  # Ctrl-C should not wait for the remaining files
 
 
 def union(a, b):
-    """Of two bool arrays over ids, the longer one changed in place."""
+    """Union of two bool arrays over ids. The longer array is changed in place and returned."""
     a, b = (a, b) if len(a) > len(b) else (b, a)
     a[:len(b)] |= b
     return a
@@ -204,8 +214,10 @@ def union(a, b):
 
 def validate(path, vocab_size=0, say=print):
     """
-    Read all that `path` holds, shards or a prepared directory, and say what it is -> {format, files, rows, length, dtype, tokens,
-    min_id, max_id, vocab_size, unique, bytes, checked: [what check() found, without `seen`]}. UserError with a line a bad file.
+    Read all tokens at `path` (shards or a prepared directory) and print a summary.
+
+    Returns {format, files, rows, length, dtype, tokens, min_id, max_id, vocab_size, unique, bytes, checked: [results of
+    check() without `seen`]}. Raises UserError with one line per bad file.
     """
     path = Path(path).expanduser()
     meta = read_json(path / 'meta.json') if (path / 'meta.json').is_file() else {}
@@ -225,14 +237,14 @@ def validate(path, vocab_size=0, say=print):
         hashes = {found['file'].relative_to(path).as_posix(): found['sha256'] for found in checked}
         problems = [f'{path / name}: not the file that meta.json tells of: remove {path} and split it again'
                     for name in sorted({*entries, *hashes}) if name not in entries or hashes.get(name) != entries[name]['sha256']]
-        checked = list({found['file'].resolve(): found for found in checked}.values())  # of a single file both splits are
+        checked = list({found['file'].resolve(): found for found in checked}.values())  # one file may serve both splits
     if problems:
         raise UserError(*problems)
     return summary('+'.join(sorted({file.suffix[1:] for file in files})), checked, seen, vocab_size, say)
 
 
 def validate_bins(data, say):
-    """validate() for a TokenData."""
+    """validate() for the bins of a TokenData."""
     checked, seen = [], np.zeros(0, bool)
     for name, found in data.verify(reread=True).items():
         seen = union(seen, found.pop('seen'))
@@ -242,7 +254,7 @@ def validate_bins(data, say):
 
 
 def summary(kind, checked, seen, vocab_size, say, documents=0):
-    """Say, and return, what validate() does."""
+    """Print the summary of validate() and return its result."""
     total = {key: sum(found[key] for found in checked) for key in ('rows', 'tokens', 'bytes')}
     low, high, unique = min(found['min_id'] for found in checked), max(found['max_id'] for found in checked), int(seen.sum())
     dtype, size = ', '.join(sorted({found['dtype'] for found in checked})), vocab_size or high + 1
@@ -260,9 +272,12 @@ def summary(kind, checked, seen, vocab_size, say, documents=0):
 
 def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
     """
-    Validate the shards of `path` and make `out`, a directory that open_data() reads: train/ and val/ with links to them, and
-    meta.json, which is returned. Which files are val hangs on (seed, name) alone; where `path` has train/ and val/ already, they
-    are the splits; the last rows of a single file are val. A tokenizer.json beside the shards, ours or Hugging Face's, comes along.
+    Validate the shards at `path` and make `out`, a directory that open_data() reads. It holds train/ and val/ with links
+    to the shards, and meta.json. Returns the content of meta.json.
+
+    If `path` already has train/ and val/, they are the splits. If there is a single file, its last rows are val.
+    Otherwise each file goes to train or val by a hash of (seed, name). A tokenizer.json beside the shards, ours or
+    Hugging Face's, is copied.
     """
     path, out = Path(path).expanduser(), Path(out)
     if not 0 < val_ratio < 1:
@@ -304,21 +319,24 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
 
 
 def source_of(path, files):
-    """What meta.json says about the files that were split."""
+    """The entries of meta.json that describe the source files of a split."""
     there = [file for file in files if file.exists()]
     size = sum(file.stat().st_size for file in there)
     return {'source': {'dataset': f'shards:{path}', 'files': len(files), 'bytes': size}, 'inputs': stamp(there)}
 
 
 def check_split(path, out):
-    """Raises UserError where the files at `path` have changed since they were split into the directory `out`."""
+    """Raises UserError if the files at `path` have changed since they were split into the directory `out`."""
     path = Path(path).expanduser()
     compare(read_json(out / 'meta.json'), source_of(path, find_shards(path)), f'{out}: was prepared',
             f'remove it to split them anew, or use it as it is by --dataset={out}')
 
 
 def deal(checked, val_ratio, seed, say):
-    """{name below the root: what check() found} -> {split: [(name below the directory to make, found, first row, rows)]}"""
+    """
+    Assign files to splits: {name relative to the source root: result of check()} ->
+    {split: [(name relative to the output directory, result of check(), first row, rows)]}
+    """
     def whole(names, folder=''):
         return [(folder + name, checked[name], 0, checked[name]['rows']) for name in names]
     own = {part: [name for name in checked if name.startswith(f'{part}/')] for part in ('train', 'val')}
@@ -339,15 +357,21 @@ def deal(checked, val_ratio, seed, say):
 
 
 def entry(name, found, first, rows):
-    """Of a file in meta.json: its rows [first, first + rows) belong to the split; bytes, max_id and sha256 are of all of it."""
+    """
+    The entry of a file in meta.json. Rows [first, first + rows) belong to the split. bytes, max_id and sha256 describe
+    the whole file.
+    """
     return {'name': name, 'first': first, 'rows': rows, 'tokens': rows * found['length'],
             **{key: found[key] for key in ('bytes', 'max_id', 'sha256')}}
 
 
 def pack(data_path, row, out, rows_per_shard=100, say=print):
     """
-    Bins of a prepared directory -> shards of the same ids, (rows_per_shard, row) each, the last of a split smaller, in
-    `out`, a directory that open_data() reads; returns its meta.json. Rows are consecutive tokens; what fills no row at the end of a split is left out.
+    Convert the bins of a prepared directory into shards with the same ids. `out` becomes a directory that open_data()
+    reads. Returns the content of its meta.json.
+
+    Each shard has shape (rows_per_shard, row). The last shard of a split may be smaller. A row is a run of consecutive
+    tokens. Tokens at the end of a split that do not fill a row are left out.
     """
     if row < 2 or rows_per_shard < 1:
         raise UserError(f'row={row}, rows_per_shard={rows_per_shard}: expected at least 2 tokens in a row and a row in a shard')
@@ -383,7 +407,7 @@ def pack(data_path, row, out, rows_per_shard=100, say=print):
 
 
 def pack_split(data, split, row, rows, rows_per_shard, folder):
-    """Write the first rows of a split into files in `folder` -> their entries in meta.json, read back from them."""
+    """Write the first rows of a split to files in `folder`. Reads them back and returns their entries for meta.json."""
     folder.mkdir()
     entries = []
     for first in range(0, rows, rows_per_shard):
@@ -399,7 +423,7 @@ def pack_split(data, split, row, rows, rows_per_shard, folder):
 
 
 def finish(work, out, meta, content):
-    """Give the directory `work` its tokenizer.json (content None: no such file), its meta.json, and its name `out`."""
+    """Write tokenizer.json (skipped if content is None) and meta.json into `work`, then rename `work` to `out`."""
     if content:
         write_json(work / 'tokenizer.json', content)
     write_json(work / 'meta.json', meta)
@@ -410,7 +434,7 @@ def finish(work, out, meta, content):
 # Batches
 
 def entries_of(meta, path):
-    """{split: [entry of a file]} of a meta.json, every key there and of its kind. UserError if not."""
+    """{split: [entry of a file]} from meta.json. Raises UserError if a key is missing or has a wrong type or value."""
     kinds = {'name': str, 'first': int, 'rows': int, 'bytes': int, 'sha256': str}
     try:
         entries = {split: [{key: kind(entry[key]) for key, kind in kinds.items()} for entry in meta['files'][split]]
@@ -428,13 +452,17 @@ def entries_of(meta, path):
 
 class ShardData(TokenData):
     """
-    A directory that split() or pack() made, with the interface of TokenData; .tokenizer is None where there is no tokenizer.json.
+    Loads a directory made by split() or pack(), with the interface of TokenData. .tokenizer is None if there is no
+    tokenizer.json.
 
-    A window lies inside one row of L tokens. Where L - 1 is a multiple of T = block_size, a row has (L - 1) / T windows of T + 1
-    tokens. Where L is one, a row has L / T windows of T tokens, and the last target of every window is -1, that is ignored: in all
-    of them, although only the last one of a row has no next token, so that every micro-batch has the same number of targets and
-    any number of processes computes the same mean. Sizes and headers are checked here, ids in every batch; all of every file only
-    with verify='always'.
+    A window lies inside one row of L tokens. Let T = block_size.
+    - If L - 1 is a multiple of T, a row has (L - 1) / T windows of T + 1 tokens.
+    - If L is a multiple of T, a row has L / T windows of T tokens. The last target of every window is -1, which the loss
+      ignores. Only the last window of a row lacks a next token. But with -1 in all windows, every micro-batch has the
+      same number of targets, and the mean does not depend on the number of processes.
+
+    The constructor checks sizes and headers. Every batch checks its ids. Whole files are read only with
+    verify='always'.
     """
 
     def __init__(self, path, block_size, vocab_size, verify='once'):
@@ -454,7 +482,7 @@ class ShardData(TokenData):
         content = [self.row, self.n_vocab, entries, self.tokenizer]
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
-        self.whole = (self.row - 1) % block_size == 0 and block_size < self.row  # windows have a target at every position
+        self.whole = (self.row - 1) % block_size == 0 and block_size < self.row  # every position of a window has a target
         if not self.whole and self.row % block_size:
             raise UserError(f'{self.path}: block_size={block_size} divides neither its rows of {self.row} tokens nor {self.row - 1}'
                             + ': ' + ' or '.join(f'--block_size={size}' for size in nearest(self.row, block_size)))
@@ -463,14 +491,14 @@ class ShardData(TokenData):
         for split, listed in entries.items():
             self.files[split] = [self.open_shard(**entry) for entry in listed]
             ends = np.cumsum([entry['rows'] for entry in listed]).tolist()
-            self.starts[split], rows[split] = [0, *ends[:-1]], ends[-1]  # the first row of every file, counted over the split
+            self.starts[split], rows[split] = [0, *ends[:-1]], ends[-1]  # first row of each file within the split
         self.train_tokens = rows['train'] * self.row
         self.n_windows, self.n_val_windows = rows['train'] * self.per_row, rows['val'] * self.per_row
         if verify == 'always':
             validate(self.path, say=lambda line: None)
 
     def open_shard(self, name, first, rows, bytes, sha256):
-        """(file, dtype, byte at which its row `first` begins), its size and header checked."""
+        """Check size and header of a file. Returns (file, dtype, byte offset of its row `first`)."""
         file = self.path / name
         there, length, dtype, offset = inspect(file)
         if file.stat().st_size != bytes or length != self.row or there < first + rows:
@@ -481,7 +509,7 @@ class ShardData(TokenData):
     def gather(self, split, windows):
         """(n,) windows -> x, y: (n, T) int64"""
         T = self.block_size
-        tokens = np.full((len(windows), T + 1), -1)  # what has no token stays an ignored target
+        tokens = np.full((len(windows), T + 1), -1)  # positions without a token stay ignored targets
         for i, window in enumerate(windows.tolist()):
             row, k = divmod(window, self.per_row)
             number = bisect_right(self.starts[split], row) - 1
@@ -502,14 +530,17 @@ class ShardData(TokenData):
 
 
 def nearest(row, block_size):
-    """The block sizes next to this one, below and above, that cut a row without a rest."""
+    """The nearest block sizes below and above this one that divide row or row - 1."""
     sizes = sorted({size for n in (row, row - 1) for i in range(1, math.isqrt(n) + 1) if n % i == 0 for size in (i, n // i)})
     below, above = [size for size in sizes if size < block_size], [size for size in sizes if size > block_size]
     return below[-1:] + above[:1]
 
 
 def open_data(path, block_size, vocab_size, verify='once'):
-    """The loader of a prepared directory: ShardData where meta.json says 'kind': 'shards', else TokenData. UserError as they."""
+    """
+    The loader of a prepared directory: ShardData if meta.json has 'kind': 'shards', otherwise TokenData. Raises their
+    UserErrors.
+    """
     file = Path(path) / 'meta.json'
     shards = file.is_file() and read_json(file).get('kind') == 'shards'
     return (ShardData if shards else TokenData)(path, block_size, vocab_size, verify)

@@ -1,10 +1,10 @@
 """
-What prepared data hold: their meta data, windows of their text, figures of their tokens and documents, and a picture of these.
+Shows what a prepared dataset contains: metadata, sample windows, statistics of tokens and documents, and a plot.
 
     python prepare.py show data/pylib --n=3     # three windows; the picture is data_pylib.png
 
-It takes bins as well as shards, and shards of a tokenizer that nobody knows: those windows are ids. Of a large split the
-figures are those of a sample, spread evenly over it.
+It reads bins and shards. If the tokenizer is unknown, the windows are shown as ids. For a large split, the statistics
+come from an evenly spread sample.
 """
 from collections import Counter
 from pathlib import Path
@@ -16,28 +16,31 @@ from files import replacing
 from corpora.shards import open_data
 from tokenizer import load_tokenizer, token_bytes
 
-WINDOW = 80  # tokens of a window that is shown
-CHUNK, LIMIT = 2**20, 200_000_000  # tokens read at a time, and in all: of more, an evenly spread sample of chunks
-LONGER = (256, 1024, 4096, 32_768)  # tokens; the presets' block sizes lie between
+WINDOW = 80  # tokens of a sample window
+CHUNK, LIMIT = 2**20, 200_000_000  # tokens per read, and in total; a larger split is sampled in evenly spread chunks
+LONGER = (256, 1024, 4096, 32_768)  # document lengths in tokens; they span the block sizes of the presets
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
 def open_whole(path):
-    """The loader of a prepared directory, each of its windows a row of the shards. Raises UserError for whatever is wrong."""
+    """The loader of a prepared directory. For shards, each window is one row. Raises UserError for any problem."""
     file = Path(path) / 'meta.json'
     row = read_json(file).get('row') if file.is_file() else None
     return open_data(path, row - 1 if isinstance(row, int) and row > 1 else 1, 2**62)
 
 
 def row_of(data):
-    """Tokens of a row, None for bins."""
+    """Tokens per row, None for bins."""
     return data.meta['row'] if data.meta.get('kind') == 'shards' else None
 
 
 def read(data, start, stop):
-    """Tokens [start, stop) of the train split, of shards row after row. UserError for an id beyond the vocabulary."""
+    """
+    Tokens [start, stop) of the train split. Rows of shards are concatenated. Raises UserError for an id outside the
+    vocabulary.
+    """
     if not (row := row_of(data)):
         ids = data.read('train', start, stop)
         if ids.max() >= data.n_vocab:
@@ -52,9 +55,14 @@ def read(data, start, stop):
 
 def survey(data):
     """
-    (counts, lengths, tail) of the train split: (n_vocab,) how often each id occurs; {tokens of a document without its end:
-    such documents}; tokens behind the last end. Of a sample of chunks, only documents are counted that lie in chunks that were
-    read in a row, and the tail is None. Memory for one chunk, and for the different lengths: fewer than sqrt(2 LIMIT).
+    Statistics of the train split: (counts, lengths, tail).
+
+    counts: (n_vocab,) how often each id occurs.
+    lengths: {document length in tokens, without the end-of-text token: number of documents}.
+    tail: number of tokens after the last end-of-text token.
+
+    In a sample, only documents that lie within consecutive chunks are counted, and tail is None. Memory holds one chunk
+    and the distinct lengths, of which there are fewer than sqrt(2 LIMIT).
     """
     n, eot = -(-data.train_tokens // CHUNK), data.meta.get('eot_id')
     some = min(n, max(1, LIMIT // CHUNK)) if data.train_tokens > LIMIT else n
@@ -63,7 +71,7 @@ def survey(data):
         ids = read(data, k * CHUNK, min((k + 1) * CHUNK, data.train_tokens))
         counts += np.bincount(ids, minlength=data.n_vocab)
         since, previous = since if k == previous + 1 else None, k
-        ends = np.flatnonzero(ids == eot)  # none if there is no end of text
+        ends = np.flatnonzero(ids == eot)  # empty if eot is None
         if len(ends):
             gaps = np.diff(ends) - 1
             gaps = gaps if since is None else np.append(gaps, ends[0] + since)
@@ -79,8 +87,9 @@ def survey(data):
 
 def show(path, n=3, seed=1337, say=print, out=''):
     """
-    Say what a prepared directory holds: its meta data, `n` decoded windows, figures of tokens and documents of the train
-    split. Draw the figures to `out` ('': data_<name>.png here) and return its path. Raises UserError.
+    Print the contents of a prepared directory: metadata, `n` decoded windows, and statistics of tokens and documents of
+    the train split. Plot the statistics to `out` (by default data_<name>.png in the current directory) and return its
+    path. Raises UserError.
     """
     if n < 0:
         raise UserError(f'--n={n}: a number of windows, not negative')
@@ -112,7 +121,7 @@ def show(path, n=3, seed=1337, say=print, out=''):
 
 
 def meta_rows(meta):
-    """The plain facts of meta.json, in its order."""
+    """(name, value) for each key of meta.json except 'files', in file order."""
     def text(value):
         if isinstance(value, dict):
             return ', '.join(f'{key} {text(item)}' for key, item in value.items())
@@ -126,7 +135,7 @@ def split_rows(meta):
     documents = meta.get('documents', {})
     for split, files in meta['files'].items():
         tokens, size = (sum(file.get(key, 0) for file in files) for key in ('tokens', 'bytes'))
-        of_text = size and meta.get('kind') != 'shards'  # of shards it is the size of the files
+        of_text = size and meta.get('kind') != 'shards'  # for shards, bytes is the file size
         rows.append((split, f"{documents[split]:,}" if split in documents else '-', f'{tokens:,}', f'{size:,}' if size else '-',
                      f'{size / tokens:.2f}' if of_text else '-', f'{len(files):,}',
                      files[0]['sha256'][:12] + (f' and {len(files) - 1:,} more' if len(files) > 1 else '')))
@@ -134,7 +143,10 @@ def split_rows(meta):
 
 
 def windows(data, n, seed):
-    """n times (where, ids): one at random in each of n equal parts of the train split, in shards inside a row."""
+    """
+    Yields n times (location, ids). Each window is at a random position in one of n equal parts of the train split. In
+    shards, a window stays inside one row.
+    """
     row, draw = row_of(data), np.random.default_rng(seed)
     size = min(WINDOW, row or data.train_tokens)
     for k, u in enumerate(draw.random(n)):
@@ -147,7 +159,10 @@ def windows(data, n, seed):
 
 
 def readable_text(ids, encoding):
-    """Text as it is, but for half characters at its edges and for control characters, which could steer a terminal."""
+    """
+    The decoded text. Incomplete characters at the edges and control characters become U+FFFD, because control characters
+    could change the terminal. Without an encoding, the ids.
+    """
     if not encoding:
         return ' '.join(map(str, ids.tolist()))
     text = encoding.decode_bytes(ids.tolist()).decode('utf-8', 'replace')
@@ -176,7 +191,7 @@ def document_rows(lengths, tail, eot):
     if not (n := sum(lengths.values())):
         return [('documents', 'no end-of-text id' if eot is None else f'none ends (the end of text is {eot})')]
     values = np.array(sorted(lengths))
-    up_to = np.cumsum([lengths[value] for value in values.tolist()])  # documents at most so long
+    up_to = np.cumsum([lengths[value] for value in values.tolist()])  # documents of this length or shorter
 
     def quantile(q):
         return values[np.searchsorted(up_to, q * n)]
@@ -189,13 +204,19 @@ def document_rows(lengths, tail, eot):
 
 
 def zipf_fit(ranked):
-    """(slope, log frequency at rank 1) of a line through log frequency over log rank, each decade of ranks with the same weight."""
+    """
+    Fit a line to log frequency over log rank. Every decade of ranks has the same weight. Returns (slope, log frequency
+    at rank 1).
+    """
     ranks = np.unique(np.geomspace(1, len(ranked), 200).astype(int))
     return np.polyfit(np.log(ranks), np.log(ranked[ranks - 1]), 1).tolist()
 
 
 def draw(counts, lengths, heading, out):
-    """Token frequency against rank, and a histogram of document lengths, as a PNG. Raises OSError where it can't be written."""
+    """
+    Plot token frequency against rank and a histogram of document lengths to a PNG file. Raises OSError if it can't be
+    written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -211,7 +232,7 @@ def draw(counts, lengths, heading, out):
     left.set(title='how often a token occurs', xlabel='rank', ylabel='times')
     left.legend(frameon=False)
     if lengths:
-        values = np.maximum(list(lengths), 1)  # an empty document has no place on this axis
+        values = np.maximum(list(lengths), 1)  # the log axis can't show length 0
         right.hist(values, bins=np.geomspace(1, values.max() + 1, 60), weights=list(lengths.values()))
         right.set(xscale='log')
     right.set(title='documents by length' if lengths else 'no documents: no end of text', xlabel='tokens', ylabel='documents')

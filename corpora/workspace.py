@@ -1,7 +1,7 @@
 """
-A directory in the making: made whole or not at all, by one process at a time, and where it left off if that was killed.
+Builds a prepared directory atomically. One process works at a time. After a kill, the same command resumes the work.
 
-    with workspace(out, request) as work:   # None: `out` has become what is asked for while we waited for another process
+    with workspace(out, request) as work:   # None: another process finished `out` while we waited
         bins = Bins(work, 'train', lengths, dtype, entries=[])
         bins.append(ids)
         write_json(work / 'meta.json', {**request, 'files': {'train': bins.close(), ...}, ...})
@@ -19,13 +19,13 @@ from datetime import datetime, timezone
 from configurator import UserError, read_json
 from files import fsync, write_json
 
-BIN_TOKENS = 10**9  # tokens of a file: 2 or 4 GB
+BIN_TOKENS = 10**9  # maximum tokens per file: 2 or 4 GB
 
 
 def is_prepared(out, request, sharded=False):
     """
-    Whether `out` holds what `request` asks for. Raises UserError if it holds anything else: nothing is overwritten.
-    sharded: it may hold shards.
+    Whether `out` already holds the requested data. Raises UserError if it holds anything else, because nothing is
+    overwritten. sharded: `out` may hold shards.
     """
     allowed = re.compile(r'\.?shard-\d{5}-of-\d{5}(\.tmp)?' if sharded else '')
     if not out.exists() or out.is_dir() and all(allowed.fullmatch(path.name) for path in out.iterdir()):
@@ -37,8 +37,8 @@ def is_prepared(out, request, sharded=False):
 
 
 def compare(old, request, where, remedy):
-    """Raises UserError where what was prepared isn't what is asked for."""
-    # Directories from before there were these choices. Files without a record of their times are taken for the same.
+    """Raises UserError if the prepared data (`old`) differ from the `request`."""
+    # Older directories lack these keys. If no stamp of the source files was recorded, we assume they did not change.
     old = {'tokenizer': 'bpe', 'max_documents': 0, 'bad_text': 'refuse', 'inputs': request.get('inputs')} | old
     for key, value in request.items():
         before = old.get(key)
@@ -46,7 +46,7 @@ def compare(old, request, where, remedy):
             continue
         if key == 'inputs':
             raise UserError(f'{where} before its source files were changed: {remedy}')
-        if isinstance(before, dict) and isinstance(value, dict):  # what differs is enough
+        if isinstance(before, dict) and isinstance(value, dict):  # show only the differences
             before, value = [{k: v for k, v in one.items() if (k, v) not in other.items()}
                              for one, other in ((before, value), (value, before))]
         raise UserError(f'{where} with {key} {before!r}, not {value!r}: {remedy}')
@@ -55,9 +55,11 @@ def compare(old, request, where, remedy):
 @contextmanager
 def workspace(out, request):
     """
-    The directory beside `out` in which it is made, for one process at a time, with what a killed preparation of the same has
-    finished; None where another process has prepared `out` meanwhile. When the work fails or is interrupted it stays, if any
-    part is on record, and the same command goes on from there.
+    Yields a work directory beside `out`, locked for one process. It may hold finished parts of a killed preparation with
+    the same request. Yields None if another process has finished `out` in the meantime.
+
+    If the work fails or is interrupted, recorded parts stay on disk and the same command resumes from them. Without
+    recorded parts, the work directory is removed.
     """
     out = out.resolve()
     work, made = out.with_name(f'.{out.name}.tmp'), not out.parent.exists()
@@ -70,7 +72,7 @@ def workspace(out, request):
             return
         old = next((read_json(work / name) for name in ('meta.json', 'request.json') if (work / name).exists()), {})
         if begun(work):
-            if old.get('bad_text') == 'refuse':  # no text was bad so far
+            if old.get('bad_text') == 'refuse':  # so far no text was bad, so this option may change
                 old['bad_text'] = request['bad_text']
             compare(old, request, f'{work}: holds an unfinished preparation', 'finish that one, or remove this directory')
         elif old != request:
@@ -82,17 +84,20 @@ def workspace(out, request):
             shutil.rmtree(work)
         os.close(lock)
         if made:
-            with suppress(OSError):  # not empty if all went well
+            with suppress(OSError):  # after success it is not empty and stays
                 out.parent.rmdir()
 
 
 def begun(work):
-    """Whether there is anything in `work` that would be missed."""
+    """Whether `work` holds finished parts that are worth keeping."""
     return (work / 'state.json').exists() or (work / 'meta.json').exists()
 
 
 def locked(work):
-    """The directory `work`, made if need be, for this process alone until it closes the handle that this returns, or dies."""
+    """
+    Create the directory `work` if needed and lock it for this process. Returns a handle. The lock ends when the handle
+    is closed or the process dies.
+    """
     while True:
         work.mkdir(exist_ok=True)
         handle = os.open(work, os.O_RDONLY)
@@ -101,7 +106,8 @@ def locked(work):
         except BlockingIOError:
             print(f'{work}: another process is at work there: waiting for it', flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if work.exists() and os.path.samestat(os.fstat(handle), work.stat()):  # and has not got its last name while we waited
+        # While we waited, the other process may have renamed or removed the directory.
+        if work.exists() and os.path.samestat(os.fstat(handle), work.stat()):
             return handle
         os.close(handle)
 
@@ -112,7 +118,10 @@ def clear(work):
 
 
 def publish(work, out):
-    """The finished directory under its name. From meta.json on, this is all that a killed preparation has left to do."""
+    """
+    Remove temporary files and rename the finished directory `work` to `out`. Once meta.json exists, a killed preparation
+    only needs this step.
+    """
     made_for_work = ('state.json', 'split.json', 'request.json')
     for file in (*work.glob('seen.sqlite*'), *work.glob('.*.tmp'), *(work / name for name in made_for_work)):
         file.unlink(missing_ok=True)
@@ -126,12 +135,14 @@ def now():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a preparation puts there
+# Contents of the work directory
 
 class Seen:
     """
-    The digests of all documents so far, in an SQLite file: they would take 100 bytes of memory each. What was added since the
-    last commit() is forgotten when the process is killed, and so is what `batches` of the state on record doesn't cover.
+    The digests of all documents so far. They are in an SQLite file because each would take 100 bytes of memory.
+
+    After a kill, digests added since the last commit() are lost. The constructor also deletes digests of batches that
+    the recorded state does not cover: those numbered `batches` or higher.
     """
 
     def __init__(self, path, batches):
@@ -158,18 +169,20 @@ class Seen:
 
 class Bins:
     """
-    The token files of a split in the making, and their entries in meta.json. Until close() they are called train-00000.bin ...,
-    then train.bin, or train-00000-of-00002.bin ... where there are several.
+    Writes the token files of a split and keeps their entries for meta.json.
+
+    Until close() the files are named train-00000.bin ... Then a single file becomes train.bin, and several files become
+    train-00000-of-00002.bin ...
     """
 
     def __init__(self, folder, split, lengths, dtype, entries):
         """
-        lengths: (n_vocab,) bytes of each token. dtype: of an id. entries: of what is there already. What lies behind it in
-        the files is the work of a killed preparation, and goes.
+        lengths: (n_vocab,) bytes of each token. dtype: type of an id. entries: the recorded entries of existing files. Data
+        in the files beyond these entries come from a killed preparation and are removed.
         """
         self.dtype = dtype
         self.folder, self.split, self.lengths, self.entries = folder, split, lengths, [dict(entry) for entry in entries]
-        for file in folder.glob(f'{split}*.bin'):  # killed while it gave them their last names
+        for file in folder.glob(f'{split}*.bin'):  # close() was killed during its renames
             number = re.fullmatch(rf'{split}(?:-(\d+)(?:-of-\d+)?)?', file.stem)[1] or 0
             file.rename(self.path(int(number)))
         for file in folder.glob(f'{split}-*.bin'):
@@ -212,7 +225,7 @@ class Bins:
             self.tokens, self.bytes, ids = self.tokens + len(part), self.bytes + size, ids[len(part):]
 
     def sync(self):
-        """All that was appended onto the disk, and the entries that describe it."""
+        """Flush all appended ids to disk. Returns the entries that describe the files."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.entries[-1]['sha256'] = self.sha256.hexdigest()

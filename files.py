@@ -1,6 +1,6 @@
-"""Files written whole or not at all, and what tells whether files have changed.
+"""Atomic file writes, and a digest that detects changed files.
 
-    with replacing(path) as file: file.write(content)      # path appears when all of it is on the disk
+    with replacing(path) as file: file.write(content)      # path appears once the whole content is on disk
     write_json(path, {'step': 1})
 """
 import contextlib
@@ -15,8 +15,11 @@ from configurator import UserError
 
 @contextlib.contextmanager
 def replacing(path, sync=True):
-    """A file open for writing that becomes `path` only if all went well: temporary name, fsync, rename. Without `sync` it is
-    still whole or not at all for every reader, but the machine must not lose its power."""
+    """
+    Yields a binary file open for writing. It becomes `path` only on success: temporary name, fsync, rename.
+
+    With sync=False the write is still atomic for every reader, but it may not survive a power loss.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
@@ -27,20 +30,20 @@ def replacing(path, sync=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
         if sync:
-            directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk, too
+            directory = os.open(path.parent, os.O_RDONLY)  # the rename must reach the disk, too
             try:
                 os.fsync(directory)
             finally:
                 os.close(directory)
     except BaseException:
-        with contextlib.suppress(OSError):  # where nothing can be written nothing can be deleted
+        with contextlib.suppress(OSError):  # the directory may not be writable
             temporary.unlink()
         raise
 
 
 @contextlib.contextmanager
 def replacing_directory(path):
-    """A new directory to fill, which is renamed to `path` if all went well and removed if not."""
+    """Yields a new temporary directory. It is renamed to `path` on success and removed on failure."""
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
@@ -55,14 +58,16 @@ def replacing_directory(path):
 @contextlib.contextmanager
 def named_at_last(path):
     """
-    A place beside `path` for a file or a directory that is written, read and compared in here. It becomes `path` if all of that
-    went well, else it is removed. A UserError in here speaks of `path`.
+    Yields a temporary path beside `path` for a file or a directory. Write and check it inside the block.
+
+    It becomes `path` on success and is removed on failure. A UserError raised inside mentions `path` instead of the
+    temporary path. An OSError becomes a UserError.
     """
     path = Path(path)
     folder = path.with_name(f'.{path.name}.tmp')
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=not path.suffix)  # a directory may be new with those above it
+        folder.mkdir(parents=not path.suffix)  # for an output directory, parents may be created, too
         yield folder / path.name
         (folder / path.name).replace(path)
     except UserError as error:
@@ -74,7 +79,7 @@ def named_at_last(path):
 
 
 def write_json(path, content):
-    """Whole or not at all."""
+    """Write JSON atomically: temporary name, fsync, rename."""
     beside = path.with_name(f'.{path.name}.tmp')
     try:
         beside.write_text(json.dumps(content, indent=1), encoding='utf-8')
@@ -88,13 +93,13 @@ def write_json(path, content):
 
 
 def fsync(path):
-    """Contents on the disk: of a file, or of a directory the names in it."""
+    """Flush to disk: the content of a file, or the names in a directory."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
 def stamp(files):
-    """A digest of the names, sizes and modification times of files: it changes when any of them is edited or replaced."""
+    """A digest of the names, sizes and modification times of files. It changes if any file is edited or replaced."""
     listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     return hashlib.sha256(os.fsencode(repr(listing))).hexdigest()[:16]

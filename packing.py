@@ -1,10 +1,10 @@
-"""Rows of whole documents for training, in place of windows that cut them (--packing=best_fit).
+"""Training rows of whole documents (--packing=best_fit), instead of windows that cut documents.
 
-    data = PackedRows(TokenData('data/pylib', block_size=256, vocab_size=8192))   # the same interface, other rows
-    print(data.summary())                                                         # how full the rows are, what is cut
+    data = PackedRows(TokenData('data/pylib', block_size=256, vocab_size=8192))   # same interface as TokenData
+    print(data.summary())                                                         # share of text and of cut documents
 
-"Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830): documents are put into rows by best-fit
-decreasing, so that only those longer than a row are cut.
+Implements "Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830). Best-fit-decreasing bin
+packing assigns documents to rows. Only documents longer than a row are cut.
 """
 from bisect import bisect_left, insort
 
@@ -14,18 +14,21 @@ from configurator import UserError
 from data import TokenData
 from tokenizer import load_tokenizer
 
-SCANNED = 2**24  # tokens that are searched for the ends of documents at a time
+SCANNED = 2**24  # tokens per read in the search for document ends
 
 
 def eot_id_of(data):
-    """The id that ends a document in the data, None if nothing says which."""
+    """The id of the end-of-text token in the data, None if unknown."""
     if data.meta.get('eot_id') is not None:
         return data.meta['eot_id']
     return load_tokenizer(data.tokenizer).eot_token if data.tokenizer else None
 
 
 def document_ends(data, eot):
-    """(documents,) int64: the position after the end of each training document, in order; the last one may lack its end-of-text token."""
+    """
+    (documents,) int64: the position after the end of each training document, in order. The last document may lack its
+    end-of-text token.
+    """
     found = []
     for start in range(0, data.train_tokens, SCANNED):
         ids = data.read('train', start, min(start + SCANNED, data.train_tokens))
@@ -36,26 +39,27 @@ def document_ends(data, eot):
 
 def best_fit(lengths, capacity):
     """
-    lengths (n,) int64, each 1 to capacity -> (row of each (n,) int64, number of rows), by best-fit decreasing: the longest first, each
-    into the fullest row that still has room, or a new one. Equal lengths are placed together, so that it takes a few steps for
-    each length, not one for each document.
+    Best-fit-decreasing bin packing: lengths (n,) int64, each 1 to capacity -> (row indices (n,) int64, number of rows).
+
+    The longest documents are placed first. Each goes into the fullest row that still has room, or into a new row. Equal
+    lengths are placed together, which takes a few steps per length instead of one step per document.
     """
     order = np.argsort(-lengths, kind='stable')
     row_of, n_rows = np.empty(len(lengths), np.int64), 0
-    rooms, rows = [], {}  # the room that is left, ascending, and the rows that have it
+    rooms, rows = [], {}  # sorted values of free space; {free space: rows with it}
     begin = 0
     while begin < len(order):
         length = lengths[order[begin]]
         end = begin + int(np.searchsorted(-lengths[order[begin:]], -length, 'right'))
         while begin < end:
             at = bisect_left(rooms, length)
-            if at == len(rooms):  # new rows, as many as these documents fill
+            if at == len(rooms):  # open as many new rows as needed
                 count = -(-(end - begin) // (capacity // length))
                 room, free, n_rows = capacity, np.arange(n_rows, n_rows + count), n_rows + count
             else:
                 room = rooms.pop(at)
                 free = rows.pop(room)
-            each = room // length  # documents that a row takes; all but the last row that is used take so many
+            each = room // length  # documents per row; the last used row may get fewer
             used = min(len(free), -(-(end - begin) // each))
             count = min(end - begin, used * each)
             row_of[order[begin:begin + count]] = np.repeat(free[:used], each)[:count]
@@ -72,15 +76,16 @@ def best_fit(lengths, capacity):
 
 class PackedRows(TokenData):
     """
-    Training rows of whole documents; validation is that of the TokenData that it is made of.
+    Training rows of whole documents. Validation uses the windows of the given TokenData unchanged.
 
-    A row is block_size + 1 = T + 1 tokens: T inputs, and targets one further. A document, its end-of-text token included, stands whole
-    in one row if it has at most T + 1 tokens. A longer one is cut into pieces of T + 1 tokens that overlap by one, so that every
-    token but its first is a target once, and what is left is packed like a document. Documents of a row keep their order. What no
-    document fills has the end-of-text token as input and -1 as target, which the loss ignores. Rows are permuted by epoch as windows are.
+    A row has T + 1 = block_size + 1 tokens: T inputs, and targets shifted by one. A document of at most T + 1 tokens,
+    including its end-of-text token, stays whole in one row. A longer document is cut into pieces of T + 1 tokens. The
+    pieces overlap by one token, so that every token except the first is a target once. The remainder is packed like a
+    document. Documents in a row keep their order. Padding has the end-of-text token as input and -1 as target, which
+    the loss ignores. Rows are permuted in each epoch, as windows are.
 
-    The loss of a micro-batch is the mean over its own targets, and micro-batches and processes have equal weights, as with windows:
-    a target in a micro-batch with more padding weighs a little more.
+    The loss of a micro-batch is the mean over its own targets. Micro-batches and processes have equal weights, as with
+    windows. So a target in a micro-batch with more padding has a slightly larger weight.
     """
 
     def __init__(self, data):
@@ -96,19 +101,19 @@ class PackedRows(TokenData):
         self.cut = int((lengths > T + 1).sum())
         self.cut_by_stream = int((ends > starts // T * T + T + 1).sum())
 
-        pieces = np.maximum(1, -(-(lengths - 1) // T))  # of each document
+        pieces = np.maximum(1, -(-(lengths - 1) // T))  # number of pieces of each document
         first = np.repeat(np.cumsum(pieces) - pieces, pieces)
         begin = np.repeat(starts, pieces) + (np.arange(pieces.sum()) - first) * T
         size = np.minimum(np.repeat(ends, pieces) - begin, T + 1)
         occupied = size.copy()
         if self.read('train', self.train_tokens - 1, self.train_tokens)[0] != self.eot:
-            occupied[-1] = T + 1  # without an end it would run into the next one: a row of its own
+            occupied[-1] = T + 1  # it has no end token to separate it from others, so it gets its own row
         row, n_rows = best_fit(occupied, T + 1)
-        order = np.argsort(row, kind='stable')  # documents of a row in the order of the corpus
+        order = np.argsort(row, kind='stable')  # keeps corpus order within a row
         self.begin, self.size = begin[order], size[order]
-        self.first = np.searchsorted(row[order], np.arange(n_rows + 1))  # of each row, among them; and the end
+        self.first = np.searchsorted(row[order], np.arange(n_rows + 1))  # row r holds pieces first[r] to first[r + 1]
         text = np.add.reduceat(self.size, self.first[:-1])
-        self.used_rows = np.flatnonzero(text > 1)  # one token alone has no target
+        self.used_rows = np.flatnonzero(text > 1)  # a row with one token has no target
         self.n_windows = len(self.used_rows)
         self.text_share = text[self.used_rows].sum() / (self.n_windows * (T + 1))
 
@@ -126,7 +131,7 @@ class PackedRows(TokenData):
         return x, y
 
     def summary(self):
-        """How full the rows are, and what is cut, in a line."""
+        """One line: the share of text in the rows and the share of cut documents."""
         return (f'packing: {self.n_windows:,} rows; {100 * self.text_share:.1f} % of them is text, the rest padding; '
                 f'{100 * self.cut / self.documents:.1f} % of {self.documents:,} documents are cut '
                 f'(stream: {100 * self.cut_by_stream / self.documents:.1f} %)')

@@ -1,11 +1,12 @@
 """
-Token files are read as a whole once, and the result is remembered. Imported by data.py, shards.py and prepare.py:
+Verifies token files by reading them completely once, and records the result. Imported by data.py, shards.py,
+prepare.py:
 
-    found = verify(folder, files, n_vocab, again)    # files: {name: BinFile}; reads those that no record knows
-    remember(folder, hashes, n_vocab)                # by the program that has just written the files
+    found = verify(folder, files, n_vocab, again)    # files: {name: BinFile}; reads only files without a record
+    remember(folder, hashes, n_vocab)                # called by the program that has just written the files
 
-The record `.verified.json` beside the files holds the size, modification time and inode of each file, its sha256, and the size
-of the vocabulary that all its ids are in. A file with another size, time or inode is read again, and so is a copy.
+The record `.verified.json` beside the files holds for each file its size, modification time, inode and sha256, and the
+vocabulary size that bounds its ids. A file is read again if its size, time or inode changes, or if it is a copy.
 """
 import fcntl
 import hashlib
@@ -21,8 +22,8 @@ from configurator import UserError, read_json
 from files import write_json
 
 RECORD = '.verified.json'
-LONG = 2 * 10**9  # bytes that take some seconds to read: said
-BLOCK = 2**23  # bytes that are read at a time
+LONG = 2 * 10**9  # bytes; reading more takes some seconds, so a message is printed
+BLOCK = 2**23  # bytes per read
 
 
 class BinFile(NamedTuple):
@@ -33,11 +34,12 @@ class BinFile(NamedTuple):
 
 def verify(folder, files, n_vocab, again, reread=False):
     """
-    Read the files {name: BinFile} that no record knows, or all of them (reread), and remember them.
-    -> {name: what scan() found} of those that were read. UserError, ending with the advice `again`, for a wrong sha256 or
-    an id outside the vocabulary.
+    Read all files {name: BinFile} that have no valid record (all files with reread=True), and record them.
 
-    One process of a machine does it while the others wait, so that many that start together read the files once.
+    Returns {name: result of scan()} for the files that were read. Raises UserError for a wrong sha256 or an id outside
+    the vocabulary. The message ends with the advice `again`.
+
+    One process per machine reads while the others wait. So processes that start together read the files only once.
     """
     hashes = {name: file.sha256 for name, file in files.items()}
     unknown = list(files) if reread else unverified(folder, hashes, n_vocab)
@@ -45,8 +47,8 @@ def verify(folder, files, n_vocab, again, reread=False):
         return {}
     with locked(folder):
         if not reread:
-            unknown = unverified(folder, hashes, n_vocab)  # another process may have read them meanwhile
-        identities = {name: identity(folder / name, hashes[name], n_vocab) for name in unknown}  # before they are read
+            unknown = unverified(folder, hashes, n_vocab)  # another process may have read them
+        identities = {name: identity(folder / name, hashes[name], n_vocab) for name in unknown}  # taken before the read, to notice later changes
         size = sum(entry['size'] for entry in identities.values())
         if size >= LONG:
             print(f'{folder}: verifying {size / 1e9:.1f} GB of tokens' + ('' if reread else ', once'), flush=True)
@@ -62,29 +64,29 @@ def verify(folder, files, n_vocab, again, reread=False):
                 raise UserError(f'{folder / name}: damaged, its sha256 is not the one in meta.json: {again}')
             return found
 
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # reading, hashing and numpy leave Python's lock alone
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # reading, hashing and numpy release the GIL
         try:
             found = dict(zip(unknown, pool.map(check, unknown)))
         finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C and the first error don't wait for the rest
+            pool.shutdown(cancel_futures=True)  # Ctrl-C or an error should not wait for the rest
         save(folder, identities)
     return found
 
 
 def remember(folder, hashes, n_vocab):
-    """Put files {name: sha256} on record that the caller knows to be right: it has just written them."""
+    """Record files {name: sha256} as verified without reading them. The caller has just written them."""
     save(folder, {name: identity(folder / name, sha256, n_vocab) for name, sha256 in hashes.items()})
 
 
 def unverified(folder, hashes, n_vocab):
-    """The names of {name: sha256} that no record knows as they are now."""
+    """The names in {name: sha256} without a record that matches the current file."""
     records = [read_record(path) for path in record_paths(folder)]
     return [name for name, sha256 in hashes.items()
             if not any(record.get(name) == identity(folder / name, sha256, n_vocab) for record in records)]
 
 
 def identity(file, sha256, n_vocab):
-    """What a record holds of a file."""
+    """The record entry of a file. Raises UserError if the file can't be accessed."""
     try:
         status = file.stat()
     except OSError as error:
@@ -94,14 +96,14 @@ def identity(file, sha256, n_vocab):
 
 
 def record_paths(folder):
-    """Beside the files, or in the user's cache where that directory can't be written."""
+    """Paths of the record: beside the files, or in the user's cache if the folder is not writable."""
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return [folder / RECORD, Path(cache, 'nanotrix', f'verified-{digest}.json')]
 
 
 def read_record(path):
-    """{name: entry}; nothing of a record that is missing or broken."""
+    """{name: entry}, empty if the record is missing or broken."""
     try:
         files = read_json(path).get('files')
     except UserError:
@@ -110,7 +112,7 @@ def read_record(path):
 
 
 def save(folder, entries):
-    """Add the entries to the record, and say so where it can't be written."""
+    """Add the entries to the record. Prints a message if no record can be written."""
     for path in record_paths(folder):
         with suppress(OSError):
             if path.parent != folder:
@@ -123,10 +125,10 @@ def save(folder, entries):
 
 @contextmanager
 def locked(folder):
-    """One process of this machine at a time."""
+    """Lock a folder for one process of this machine at a time."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a network file system without locks: each process reads for itself
+        with suppress(OSError):  # some network file systems have no locks; then every process reads
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -134,7 +136,7 @@ def locked(folder):
 
 
 def blocks(source, size):
-    """The next `size` bytes of an open file, at most BLOCK at a time. Raises OSError if there are fewer."""
+    """Yields the next `size` bytes of an open file in blocks of at most BLOCK. Raises OSError if there are fewer bytes."""
     while size:
         block = source.read(min(size, BLOCK))
         if len(block) < min(size, BLOCK):
@@ -145,9 +147,11 @@ def blocks(source, size):
 
 def scan(file, offset, count, dtype, limit):
     """
-    Read a file with `count` ids from byte `offset` on -> {tokens, min_id, max_id, bytes (of the file), sha256 (of the
-    file), seen: (max_id + 1,) bool, which ids occur}. Memory for a block and the vocabulary, whatever the file's size.
-    UserError names the first id outside range(limit).
+    Read a file that has `count` ids starting at byte `offset`. Returns {tokens, min_id, max_id, bytes (of the file),
+    sha256 (of the file), seen: (max_id + 1,) bool, which ids occur}.
+
+    Memory holds one block and one flag per id, for any file size. Raises UserError with the first id outside
+    range(limit).
     """
     digest, seen, low, high, at = hashlib.sha256(), np.zeros(2**16, bool), limit, 0, 0
     try:

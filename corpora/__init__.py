@@ -1,5 +1,6 @@
-"""From text, or from tokens of other programs, to a prepared directory. Used by prepare.py; training needs only data.py.
+"""Turns text, or tokens from other programs, into a prepared directory. Used by prepare.py. Training needs only data.py.
 
-`corpus.py` reads documents, `splitting.py` splits a small corpus, `workspace.py` writes a directory whole or not at all,
-`shards.py` and `linked.py` take tokens that other programs have made. `show.py` and `recommend.py` say what a directory holds and what to train on it.
+`preparation.py` finds or makes a prepared directory, and `building.py` builds its content. `corpus.py` reads documents.
+`splitting.py` splits a small corpus. `workspace.py` writes a directory atomically. `shards.py` and `linked.py` import
+tokens from other programs. `show.py` shows what a directory contains. `recommend.py` suggests what to train on it.
 """

@@ -1,9 +1,10 @@
 """
-The content of a prepared directory: documents -> train and val -> tokenizer -> token bins. Imported by preparation.py:
+Builds the content of a prepared directory: documents -> train and val -> tokenizer -> token bins.
+Imported by preparation.py:
 
-    build(config, corpus, content, request, work, start)     # everything that `work` will hold, meta.json last
+    build(config, corpus, content, request, work, start)     # writes all files into `work`, meta.json last
 
-A build that was killed goes on from its last finished part.
+A killed build resumes from its last finished part.
 """
 import hashlib
 import multiprocessing
@@ -30,15 +31,15 @@ from tokenizer import id_dtype, load_tokenizer, normalizer_of, token_bytes
 from verification import remember
 
 BATCH = 10**6  # bytes of text that a process encodes at a time
-SAMPLE = 64 * BATCH  # bytes of text whose train documents the tokenizer is trained on
-PART = 16  # batches after which what is done is put on the record: a kill costs no more than these
+SAMPLE = 64 * BATCH  # bytes of text; the tokenizer is trained on the train documents among them
+PART = 16  # batches between two records of the state; a kill loses at most this much work
 
 
 def build(config, corpus, content, request, work, start):
-    """Everything that a prepared directory holds, meta.json last, in the directory `work`; what is there already is used."""
+    """Write all files of a prepared directory into `work`, meta.json last. Reuses files that are already there."""
     print(f'{config.dataset}: {corpus.contents()}', flush=True)
     cut = Cut(*read_json(work / 'split.json')['cut']) if (work / 'split.json').exists() else None
-    hash_only = corpus.own_splits or config.shard  # shards need not know of each other
+    hash_only = corpus.own_splits or config.shard  # shards are prepared independently
     if not (work / 'tokenizer.json').exists():
         sample = read_sample(corpus, config, 4 * BATCH if content and hash_only else SAMPLE, cut)
         if not (cut or hash_only) and sample.is_whole and is_lopsided(sample.sizes, config.val_ratio):
@@ -64,7 +65,7 @@ def build(config, corpus, content, request, work, start):
     if not counts['train'] or not counts['val']:
         documents = counts['train'] + counts['val']
         sizes = {split: sum(file['bytes'] for file in files[split]) for split in files}
-        # The hash suits the whole corpus, but what --max_tokens takes of it is in one split.
+        # The hash splits the whole corpus well, but the part that --max_tokens selects may fall into one split.
         if not (cut or hash_only) and split_by_position(corpus, config, documents, sizes, work):
             return build(config, corpus, content, request, work, start)
         shutil.rmtree(work)
@@ -75,14 +76,14 @@ def build(config, corpus, content, request, work, start):
         fsync(work / 'test.txt')
         extra['test'] = {'name': 'test.txt', 'bytes': len(text.encode()), **count_words(text),
                          'sha256': hashlib.sha256(text.encode()).hexdigest()}
-    remember(work, hashes_of(files), encoding.n_vocab)  # what was written right now need not be read
+    remember(work, hashes_of(files), encoding.n_vocab)  # just written: no need to verify
     write_json(work / 'meta.json', {
         **request, **facts, 'eot_id': encoding.eot_token, 'documents': counts, 'files': files, **extra,
         'created': now(), 'seconds': round(time.time() - start, 1)})
 
 
 def write_tokenizer(content, sample, config, work):
-    """Writes tokenizer.json: `content`, or a BPE trained on the sample. Raises UserError where the disk is too small."""
+    """Write tokenizer.json: `content`, or a BPE trained on the sample. Raises UserError if the disk is too small."""
     if not content:
         print(f'tokenizer: training {config.vocab_size} tokens on {len(sample.train):,} documents', flush=True)
         content = tokenizer.train_bpe(sample.train, config.vocab_size)
@@ -93,8 +94,10 @@ def write_tokenizer(content, sample, config, work):
 
 def split_by_position(corpus, config, documents, sizes, work):
     """
-    The Cut of a small corpus, written to split.json, None where the corpus is not small. Removes what was made by the hash,
-    which put `sizes` bytes of so many documents into the splits.
+    Switch a small corpus to a split by position. Returns the Cut and writes it to split.json. Removes the files made
+    with the split by hash. Returns None if the corpus is not small.
+
+    documents, sizes: number of documents and {split: bytes} of the split by hash, for the message.
     """
     cut = find_cut(corpus, config, SAMPLE)
     if cut is None:
@@ -104,7 +107,7 @@ def split_by_position(corpus, config, documents, sizes, work):
     noun = 'document' if documents == 1 else 'documents'
     print(f'split by position: of {documents} {noun} the hash put {part} into val; now val is the last part of the text',
           flush=True)
-    (work / 'state.json').unlink(missing_ok=True)  # first: it describes the other files
+    (work / 'state.json').unlink(missing_ok=True)  # first, because it describes the others
     for path in work.iterdir():
         if path.name != 'request.json':
             path.unlink()
@@ -113,7 +116,7 @@ def split_by_position(corpus, config, documents, sizes, work):
 
 
 def empty_split(config, corpus, counts):
-    """Why a split is empty, and what helps."""
+    """Error message for an empty split, with advice."""
     empty, other = ('val', 'larger') if counts['train'] else ('train', 'smaller')
     line = f"{config.dataset}: none of {counts['train'] + counts['val']} documents fell into the {empty} split: "
     if config.shard:
@@ -124,7 +127,7 @@ def empty_split(config, corpus, counts):
 
 
 def hashes_of(files):
-    """{name: sha256} of the files of both splits, as meta.json describes them."""
+    """{name: sha256} of the files of both splits. files: the entries in meta.json."""
     return {file['name']: file['sha256'] for split in files.values() for file in split}
 
 
@@ -133,21 +136,21 @@ def shard_of(config):
 
 
 class Batch(NamedTuple):
-    """About 1 MB of text, and where the corpus goes on behind it."""
+    """About 1 MB of text, and the position in the corpus after it."""
     number: int
-    position: tuple  # documents read so far, and the position of the last of them
-    counts: Counter  # documents read and dropped on the way
+    position: tuple  # (documents read so far, position of the last one)
+    counts: Counter  # documents read and dropped in this batch
     texts: dict  # {'train': [str], 'val': [str]}
 
 
 def batches(corpus, config, is_new, cut=None, shard=(0, 1), number=0, position=(0, None)):
     """
-    The documents of the corpus from `position` on as Batch after Batch: those of the shard, sorted into train and val.
+    Yields the documents of one shard from `position` on, as Batches, assigned to train and val.
 
-    Which split and which shard a document belongs to depends on nothing but its text and the seed: no document changes sides
-    when the corpus grows or comes in another order, duplicates meet in one shard, and shards need not know of each other.
-    A `cut` splits a small corpus by position instead.
-    is_new(digest, number): whether no document had this digest before.
+    The split and the shard of a document depend only on its text and the seed. So a document stays in its split when
+    the corpus grows or its order changes. Duplicates fall into the same shard, and shards can be prepared
+    independently. With a `cut`, a small corpus is split by position instead. is_new(digest, number): whether this
+    digest is new. number: the number of the batch.
     """
     key, (i, n) = str(config.seed).encode()[:64], shard
     (read, at), counts, texts, size = position, Counter(), {'train': [], 'val': []}, 0
@@ -156,7 +159,7 @@ def batches(corpus, config, is_new, cut=None, shard=(0, 1), number=0, position=(
             break
         read, at, text = read + 1, document.position, document.text
         if not text or text.isspace():
-            if i == 0:  # no text, no digest: the first shard counts it
+            if i == 0:  # a document without text has no digest: the first shard counts it
                 counts.update(('read', document.dropped or 'empty'))
             continue
         data = text.encode()
@@ -164,7 +167,7 @@ def batches(corpus, config, is_new, cut=None, shard=(0, 1), number=0, position=(
         if int.from_bytes(digest[8:], 'little') % n != i:
             continue
         counts['read'] += 1
-        if document.dropped:  # mended, and kept
+        if document.dropped:  # repaired and kept
             counts[document.dropped] += 1
         if not corpus.own_splits and not is_new(digest, number):
             counts['duplicates'] += 1
@@ -183,14 +186,17 @@ def batches(corpus, config, is_new, cut=None, shard=(0, 1), number=0, position=(
 class Sample(NamedTuple):
     """The beginning of a corpus."""
     train: list  # texts of the train documents
-    documents: int  # of both splits
+    documents: int  # number of documents of both splits
     sizes: dict  # {split: bytes of text}
-    share: float | None  # of the corpus, None: unknown
-    is_whole: bool  # the corpus ends here
+    share: float | None  # share of the corpus that was read, None: unknown
+    is_whole: bool  # the sample is the whole corpus
 
 
 def read_sample(corpus, config, enough, cut=None):
-    """The first `enough` bytes of text, the same for every shard. Raises UserError where there is no text."""
+    """
+    Read at least the first `enough` bytes of text, more if they have no train document. Every shard gets the same
+    sample. Raises UserError if there is no text.
+    """
     seen, train, documents, sizes, share, is_whole = set(), [], 0, {'train': 0, 'val': 0}, None, True
     for batch in batches(corpus, config, lambda digest, _: digest not in seen and not seen.add(digest), cut):
         train += batch.texts['train']
@@ -207,7 +213,10 @@ def read_sample(corpus, config, enough, cut=None):
 
 
 def check_room(encoding, sample, size, config, work):
-    """Raises UserError where the disk has no room for the bins of `size` bytes of text (0: unknown), as the sample makes tokens."""
+    """
+    Raises UserError if the disk has no room for the bins. Estimates their size from the bytes of text (`size`, 0:
+    unknown) and the tokens per byte of the sample.
+    """
     texts = sample[::max(1, len(sample) // 100)]
     texts = [text[:2**16] for text in texts]
     rate = sum(len(encoding.encode_ordinary(text)) + 1 for text in texts) / sum(len(text.encode()) for text in texts)
@@ -225,10 +234,10 @@ def check_room(encoding, sample, size, config, work):
 
 def encode_corpus(corpus, work, config, cut=None):
     """
-    Write the bins of both splits. Returns the documents counted and the files described, as meta.json has them.
+    Write the bins of both splits. Returns (document counts, {split: file entries}) for meta.json.
 
-    Every PART batches what is done is put on record: the bins, then the digests, then state.json, which says where the former
-    two stood. What lies behind that in them is the work of a killed preparation, and goes.
+    Every PART batches the progress is recorded: first the bins, then the digests, then state.json with the positions in
+    both. On resuming, everything beyond these positions is removed, because it comes from a killed preparation.
     """
     done = read_json(work / 'state.json') if (work / 'state.json').exists() else {}
     encoding = load_tokenizer(work)
@@ -248,7 +257,7 @@ def encode_corpus(corpus, work, config, cut=None):
                 room = budget - bins[split].tokens
                 if len(ids[split]) >= room:
                     ids[split] = ids[split][:room]
-                    ids[split][-1:] = eot  # the document that reaches the budget is cut, and ends
+                    ids[split][-1:] = eot  # the document that reaches the budget is cut and terminated
             counts.update(batch.counts)
             for split, bin in bins.items():
                 bin.append(ids[split])
@@ -265,7 +274,10 @@ def encode_corpus(corpus, work, config, cut=None):
 
 
 def token_budgets(config, cut):
-    """{split: tokens after which it ends}. By position val follows all of train, so that it needs a budget, too."""
+    """
+    {split: maximum tokens}. With a split by position, val follows all of train in the corpus, so val needs a budget,
+    too.
+    """
     if not config.max_tokens:
         return {}
     val = {'val': max(2, round(config.max_tokens * config.val_ratio / (1 - config.val_ratio)))} if cut else {}
@@ -273,7 +285,7 @@ def token_budgets(config, cut):
 
 
 def progress(corpus, config, position, bins):
-    """-> say(position, counts): a line every five seconds."""
+    """Returns a function say(position, counts) that prints a progress line at most every five seconds."""
     start, before, there = time.time(), {}, corpus.progress(position) or 0
     said = start
 
@@ -301,24 +313,25 @@ def progress(corpus, config, position, bins):
 
 def encoded(stream, work, num_proc):
     """
-    (batch, its ids) in order. Only two batches a process are in the works (Pool.imap would read the corpus ahead), and their
-    texts go as soon as a process has them.
+    Yields (batch, its ids) in order. At most two batches per process are in flight. Pool.imap is not used because it
+    would read the whole corpus ahead. The texts of a batch are freed once they are submitted.
     """
     if num_proc == 1:
         open_tokenizer(work)
         for batch in stream:
             yield batch, encode(batch.texts)
         return
-    spawn = multiprocessing.get_context('spawn')  # the tokenizer's training has started threads: a fork could hang
+    spawn = multiprocessing.get_context('spawn')  # not fork: it can hang after the tokenizer started threads
     try:
         with ProcessPoolExecutor(num_proc, spawn, start_worker, (work,)) as pool:
             ahead = deque()
             for batch in stream:
-                # A worker is born with its parent's signal mask: Ctrl-C is the parent's to handle.
+                # A worker inherits the signal mask of its parent. With SIGINT blocked, only the parent handles Ctrl-C.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
                     ids = pool.submit(encode, batch.texts)
-                except (OSError, ValueError):  # it broke while it started a process, and closed what that needs: now it says so
+                except (OSError, ValueError):
+                    # The pool broke while starting a process and closed its pipes. A second submit raises the real error.
                     ids = pool.submit(encode, batch.texts)
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -334,19 +347,19 @@ def encoded(stream, work, num_proc):
 
 
 def start_worker(work):
-    """A worker doesn't outlive its parent."""
+    """Initialise a worker: load the tokenizer, and exit when the parent dies."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     open_tokenizer(work)
 
 
 def open_tokenizer(work):
-    global encoding  # one a process, for `encode`
+    global encoding  # one per process, used by `encode`
     encoding = load_tokenizer(work)
 
 
 def encode(texts):
-    """{split: [str]} -> {split: (n,) ids}, with the end of text after every document."""
+    """{split: [str]} -> {split: (n,) ids}. Every document is followed by the end-of-text token."""
     eot = np.array([encoding.eot_token], id_dtype(encoding.n_vocab))
     return {split: np.concatenate([part for document in documents for part in (tokenizer.encode(encoding, document), eot)] or [eot[:0]])
             for split, documents in texts.items()}

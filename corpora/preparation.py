@@ -1,11 +1,12 @@
 """
-A prepared directory, from the question which one to the answer. Imported by prepare.py and train.py:
+Finds or makes the prepared directory for a set of options. Imported by prepare.py and train.py:
 
-    data = open_dataset(config)       # of a training run: finds the directory that holds its tokens, or prepares it
+    data = open_dataset(config)       # for a training run: finds the directory with its tokens, or prepares it
     prepare(config, out)              # config: a PrepareConfig
-    join(out)                         # the parts that several machines have prepared
+    join(out)                         # joins the shards that several machines have prepared
 
-A directory holds exactly what was asked for: its name says the options, and what has changed since is refused.
+A directory holds exactly the requested data. Its name contains the options. Options or source files that changed since
+the preparation raise a UserError.
 """
 import re
 import subprocess
@@ -80,25 +81,29 @@ class PrepareConfig:
 
 
 def directory(config):
-    """Where the preparation that `config` asks for goes, unless --out names another place."""
-    ignored = {'dataset', 'tokenizer', 'vocab_size', 'max_tokens', 'shard', 'out', 'num_proc', 'bad_rows'}  # named otherwise, or without effect
+    """The default directory for the data that `config` requests. --out overrides it."""
+    # These options are passed to data_dir below or do not change the data.
+    ignored = {'dataset', 'tokenizer', 'vocab_size', 'max_tokens', 'shard', 'out', 'num_proc', 'bad_rows'}
     options = {field.name: getattr(config, field.name) for field in fields(PrepareConfig)
                if field.name not in ignored and getattr(config, field.name) != field.default}
     return data_dir(config.dataset, config.tokenizer, max_tokens=config.max_tokens, vocab_size=config.vocab_size, **options)
 
 
 def is_path(dataset):
-    """Whether this is a directory that was prepared already, as in pack --dataset=data/x."""
+    """Whether `dataset` is the path of a prepared directory, as in pack --dataset=data/x."""
     return '/' in dataset and (Path(dataset) / 'meta.json').is_file()
 
 
 def is_bins(dataset):
-    """Whether this names token files of another project. The text of nanochat, .parquet files, is a corpus like others."""
+    """
+    Whether `dataset` names token files of another project. False for the .parquet text files of nanochat, which are a
+    normal corpus.
+    """
     return dataset.startswith('bins:') and linked.find_bins(dataset.removeprefix('bins:')) is not None
 
 
 def link(config, out):
-    """Token files of another project as a prepared directory."""
+    """Make a prepared directory `out` from token files of another project."""
     path = config.dataset.removeprefix('bins:')
     for key in ('max_tokens', 'max_documents', 'shard'):
         if value := getattr(config, key):
@@ -108,17 +113,18 @@ def link(config, out):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# For a run
-
+# For a training run
 def open_dataset(config, prepare=True, verify='once'):
     """
-    What loads the tokens that config.dataset names. They are prepared now if they are missing and can be; prepare=False: None then.
-    UserError where a prepared directory holds anything but what the config asks for. verify: as TokenData has it.
+    The loader of the tokens that config.dataset names. Prepares missing data, or returns None with prepare=False.
+
+    Raises UserError if the data can't be prepared, or if a prepared directory does not match the config.
+    verify: see TokenData.
     """
     name = config.dataset
     if name.startswith('shards:'):
         rows = Path(name.removeprefix('shards:')).expanduser()
-        if (rows / 'meta.json').is_file():  # made by prepare.py pack or split
+        if (rows / 'meta.json').is_file():  # output of prepare.py pack or split
             return open_data(rows, config.block_size, config.vocab_size, verify)
         path, check = data_dir(name), lambda: check_split(rows, path)
         words = [f'--vocab_size={config.vocab_size}']
@@ -150,7 +156,7 @@ def open_dataset(config, prepare=True, verify='once'):
         if others := sorted(str(file.parent) for file in path.parent.glob('fineweb_edu*/meta.json')) if name == 'fineweb_edu' else []:
             speak(f'  prepared already, for --dataset=DIR: {", ".join(others)}')
         command = [sys.executable, str(SCRIPT), f'--dataset={name}', f'--out={path}', *words]
-        if code := subprocess.run(command).returncode:  # prepare.py has said why
+        if code := subprocess.run(command).returncode:  # prepare.py has printed the reason
             if code == 2 and name.startswith('text:'):
                 speak(f'prepare.py has more options: python prepare.py --dataset={name} --out=DIR ..., then --dataset=DIR here')
             sys.exit(code)
@@ -158,7 +164,10 @@ def open_dataset(config, prepare=True, verify='once'):
 
 
 def enough_tokens(tokens):
-    """What to prepare for a run of so many tokens: at least one more, rounded up to two digits, so that similar runs share it."""
+    """
+    The number of tokens to prepare for a run of `tokens` tokens: at least one more, rounded up to two digits, so that
+    similar runs share the data.
+    """
     unit = 10 ** max(0, len(str(tokens + 1)) - 2)
     return -(-(tokens + 1) // unit) * unit
 
@@ -197,7 +206,7 @@ def prepare(config, out):
 
 
 def make_request(config, corpus, label, vocab_size):
-    """What meta.json says of a preparation before it is made: all that decides what will be in it."""
+    """The entries of meta.json that are known before the preparation: everything that determines its content."""
     filters = ', '.join(filter(None, ('' if corpus.own_splits else 'no exact duplicates, no empty documents', corpus.filter)))
     request = {'version': VERSION, 'source': corpus.source, 'filter': filters, 'seed': config.seed,
                'val_ratio': None if corpus.own_splits else config.val_ratio, 'max_tokens': config.max_tokens,
@@ -209,8 +218,8 @@ def make_request(config, corpus, label, vocab_size):
 
 def check_prepared(config, path):
     """
-    Raises UserError where the prepared directory at `path` holds anything but what `config` asks for: another corpus, files that
-    were changed since, another tokenizer, other options. Says so where the files aren't there any more to compare with.
+    Raises UserError if the prepared directory at `path` does not match `config`: another corpus, changed source files,
+    another tokenizer or other options. If the source files no longer exist, it prints a message and accepts the data.
     """
     is_linked = is_bins(config.dataset)
     try:
@@ -218,7 +227,7 @@ def check_prepared(config, path):
     except SourceMissing as error:
         print(f'{error}. Using what was prepared from it in {path}', flush=True)
         return
-    if config.tokenizer == 'gpt2':  # known without the file, which may have to be downloaded
+    if config.tokenizer == 'gpt2':  # known without the file, which may need a download
         label, vocab_size = 'gpt2', 50_257
     else:
         content = make_tokenizer(config)
@@ -232,7 +241,7 @@ def check_prepared(config, path):
 
 
 def make_tokenizer(config):
-    """The content of tokenizer.json, or None where it is to be trained on the corpus."""
+    """The content of tokenizer.json, or None if the tokenizer will be trained on the corpus."""
     if config.tokenizer == 'bpe':
         return None
     return tokenizer.gpt2() if config.tokenizer == 'gpt2' else tokenizer.from_file(config.tokenizer)
@@ -254,15 +263,17 @@ def summary(out):
 # Several machines
 
 def check_shards(out, request, n):
-    """Raises UserError where shards that are prepared beside this one don't go with it."""
+    """Raises UserError if an existing shard in `out` does not match this request."""
     for meta in out.glob('shard-*/meta.json'):
-        theirs = {**read_json(meta), 'inputs': request.get('inputs')}  # of other machines: other times of the same files
+        theirs = {**read_json(meta), 'inputs': request.get('inputs')}  # file times differ between machines
         compare(theirs, request | {'shard': f"{int(meta.parent.name[6:11])}/{n}"}, f'{meta.parent}: was prepared',
                 'remove it, or choose another --out')
 
 
 def join(out, ask=False):
-    """The meta.json of all shards in `out` as one corpus, if all are there. ask: it is a UserError if they aren't."""
+    """
+    Write one meta.json for all shards in `out`. If shards are missing, prints which, or raises UserError with ask=True.
+    """
     metas = {file.parent.name: read_json(file) for file in sorted(out.glob('shard-*-of-*/meta.json'))}
     if not metas:
         raise UserError(f'{out}: no directories shard-00000-of-... with a meta.json: make them with --shard=i/n')
@@ -284,13 +295,13 @@ def join(out, ask=False):
              for split in ('train', 'val')}
     counts = Counter()
     for meta in metas.values():
-        counts.update(meta['documents'])  # unlike a sum it keeps zeros
+        counts.update(meta['documents'])  # update() keeps zero counts, + would drop them
     test = {'test': {**first['test'], 'name': f"{next(iter(metas))}/{first['test']['name']}"}} if 'test' in first else {}
     write_json(out / 'tokenizer.json', next(iter(tokenizers.values())))
     known = {}
     for name, meta in metas.items():
         hashes, n_vocab = hashes_of(meta['files']), meta['vocab_size']
-        unknown = unverified(out / name, hashes, n_vocab)  # files copied here are read when they are first used
+        unknown = unverified(out / name, hashes, n_vocab)  # copied files are verified on first use
         known |= {f'{name}/{file}': sha256 for file, sha256 in hashes.items() if file not in unknown}
     remember(out, known, first['vocab_size'])
     write_json(out / 'meta.json', {

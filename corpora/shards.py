@@ -1,5 +1,6 @@
 """
-Shards: .npy or .pt files with rows of token ids, made by another program. Imported by prepare.py, train.py, evaluate.py:
+Shards: .npy or .pt files with rows of token ids, made by another program. Imported by prepare.py, train.py,
+evaluate.py:
 
     validate('shards')                                    # reads everything, names every bad file, prints a summary
     split('shards', 'data/mine', val_ratio=0.01)          # -> data/mine: links to the shards, and meta.json
@@ -50,8 +51,8 @@ PICKLED = re.compile(r'torch\._utils _rebuild_tensor_v[23]|collections OrderedDi
 
 def find_shards(path):
     """
-    The sorted .npy and .pt files at `path`: a file, a glob, or a directory searched with its subdirectories. Hidden files
-    are skipped. Raises UserError.
+    The sorted .npy and .pt files at `path`: a file, a glob, or a directory searched with its subdirectories. Hidden
+    files are skipped. Raises UserError.
     """
     path = Path(path).expanduser()
 
@@ -272,8 +273,8 @@ def summary(kind, checked, seen, vocab_size, say, documents=0):
 
 def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
     """
-    Validate the shards at `path` and make `out`, a directory that open_data() reads. It holds train/ and val/ with links
-    to the shards, and meta.json. Returns the content of meta.json.
+    Validate the shards at `path` and make `out`, a directory that open_data() reads. It holds train/ and val/ with
+    links to the shards, and meta.json. Returns the content of meta.json.
 
     If `path` already has train/ and val/, they are the splits. If there is a single file, its last rows are val.
     Otherwise each file goes to train or val by a hash of (seed, name). A tokenizer.json beside the shards, ours or

@@ -160,8 +160,8 @@ def windows(data, n, seed):
 
 def readable_text(ids, encoding):
     """
-    The decoded text. Incomplete characters at the edges and control characters become U+FFFD, because control characters
-    could change the terminal. Without an encoding, the ids.
+    The decoded text. Incomplete characters at the edges and control characters become U+FFFD, because control
+    characters could change the terminal. Without an encoding, the ids.
     """
     if not encoding:
         return ' '.join(map(str, ids.tolist()))

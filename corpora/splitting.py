@@ -35,9 +35,9 @@ class Cut(NamedTuple):
 
 def find_cut(corpus, config, limit):
     """
-    The Cut that gives val about val_ratio of the text. It lies between documents if that comes near val_ratio, otherwise
-    at a line end, otherwise at any character. None if the corpus has `limit` bytes of text or more. Raises UserError if
-    the corpus is a single character.
+    The Cut that gives val about val_ratio of the text. It lies between documents if that comes near val_ratio,
+    otherwise at a line end, otherwise at any character. None if the corpus has `limit` bytes of text or more. Raises
+    UserError if the corpus is a single character.
     """
     numbers, total = {}, 0  # {text: number of the first document with this text}
     for number, document in enumerate(islice(corpus.documents(), config.max_documents or None), 1):

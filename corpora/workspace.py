@@ -55,8 +55,8 @@ def compare(old, request, where, remedy):
 @contextmanager
 def workspace(out, request):
     """
-    Yields a work directory beside `out`, locked for one process. It may hold finished parts of a killed preparation with
-    the same request. Yields None if another process has finished `out` in the meantime.
+    Yields a work directory beside `out`, locked for one process. It may hold finished parts of a killed preparation
+    with the same request. Yields None if another process has finished `out` in the meantime.
 
     If the work fails or is interrupted, recorded parts stay on disk and the same command resumes from them. Without
     recorded parts, the work directory is removed.
@@ -119,8 +119,8 @@ def clear(work):
 
 def publish(work, out):
     """
-    Remove temporary files and rename the finished directory `work` to `out`. Once meta.json exists, a killed preparation
-    only needs this step.
+    Remove temporary files and rename the finished directory `work` to `out`. Once meta.json exists, a killed
+    preparation only needs this step.
     """
     made_for_work = ('state.json', 'split.json', 'request.json')
     for file in (*work.glob('seen.sqlite*'), *work.glob('.*.tmp'), *(work / name for name in made_for_work)):
@@ -177,8 +177,8 @@ class Bins:
 
     def __init__(self, folder, split, lengths, dtype, entries):
         """
-        lengths: (n_vocab,) bytes of each token. dtype: type of an id. entries: the recorded entries of existing files. Data
-        in the files beyond these entries come from a killed preparation and are removed.
+        lengths: (n_vocab,) bytes of each token. dtype: type of an id. entries: the recorded entries of existing files.
+        Data in the files beyond these entries come from a killed preparation and are removed.
         """
         self.dtype = dtype
         self.folder, self.split, self.lengths, self.entries = folder, split, lengths, [dict(entry) for entry in entries]

@@ -111,7 +111,7 @@ class PackedRows(TokenData):
         row, n_rows = best_fit(occupied, T + 1)
         order = np.argsort(row, kind='stable')  # keeps corpus order within a row
         self.begin, self.size = begin[order], size[order]
-        self.first = np.searchsorted(row[order], np.arange(n_rows + 1))  # row r holds pieces first[r] to first[r + 1]
+        self.first = np.searchsorted(row[order], np.arange(n_rows + 1))  # row r: pieces first[r] to first[r + 1] - 1
         text = np.add.reduceat(self.size, self.first[:-1])
         self.used_rows = np.flatnonzero(text > 1)  # a row with one token has no target
         self.n_windows = len(self.used_rows)

@@ -29,7 +29,7 @@ BLOCK = 2**23  # bytes per read
 class BinFile(NamedTuple):
     sha256: str  # of the whole file
     dtype: np.dtype  # of an id
-    offset: int = 0  # bytes before the first id
+    offset: int = 0  # byte of the first id
 
 
 def verify(folder, files, n_vocab, again, reread=False):
@@ -48,7 +48,8 @@ def verify(folder, files, n_vocab, again, reread=False):
     with locked(folder):
         if not reread:
             unknown = unverified(folder, hashes, n_vocab)  # another process may have read them
-        identities = {name: identity(folder / name, hashes[name], n_vocab) for name in unknown}  # taken before the read, to notice later changes
+        # Taken before the read. If a file changes during the read, its record will not match.
+        identities = {name: identity(folder / name, hashes[name], n_vocab) for name in unknown}
         size = sum(entry['size'] for entry in identities.values())
         if size >= LONG:
             print(f'{folder}: verifying {size / 1e9:.1f} GB of tokens' + ('' if reread else ', once'), flush=True)
@@ -136,7 +137,7 @@ def locked(folder):
 
 
 def blocks(source, size):
-    """Yields the next `size` bytes of an open file in blocks of at most BLOCK. Raises OSError if there are fewer bytes."""
+    """Yields the next `size` bytes of an open file, at most BLOCK at a time. Raises OSError if there are fewer."""
     while size:
         block = source.read(min(size, BLOCK))
         if len(block) < min(size, BLOCK):

@@ -1,4 +1,4 @@
-"""Turns text, or tokens from other programs, into a prepared directory. Used by prepare.py. Training needs only data.py.
+"""Turns text or tokens of other programs into a prepared directory. Used by prepare.py. Training needs only data.py.
 
 `preparation.py` finds or makes a prepared directory, and `building.py` builds its content. `corpus.py` reads documents.
 `splitting.py` splits a small corpus. `workspace.py` writes a directory atomically. `shards.py` and `linked.py` import

@@ -331,7 +331,8 @@ def encoded(stream, work, num_proc):
                 try:
                     ids = pool.submit(encode, batch.texts)
                 except (OSError, ValueError):
-                    # The pool broke while starting a process and closed its pipes. A second submit raises the real error.
+                    # The pool broke while it started a process, and closed its pipes.
+                    # A second submit raises the real error.
                     ids = pool.submit(encode, batch.texts)
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -35,7 +35,7 @@ EVALUATION = 20240522  # magic number of llm.c's multiple-choice questions
 
 class Bin(NamedTuple):
     file: Path
-    offset: int  # bytes before the first id
+    offset: int  # byte of the first id
     tokens: int
     dtype: np.dtype
 

@@ -277,8 +277,8 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
     links to the shards, and meta.json. Returns the content of meta.json.
 
     If `path` already has train/ and val/, they are the splits. If there is a single file, its last rows are val.
-    Otherwise each file goes to train or val by a hash of (seed, name). A tokenizer.json beside the shards, ours or
-    Hugging Face's, is copied.
+    Otherwise the files are ordered by a hash of (seed, name), and the first val_ratio of them are val. A tokenizer.json
+    beside the shards, ours or Hugging Face's, is copied.
     """
     path, out = Path(path).expanduser(), Path(out)
     if not 0 < val_ratio < 1:
@@ -458,9 +458,9 @@ class ShardData(TokenData):
 
     A window lies inside one row of L tokens. Let T = block_size.
     - If L - 1 is a multiple of T, a row has (L - 1) / T windows of T + 1 tokens.
-    - If L is a multiple of T, a row has L / T windows of T tokens. The last target of every window is -1, which the loss
-      ignores. Only the last window of a row lacks a next token. But with -1 in all windows, every micro-batch has the
-      same number of targets, and the mean does not depend on the number of processes.
+    - If L is a multiple of T, a row has L / T windows of T tokens. The last target of every window is -1, which the
+      loss ignores. Only the last window of a row lacks a next token. But with -1 in all windows, every micro-batch has
+      the same number of targets, and the mean does not depend on the number of processes.
 
     The constructor checks sizes and headers. Every batch checks its ids. Whole files are read only with
     verify='always'.
@@ -483,7 +483,8 @@ class ShardData(TokenData):
         content = [self.row, self.n_vocab, entries, self.tokenizer]
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
-        self.whole = (self.row - 1) % block_size == 0 and block_size < self.row  # every position of a window has a target
+        # Whether every position of a window has a target.
+        self.whole = (self.row - 1) % block_size == 0 and block_size < self.row
         if not self.whole and self.row % block_size:
             raise UserError(f'{self.path}: block_size={block_size} divides neither its rows of {self.row} tokens nor {self.row - 1}'
                             + ': ' + ' or '.join(f'--block_size={size}' for size in nearest(self.row, block_size)))

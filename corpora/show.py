@@ -1,7 +1,7 @@
 """
 Shows what a prepared dataset contains: metadata, sample windows, statistics of tokens and documents, and a plot.
 
-    python prepare.py show data/pylib --n=3     # three windows; the picture is data_pylib.png
+    python prepare.py show data/pylib --n=3     # three windows; writes the plot to data_pylib.png
 
 It reads bins and shards. If the tokenizer is unknown, the windows are shown as ids. For a large split, the statistics
 come from an evenly spread sample.
@@ -66,7 +66,8 @@ def survey(data):
     """
     n, eot = -(-data.train_tokens // CHUNK), data.meta.get('eot_id')
     some = min(n, max(1, LIMIT // CHUNK)) if data.train_tokens > LIMIT else n
-    counts, lengths, since, previous = np.zeros(data.n_vocab, np.int64), Counter(), 0, -1  # since: tokens after the last end
+    # since: tokens after the last end-of-text token, None after a gap between chunks.
+    counts, lengths, since, previous = np.zeros(data.n_vocab, np.int64), Counter(), 0, -1
     for k in (np.arange(some) * n // some).tolist():
         ids = read(data, k * CHUNK, min((k + 1) * CHUNK, data.train_tokens))
         counts += np.bincount(ids, minlength=data.n_vocab)

@@ -1,7 +1,7 @@
 """
 Builds a prepared directory atomically. One process works at a time. After a kill, the same command resumes the work.
 
-    with workspace(out, request) as work:   # None: another process finished `out` while we waited
+    with workspace(out, request) as work:   # work is None if another process finished `out` while we waited
         bins = Bins(work, 'train', lengths, dtype, entries=[])
         bins.append(ids)
         write_json(work / 'meta.json', {**request, 'files': {'train': bins.close(), ...}, ...})

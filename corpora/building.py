@@ -149,8 +149,9 @@ def batches(corpus, config, is_new, cut=None, shard=(0, 1), number=0, position=(
 
     The split and the shard of a document depend only on its text and the seed. So a document stays in its split when
     the corpus grows or its order changes. Duplicates fall into the same shard, and shards can be prepared
-    independently. With a `cut`, a small corpus is split by position instead. is_new(digest, number): whether this
-    digest is new. number: the number of the batch.
+    independently. With a `cut`, a small corpus is split by position instead.
+
+    is_new(digest, number): whether this digest is new. number: the number of the batch.
     """
     key, (i, n) = str(config.seed).encode()[:64], shard
     (read, at), counts, texts, size = position, Counter(), {'train': [], 'val': []}, 0

@@ -508,7 +508,8 @@ def place(files, position):
 
 class BadRows:
     """
-    Skips bad rows: rows without a text, or without a required score. Prints the location of the first one.
+    Counts bad rows: rows without a text, or without a required score. They are left out of the corpus. Prints the
+    location of the first one.
 
     Raises UserError if the share of bad rows exceeds `limit`. The check runs from row 1,000 on and at the end.
     """
@@ -1094,7 +1095,7 @@ class Stream:
             library.utils.logging.set_verbosity(logging.CRITICAL)  # we print our own error lines
         # By default the library retries 20 times in silence.
         datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would wait for another server
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would contact another server and wait
         rows = datasets.load_dataset(**self.arguments, streaming=True)
         known = (rows.info.splits or {}).get(self.arguments['split']) if rows.info else None
         self.total = self.total or known and known.num_examples or 0

@@ -118,8 +118,8 @@ def open_dataset(config, prepare=True, verify='once'):
     """
     The loader of the tokens that config.dataset names. Prepares missing data, or returns None with prepare=False.
 
-    Raises UserError if the data can't be prepared, or if a prepared directory does not match the config.
-    verify: see TokenData.
+    Raises UserError if the dataset is unknown, or if a prepared directory does not match the config. Exits with the code
+    of prepare.py if that fails. verify: see TokenData.
     """
     name = config.dataset
     if name.startswith('shards:'):

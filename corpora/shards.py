@@ -1,6 +1,6 @@
 """
-Shards: .npy or .pt files with rows of token ids, made by another program. Imported by prepare.py, train.py,
-evaluate.py:
+Shards: .npy or .pt files with rows of token ids, made by another program.
+Imported by prepare.py, train.py and evaluate.py:
 
     validate('shards')                                    # reads everything, names every bad file, prints a summary
     split('shards', 'data/mine', val_ratio=0.01)          # -> data/mine: links to the shards, and meta.json

@@ -166,9 +166,9 @@ def consequences(changed, saved, config, state):
         yield f'the weight decay goes on at {decay:g}; before these changes it would have been {old_decay:g}'
 
 
-def same_tokenizer(state, data, path, knob='--resume'):
+def same_tokenizer(state, data, path, option='--resume'):
     if data.tokenizer != state['tokenizer']:
-        raise UserError(f'{knob}: {path}: trained with another tokenizer than that of {data.path} '
+        raise UserError(f'{option}: {path}: trained with another tokenizer than that of {data.path} '
                         f'(data {state["data"].get("fingerprint")}, here {data.fingerprint})')
 
 

@@ -1,7 +1,7 @@
 """Train a language model, from corpus to checkpoint.
 
     python train.py config/trix_tiny.py                                  # a 2M-parameter TriX model on Python's own library
-    python train.py config/trix_tiny.py --ffn=gelu --out_dir=runs/dense  # any knob on the command line; --help lists them
+    python train.py config/trix_tiny.py --ffn=gelu --out_dir=runs/dense  # any option on the command line; --help lists them
     python train.py config/trix_tiny.py --resume=auto                    # go on from the newest good checkpoint, exactly
     torchrun --standalone --nproc_per_node=8 train.py config/trix_medium.py  # the same batches on 8 GPUs (--device=cpu: processes)
 

@@ -4,7 +4,7 @@
     python watch.py runs/x --watch            # the same, in place, until the run is over (Ctrl-C ends it earlier)
     python watch.py runs/x --plot --report    # runs/x/plot.png, and runs/x/report.html: one page without scripts or links
     python watch.py runs/a runs/b --plot      # several runs side by side, and their curves in one picture, compare.png
-    python watch.py config/x.py --plot        # before a run: its schedule as schedule.png; any knob of train.py may follow
+    python watch.py config/x.py --plot        # before a run: its schedule as schedule.png; any option of train.py may follow
 """
 import contextlib
 import html
@@ -437,9 +437,9 @@ def report(runs, now):
         cells = {(sample['prompt'], sample['mode']): quality(sample) + '\n' + re.sub(r'\n\s*\n\s*\n', '\n\n', sample['text'])
                  for sample in runs[0].newest}
         parts['Samples'] = table([('prompt', *modes)] + [(repr(prompt), *(cells.get((prompt, mode), '') for mode in modes)) for prompt in prompts])
-    knobs = {key: [clean(run.config.get(key, '')) for run in runs] for run in runs for key in run.config}
+    values_of = {key: [clean(run.config.get(key, '')) for run in runs] for run in runs for key in run.config}
     parts['Config' if len(runs) == 1 else 'What differs in the configs'] = table([('', *(run.name for run in runs))] + [
-        (clean(key), *values) for key, values in knobs.items() if len(runs) == 1 or len({*values}) > 1])
+        (clean(key), *values) for key, values in values_of.items() if len(runs) == 1 or len({*values}) > 1])
     body = ''.join(f'<h2>{name}</h2>\n' * bool(name) + f'{content}\n' for name, content in parts.items() if content)
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f'<title>{title}</title><style>{CSS}</style></head>\n<body><h1>{title}</h1>\n{body}</body></html>\n')
@@ -468,13 +468,13 @@ def write(path, content):
 def main(argv):
     paths, options = [word for word in argv if word[:1] != '-'], [word for word in argv if word[:1] == '-']
     files, own = [path for path in paths if path.endswith('.py')], {'h', 'help', *(field.name for field in fields(WatchConfig))}
-    knobs = [word for word in options if files and word.lstrip('-').partition('=')[0] not in own]  # options of train.py
-    config = configurator.load([word for word in options if word not in knobs], WatchConfig, usage=__doc__)
+    train_words = [word for word in options if files and word.lstrip('-').partition('=')[0] not in own]  # options of train.py
+    config = configurator.load([word for word in options if word not in train_words], WatchConfig, usage=__doc__)
     if files:
         if files != paths or not config.plot or config.watch or config.report:
             raise UserError(f'{files[0]}: a config file has a schedule and no run yet: --plot alone draws it')
         import settings  # here, because it imports torch
-        return write(config.out or 'schedule.png', draw(schedule_panel(settings.load(files + knobs)), clean(configurator.as_utf8(' '.join(files + knobs)))))
+        return write(config.out or 'schedule.png', draw(schedule_panel(settings.load(files + train_words)), clean(configurator.as_utf8(' '.join(files + train_words)))))
     if not paths:
         raise UserError('name a run: python watch.py runs/x')
     if wrong := [*filter(None, map(no_run, paths))]:

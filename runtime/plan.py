@@ -122,19 +122,19 @@ class Measured:
     rest: float  # seconds of what follows until the next one: clipping, the optimizer
 
 
-def steps(knobs, shape, rows, pattern, threads):
+def steps(options, shape, rows, pattern, threads):
     """Run training steps with random tokens. Must run in its own process.
 
     Step i has pattern[i] micro-steps of `rows` sequences.
     Returns (bytes used, seconds per micro-step, seconds for the rest of a step).
     The times are medians without the first step."""
     torch.set_num_threads(threads)
-    device, dtype, _ = hardware.resolve(knobs.device, knobs.dtype)
+    device, dtype, _ = hardware.resolve(options.device, options.dtype)
     before, times = hardware.peak_memory_gb(device), []
-    torch.manual_seed(knobs.seed)
+    torch.manual_seed(options.seed)
     model = GPT(shape).to(device).train()
-    model.activation_checkpointing = knobs.activation_checkpointing
-    train_step = TrainStep(model, make_optimizers(model, knobs, device), knobs, device, dtype, Group())
+    model.activation_checkpointing = options.activation_checkpointing
+    train_step = TrainStep(model, make_optimizers(model, options, device), options, device, dtype, Group())
     random_ids = (torch.randint(shape.vocab_size, (rows, shape.block_size + 1)).to(device) for _ in itertools.count())
     batches = ((idx[:, :-1], idx[:, 1:]) for idx in random_ids)
     for micro_steps in pattern:
@@ -168,12 +168,12 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
         return None
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['torch._dynamo'])  # import once: it is slow, and every optimizer needs it
-    knobs, shape = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig)
+    options, shape = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig)
     repeats = next((k for k in range(12, 3, -1) if k * several * n * seconds_a_row <= PROBE / 10), 3)
 
     def run(n, *pattern):
         with ProcessPoolExecutor(1, server) as pool:
-            return pool.submit(steps, knobs, shape, n, pattern, torch.get_num_threads()).result()
+            return pool.submit(steps, options, shape, n, pattern, torch.get_num_threads()).result()
     try:
         # Several steps, because the load of TriX tiles changes and its memory grows a little for some steps.
         most, micro, rest = run(n, 1, *repeats * [several])
@@ -332,7 +332,7 @@ def changes(config, device, dtype, rows, world, size, total, memory):
     if config.parallel != 'fsdp' and config.optimizer != 'muon' and dtype != torch.float16:
         now = total(rows)
         found.append(('--parallel=fsdp on 8 devices (same results)', now - sum(memory.values()) + sum(share(memory, 8).values())))
-    lines = [f'  {knob}: {readable(then)}' + (', fits' if then <= size else ', not enough alone') for knob, then in found]
+    lines = [f'  {option}: {readable(then)}' + (', fits' if then <= size else ', not enough alone') for option, then in found]
     if not any(then <= size for _, then in found):
         lines.append('  or a smaller model: --n_layer, --n_embd, --block_size')
     return ['it does not fit; what to change:', *lines]

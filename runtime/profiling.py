@@ -204,32 +204,32 @@ def advice(model, optimizers, config, device, dtype, world=1):
         *a_sequence, copies = measure(dtype)
         return rows * a_sequence[checkpointing] + copies + logit_bytes(model, rows, device, dtype)
 
-    knobs = {}  # text of the advice: a function that returns the bytes saved
+    options = {}  # text of the advice: a function that returns the bytes saved
     smaller = [b for b in range(1, rows) if config.batch_tokens % (b * config.block_size * world) == 0]
     if smaller:
-        knobs[f'--batch_size={smaller[-1]} --batch_tokens={config.batch_tokens} (same results)'] = lambda: forward() - forward(smaller[-1])
+        options[f'--batch_size={smaller[-1]} --batch_tokens={config.batch_tokens} (same results)'] = lambda: forward() - forward(smaller[-1])
     if not config.activation_checkpointing:
-        knobs['--activation_checkpointing=true (same results, slower)'] = lambda: forward() - forward(checkpointing=True)
+        options['--activation_checkpointing=true (same results, slower)'] = lambda: forward() - forward(checkpointing=True)
     if dtype == torch.float32 and has_bfloat16(device):
-        knobs['--dtype=bfloat16'] = lambda: forward() - forward(dtype=torch.bfloat16)
+        options['--dtype=bfloat16'] = lambda: forward() - forward(dtype=torch.bfloat16)
     if world > 1 and config.parallel != 'fsdp' and dtype != torch.float16 and not any(isinstance(o, Muon) for o in optimizers):
-        knobs['--parallel=fsdp (same results)'] = lambda: state - state // world
+        options['--parallel=fsdp (same results)'] = lambda: state - state // world
 
     text = 'out of memory: ' + ', '.join(f'{kind} {readable(size)}' for kind, size in sizes.items() if size and kind != 'buffers')
     tokens, last = f'{rows} x {config.block_size} tokens', 'a smaller --block_size or --n_embd (another model)'
     try:
         # Measure only if all parameters are unsharded and on this device.
         measurable = all(local_tensor(p) is p and p.device.type == device.type for p in model.parameters())
-        activations, saved = (forward(), {knob: size() for knob, size in knobs.items()}) if measurable else (None, {})
+        activations, saved = (forward(), {option: size() for option, size in options.items()}) if measurable else (None, {})
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         measurable = False
     if not measurable:
-        return f'{text}, and the activations of {tokens}, not measured: try {", ".join(knobs) or last}'
-    helpful = sorted(((size, knob) for knob, size in saved.items() if size > 0.01 * (state + activations)), reverse=True)
+        return f'{text}, and the activations of {tokens}, not measured: try {", ".join(options) or last}'
+    helpful = sorted(((size, option) for option, size in saved.items() if size > 0.01 * (state + activations)), reverse=True)
     return f'{text}, activations {readable(activations)} for {tokens}: ' + (
-        ', '.join(f'{knob} saves {readable(size)}' for size, knob in helpful) or f'every knob that saves memory is turned, but {last}')
+        ', '.join(f'{option} saves {readable(size)}' for size, option in helpful) or f'all memory options are already on; try {last}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -173,13 +173,13 @@ def test_a_directory_that_is_there_is_left_alone(dense, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('knob', ['distill_from', 'init_from'])
-def test_a_model_of_another_vocabulary_is_refused(knob, dense, corpus, tmp_path):
+@pytest.mark.parametrize('option', ['distill_from', 'init_from'])
+def test_a_model_of_another_vocabulary_is_refused(option, dense, corpus, tmp_path):
     path, state = checkpoint.find(dense)
     state['tokenizer'] = {**state['tokenizer'], 'name': 'another'}
     checkpoint.save(tmp_path / 'other.pt', state)
-    code, said = finish(arguments(corpus, tmp_path / 'run', '--ffn=gelu', f'--{knob}={tmp_path / "other.pt"}'))
-    assert code == 2 and f'--{knob}: {tmp_path}/other.pt: trained with another tokenizer' in said
+    code, said = finish(arguments(corpus, tmp_path / 'run', '--ffn=gelu', f'--{option}={tmp_path / "other.pt"}'))
+    assert code == 2 and f'--{option}: {tmp_path}/other.pt: trained with another tokenizer' in said
     assert not (tmp_path / 'run').exists()
 
 
@@ -193,7 +193,7 @@ def test_a_teacher_with_more_entries_is_refused(dense, corpus, tmp_path):
     (['--distill_from=nowhere'], 'nowhere: no such run or checkpoint'), (['--distill_weight=1.5'], 'distill_weight=1.5 must lie in [0, 1]'),
     (['--anneal_steps=99'], 'anneal_steps=99 must lie between 0 and max_steps=40'), (['--anneal_steps=3', '--ffn=gelu'], 'anneal_steps=3 needs ffn=trix'),
     (['--trix_cut=gelu', '--ffn=relu2'], 'trix_cut=gelu needs ffn=trix'), (['--trix_cut=silu'], "trix_cut='silu' is not one of")])
-def test_knobs_that_cannot_be_are_refused(words, what, dense, corpus, tmp_path):
+def test_options_that_cannot_be_are_refused(words, what, dense, corpus, tmp_path):
     code, said = finish(arguments(corpus, tmp_path / 'run', *(word.replace('RUN', str(dense)) for word in words)))
     assert code == 2 and what in said
     assert not (tmp_path / 'run').exists()

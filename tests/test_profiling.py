@@ -1,4 +1,4 @@
-"""What a step is said to take is what it takes; advice is about knobs that help; a profile can be opened."""
+"""What a step is said to take is what it takes; advice is about options that help; a profile can be opened."""
 import json
 import subprocess
 import sys
@@ -212,7 +212,7 @@ def test_advice_names_what_helps_and_how_much(monkeypatch):
     optimizer = torch.optim.AdamW(model.parameters())
     line = advice(model, [optimizer], config(), CPU, FP32, world=2)
     assert line.startswith('out of memory: parameters ') and 'for 16 x 64 tokens: ' in line and '\n' not in line
-    found = {knob.split('=')[0]: knob.split('saves ')[1] for knob in line.split(' tokens: --')[1].split(', --')}
+    found = {option.split('=')[0]: option.split('saves ')[1] for option in line.split(' tokens: --')[1].split(', --')}
     assert '--batch_size=8 --batch_tokens=4096 (same results) saves' in line
     whole, half = (parts(memory_breakdown(model, [], rows, CPU, FP32)) for rows in (16, 8))
     assert found['batch_size'] == readable(whole['total'] - half['total'])
@@ -237,7 +237,7 @@ def test_advice_leaves_out_what_is_in_use_or_does_not_help(monkeypatch):
     assert 'fsdp' in line and 'fsdp' not in advice(model, [muon], config(), CPU, FP32, world=4)  # train.py does not do both
     monkeypatch.setattr(profiling, 'has_bfloat16', lambda device: True)
     last = advice(model, [], config(batch_size=1, activation_checkpointing=True, parallel='fsdp'), CPU, BF16, world=2)
-    assert 'every knob that saves memory is turned' in last and '--block_size' in last and '--dtype' not in last
+    assert 'all memory options are already on' in last and '--block_size' in last and '--dtype' not in last
 
 
 def test_advice_without_the_memory_to_measure_has_no_figures_for_it(monkeypatch):

@@ -336,11 +336,11 @@ def test_evaluate_refuses_data_of_another_tokenizer(trained, tmp_path):
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'evaluate.py', 'prepare.py', 'bench.py'])
-def test_every_command_has_help_that_explains_every_knob(script):
+def test_every_command_has_help_that_explains_every_option(script):
     done = subprocess.run([sys.executable, ROOT / script, '--help'], capture_output=True, text=True)
     assert done.returncode == 0 and f'python {script}' in done.stdout
-    knobs = [line for line in done.stdout.splitlines() if line.startswith('  --')]
-    assert len(knobs) >= 6 and all(len(line.split()) > 3 for line in knobs)  # key, type, default, words
+    options = [line for line in done.stdout.splitlines() if line.startswith('  --')]
+    assert len(options) >= 6 and all(len(line.split()) > 3 for line in options)  # key, type, default, words
 
 
 def test_a_file_of_prompts_has_one_a_line_whatever_its_mark_and_other_breaks(tmp_path):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from schedule import SCHEDULES, boundary, corners, picture, problems, schedule
 
 
-def config_of(name='cosine', **knobs):
+def config_of(name='cosine', **options):
     """A run of 110 steps whose rates are exact in binary: peak 2, end 0.5."""
     return SimpleNamespace(**{**dict(
         learning_rate=2.0, min_lr_ratio=0.25, warmup_steps=10, max_steps=110, schedule=name, weight_decay=0.1, restart_steps=0,
-        restart_factor=1, decay_steps=0, boundary_step=0, mid_lr_ratio=0.5), **knobs})
+        restart_factor=1, decay_steps=0, boundary_step=0, mid_lr_ratio=0.5), **options})
 
 
 def rates(config, steps=None):
@@ -60,9 +60,9 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize('name,knobs,expected', VALUES)
-def test_closed_form_values(name, knobs, expected):
-    config = config_of(name, **knobs)
+@pytest.mark.parametrize('name,options,expected', VALUES)
+def test_closed_form_values(name, options, expected):
+    config = config_of(name, **options)
     assert problems(config) == []
     assert dict(zip(expected, rates(config, expected))) == pytest.approx(expected, rel=1e-14, abs=1e-16)
 
@@ -244,7 +244,7 @@ def test_boundary_is_resolved_for_two_stage_alone():
     assert [boundary(config_of(name, boundary_step=70)) for name in SCHEDULES if name != 'two_stage'] == [None] * 6
 
 
-@pytest.mark.parametrize('name,knobs,expected', [
+@pytest.mark.parametrize('name,options,expected', [
     ('cosine', {}, [0, 10, 109]),
     ('cosine', dict(warmup_steps=0), [0, 109]),
     ('cosine', dict(warmup_steps=1, max_steps=1), [0]),
@@ -261,8 +261,8 @@ def test_boundary_is_resolved_for_two_stage_alone():
     ('restarts', dict(restart_steps=10, restart_factor=3), [0, 10, 20, 50, 109]),
     ('restarts', dict(restart_steps=2), [0, 10, *range(12, 36, 2), 109]),
 ])
-def test_corners(name, knobs, expected):
-    assert corners(config_of(name, **knobs)) == expected
+def test_corners(name, options, expected):
+    assert corners(config_of(name, **options)) == expected
 
 
 def test_picture_of_two_stages():
@@ -303,7 +303,7 @@ def test_importing_it_is_quick_because_torch_stays_out():
 # ----------------------------------------------------------------------------------------------------------------------
 # Refusals
 
-@pytest.mark.parametrize('name,knobs,expected', [
+@pytest.mark.parametrize('name,options,expected', [
     ('cosin', {}, ["schedule='cosin' is not one of cosine, restarts, onecycle, wsd, linear, constant, two_stage"]),
     ('cosine', dict(warmup_steps=100, max_steps=50), ['warmup_steps=100 is longer than the run of max_steps=50: --warmup_steps=5']),
     ('two_stage', dict(warmup_steps=100, max_steps=50),
@@ -331,18 +331,18 @@ def test_importing_it_is_quick_because_torch_stays_out():
         'restart_steps=200 is longer than the 100 steps that the warm-up leaves of max_steps=110: '
         '--restart_steps=0 makes one cycle of them']),
 ])
-def test_problems_are_named(name, knobs, expected):
-    assert problems(config_of(name, **knobs)) == expected
+def test_problems_are_named(name, options, expected):
+    assert problems(config_of(name, **options)) == expected
 
 
 @pytest.mark.parametrize('name', SCHEDULES)
 @pytest.mark.parametrize('key', ['learning_rate', 'weight_decay', 'warmup_steps', 'min_lr_ratio', 'mid_lr_ratio', 'decay_steps',
                                  'boundary_step', 'restart_steps', 'restart_factor'])
-def test_a_negative_knob_is_one_problem_in_every_schedule(name, key):
+def test_a_negative_option_is_one_problem_in_every_schedule(name, key):
     assert problems(config_of(name, **{key: -3})) == [f'{key}=-3 must not be negative']
 
 
-@pytest.mark.parametrize('name,knobs', [
+@pytest.mark.parametrize('name,options', [
     *((name, {}) for name in SCHEDULES),
     *((name, dict(warmup_steps=0)) for name in SCHEDULES),
     ('cosine', dict(warmup_steps=110, min_lr_ratio=1.0)),
@@ -350,11 +350,11 @@ def test_a_negative_knob_is_one_problem_in_every_schedule(name, key):
     ('two_stage', dict(boundary_step=11, mid_lr_ratio=1.0)),
     ('two_stage', dict(boundary_step=109, mid_lr_ratio=0.0)),
     ('restarts', dict(restart_steps=100)),
-    # knobs of other schedules
+    # options of other schedules
     ('constant', dict(mid_lr_ratio=3.0, decay_steps=999, boundary_step=999, restart_steps=999, restart_factor=0)),
     ('onecycle', dict(mid_lr_ratio=3.0, decay_steps=999, boundary_step=999, restart_steps=999, restart_factor=0)),
     ('two_stage', dict(max_steps=1, warmup_steps=0)),
     ('cosine', dict(mid_lr_ratio=3.0, decay_steps=999, boundary_step=999, restart_steps=999, restart_factor=0)),
 ])
-def test_what_fits_is_no_problem_and_knobs_of_other_schedules_are_not_judged(name, knobs):
-    assert problems(config_of(name, **knobs)) == []
+def test_what_fits_is_no_problem_and_options_of_other_schedules_are_not_judged(name, options):
+    assert problems(config_of(name, **options)) == []

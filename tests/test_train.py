@@ -447,7 +447,7 @@ def out_of_memory_in_validation():
 
 
 @pytest.mark.parametrize('where', [out_of_memory_in_backward, out_of_memory_in_the_optimizer, out_of_memory_in_validation])
-def test_out_of_memory_is_one_line_with_the_knobs_that_help(corpus, tmp_path, where):
+def test_out_of_memory_is_one_line_with_the_options_that_help(corpus, tmp_path, where):
     code, said = finish(arguments(corpus, tmp_path / 'run', '--n_layer=4'), where)
     assert code == 2 and 'Traceback' not in said
     line = said.splitlines()[-1]
@@ -486,7 +486,7 @@ def test_muon_trains_the_matrices_and_goes_on_exactly(corpus, tmp_path):
     assert code == 2 and 'optimizer is muon in the checkpoint, adamw in the config' in said
 
 
-def test_changed_knobs_are_shown_and_take_effect_after_a_resume(corpus, tmp_path, whole):
+def test_changed_options_are_shown_and_take_effect_after_a_resume(corpus, tmp_path, whole):
     first = checkpoint.steps(whole / 'checkpoints')[0]
     code, said = finish(arguments(corpus, tmp_path / 'run', f'--resume={first}', '--beta2=0.99', '--schedule=constant', '--weight_decay=0.3'))
     assert code == 0 and 'changed: beta2 0.95 -> 0.99' in said and 'changed: schedule cosine -> constant' in said

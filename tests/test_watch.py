@@ -26,7 +26,7 @@ from configurator import UserError
 from schedule import schedule
 
 ROOT = Path(__file__).parent.parent
-KNOBS = {'max_steps': 1000, 'batch_tokens': 4096, 'learning_rate': 1e-3, 'min_lr_ratio': 0.1, 'mid_lr_ratio': 0.3, 'warmup_steps': 100,
+OPTIONS = {'max_steps': 1000, 'batch_tokens': 4096, 'learning_rate': 1e-3, 'min_lr_ratio': 0.1, 'mid_lr_ratio': 0.3, 'warmup_steps': 100,
          'schedule': 'cosine', 'decay_steps': 0, 'boundary_step': 0, 'restart_steps': 0, 'restart_factor': 1, 'weight_decay': 0.1,
          'dataset': 'pylib', 'mandatory_steps': [500], 'sample_prompts': '{|'}
 
@@ -56,10 +56,10 @@ def write_lines(path, lines):
     path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
-def make(folder, lines=LINES, samples=(), age=0.0, knobs=KNOBS, **status):
+def make(folder, lines=LINES, samples=(), age=0.0, options=OPTIONS, **status):
     """A run directory that was last written to `age` seconds ago."""
     (folder / 'checkpoints').mkdir(parents=True)
-    (folder / 'config.json').write_text(json.dumps(knobs, indent=1))
+    (folder / 'config.json').write_text(json.dumps(options, indent=1))
     write_lines(folder / 'metrics.jsonl', lines)
     write_lines(folder / 'samples.jsonl', samples)
     (folder / 'status.json').write_text(json.dumps({
@@ -168,7 +168,7 @@ def test_the_newest_typical_sample_is_shown_without_control_characters(tmp_path)
     assert 'old' not in text and 'not this' not in text and text.count('second') == 7
 
 
-@pytest.mark.parametrize('files', [{'config.json': json.dumps(KNOBS)}, {'metrics.jsonl': ''}, {'status.json': '{"state": "running", "step": 0}'}])
+@pytest.mark.parametrize('files', [{'config.json': json.dumps(OPTIONS)}, {'metrics.jsonl': ''}, {'status.json': '{"state": "running", "step": 0}'}])
 def test_an_empty_run_shows_what_there_is(tmp_path, files, capsys):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -371,13 +371,13 @@ def test_the_planned_schedule_stands_behind_the_actual_one(drawn):
     watch.draw_panel(watch.Run(drawn), 'schedule', False, axes)
     plan = dict(axes.lines[0].get_xydata().tolist())
     assert axes.lines[0].get_label() == 'planned' and len(plan) == 1000
-    assert all(plan[step] == schedule(step, SimpleNamespace(**KNOBS))[0] for step in (0, 99, 500, 999))
+    assert all(plan[step] == schedule(step, SimpleNamespace(**OPTIONS))[0] for step in (0, 99, 500, 999))
 
 
-@pytest.mark.parametrize('knobs', [{'max_steps': 10.5}, {'restart_factor': 0.5, 'schedule': 'restarts', 'restart_steps': 1},
+@pytest.mark.parametrize('options', [{'max_steps': 10.5}, {'restart_factor': 0.5, 'schedule': 'restarts', 'restart_steps': 1},
                                    {'schedule': 'none'}, {'warmup_steps': '3'}, {'learning_rate': 'high'}, {'restart_factor': None}])
-def test_a_damaged_config_has_no_plan(tmp_path, knobs):
-    assert watch.plan_of(watch.Run(make(tmp_path / 'x', knobs={**KNOBS, **knobs}))) == []
+def test_a_damaged_config_has_no_plan(tmp_path, options):
+    assert watch.plan_of(watch.Run(make(tmp_path / 'x', options={**OPTIONS, **options}))) == []
 
 
 def test_the_report_is_one_page_that_loads_and_runs_nothing(drawn):
@@ -396,7 +396,7 @@ def test_samples_of_the_last_round_are_escaped(drawn):
 def test_runs_are_compared_in_one_picture_and_one_page(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [train_line(step, loss=3.0, tokens_per_s=4096.0) for step in range(10, 110, 10)]
-    other = make(tmp_path / 'other', lines, knobs={**KNOBS, 'learning_rate': 0.125})
+    other = make(tmp_path / 'other', lines, options={**OPTIONS, 'learning_rate': 0.125})
     watch.main([str(drawn), str(other), '--plot', '--report'])
     assert 'wrote compare.png\nwrote compare.html' in capsys.readouterr().out
     assert blue('compare.png') > 1000 and pixels('compare.png', 255, 127, 14) > 300  # a curve of each
@@ -409,9 +409,9 @@ def test_runs_are_compared_in_one_picture_and_one_page(drawn, tmp_path, monkeypa
 
 
 def test_runs_on_different_data_are_compared_by_bits_per_byte_alone(tmp_path, capsys):
-    def run(name, loss, bits, **knobs):
+    def run(name, loss, bits, **options):
         evals = [{'kind': 'eval', 'step': step, 'tokens': 100 * step, 'loss': loss, 'perplexity': 9.87, 'bits_per_byte': bits} for step in (0, 10)]
-        return make(tmp_path / name, [train_line(10, loss=loss), *evals], knobs={**KNOBS, **knobs})
+        return make(tmp_path / name, [train_line(10, loss=loss), *evals], options={**OPTIONS, **options})
 
     def compared(*runs):
         watch.main([str(path) for path in runs])
@@ -464,7 +464,7 @@ def test_the_program_refuses_with_exit_code_2_and_starts_without_matplotlib():
     assert done.returncode == 2 and done.stdout == 'set()\n' and done.stderr == 'nowhere: no such directory\n'
 
 
-def test_help_explains_every_knob(capsys):
+def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as end:
         watch.main(['config/x.py', '--help'])
     said = capsys.readouterr().out

@@ -23,6 +23,7 @@ import prepare
 import sample
 import schedule as schedules
 import train
+from runtime import plan
 from configurator import UserError
 from data import TokenData
 from model import GPT
@@ -543,8 +544,11 @@ def test_a_run_that_repeats_its_data_says_so(corpus, tmp_path):
     data = TokenData(corpus, 16, 300)
     assert data.repeats(data.n_windows * 16) is None
     assert data.repeats(data.n_windows * 40).startswith('this run reads its training data 2.5 times: to see no text twice')
-    code, said = finish(arguments(corpus, tmp_path / 'run', '--max_steps=400', '--plan'))
-    assert code == 0 and f'reads its training data {400 * 128 / 16 / data.n_windows:.1f} times' in said
+    code, said = finish(arguments(corpus, tmp_path / 'run', '--max_steps=4', '--batch_tokens=25600'))
+    times = f'reads its training data {4 * 25600 / 16 / data.n_windows:.1f} times'
+    assert code == 0 and times in said
+    config = train.load(arguments(corpus, tmp_path / 'run', '--max_steps=4', '--batch_tokens=25600'))
+    assert times in plan.run_lines(config, data)[1]
 
 
 def test_two_stages_keep_checkpoints_on_both_sides_of_the_boundary(corpus, tmp_path):

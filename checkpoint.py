@@ -114,7 +114,7 @@ def resume(config, data, world, say=print):
     if path == source and own and path.name < there[-1].name:
         raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
                         f'or from here in another directory by --out_dir={out}-2')
-    saved = {**vars(GPTConfig()), **state['config']}  # older checkpoints lack newer options
+    saved = {**vars(GPTConfig()), 'packing': 'stream', **state['config']}  # older checkpoints lack newer options
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
     # chunk_size does not change the result. eot_id comes from the tokenizer.
     model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | {'optimizer'}
@@ -125,8 +125,8 @@ def resume(config, data, world, say=print):
     state.setdefault('windows', state['tokens'] // config.block_size)  # older checkpoints don't count windows
     same_tokenizer(state, data, path)
     if theirs != ours and not config.other_data:
-        raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {theirs}, here {ours}): bring that back, '
-                        'or go on with what is here by --other_data')
+        raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {theirs}, here {ours}): use that again '
+                        f'(--dataset={state["data"].get("path")}), or go on with what is here by --other_data')
     changed = {key: pair for key, pair in changed.items() if key not in ('resume', 'out_dir', 'plan')}
     if state.get('processes', 1) != world:
         changed['processes'] = state.get('processes', 1), world
@@ -153,7 +153,7 @@ def consequences(changed, saved, config, state):
                f'(at {old:,} tokens a step: {state["tokens"] + left * old:,})')
     if 'seed' in changed and state['windows']:
         yield 'another seed is another order of the data: windows of this epoch may come twice or not at all'
-    if changed.keys() & {'packing'} and state['windows']:
+    if 'packing' in changed and state['windows']:
         yield 'another packing makes other rows: texts of this epoch may come twice or not at all'
     try:
         old_rate, old_decay = schedule(step, SimpleNamespace(**saved))

@@ -126,7 +126,7 @@ def to_gguf(config):
 
 def to_huggingface(config):
     model, state, out = load_run(config, 'hf')
-    with named_at_last(out) as work:
+    with named_at_last(out, parents=True) as work:
         name = huggingface.write(work, model, state)
         print(f'{out}: {name}, {sum(file.stat().st_size for file in work.iterdir()):,} bytes')
         parity.disable_document_mask(model)

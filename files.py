@@ -30,11 +30,7 @@ def replacing(path, sync=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
         if sync:
-            directory = os.open(path.parent, os.O_RDONLY)  # the rename must reach the disk, too
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            fsync(path.parent)  # the rename must reach the disk, too
     except BaseException:
         with contextlib.suppress(OSError):  # the directory may not be writable
             temporary.unlink()
@@ -42,32 +38,18 @@ def replacing(path, sync=True):
 
 
 @contextlib.contextmanager
-def replacing_directory(path):
-    """Yields a new temporary directory. It is renamed to `path` on success and removed on failure."""
-    path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def named_at_last(path):
+def named_at_last(path, parents=False):
     """
     Yields a temporary path beside `path` for a file or a directory. Write and check it inside the block.
 
     It becomes `path` on success and is removed on failure. A UserError raised inside mentions `path` instead of the
-    temporary path. An OSError becomes a UserError.
+    temporary path. An OSError becomes a UserError. parents: create missing parent directories.
     """
     path = Path(path)
     folder = path.with_name(f'.{path.name}.tmp')
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=not path.suffix)  # for an output directory, parents may be created, too
+        folder.mkdir(parents=parents)
         yield folder / path.name
         (folder / path.name).replace(path)
     except UserError as error:
@@ -79,24 +61,18 @@ def named_at_last(path):
 
 
 def write_json(path, content):
-    """Write JSON atomically: temporary name, fsync, rename."""
-    beside = path.with_name(f'.{path.name}.tmp')
-    try:
-        beside.write_text(json.dumps(content, indent=1), encoding='utf-8')
-        fsync(beside)
-        beside.rename(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
-    fsync(path.parent)
+    """Write JSON atomically."""
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def fsync(path):
     """Flush to disk: the content of a file, or the names in a directory."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def stamp(files):

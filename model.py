@@ -833,7 +833,9 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, caches=(None, None), documents=None):
-        x = x + self.drop(self.mixer(self.mixer_norm(x), caches[0], *[documents] * (documents is not None)))
+        y, cache = self.mixer_norm(x), caches[0]
+        y = self.mixer(y, cache, documents) if documents else self.mixer(y, cache)  # a simple mixer takes no documents
+        x = x + self.drop(y)
         if self.ffn:
             y = self.ffn_norm(x)
             if documents and hasattr(self.ffn, 'new_cache'):  # an FFN that uses other positions: resonance

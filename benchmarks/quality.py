@@ -541,7 +541,7 @@ def nanogpt_trained(config, data, rate, seed, out):
     file = out / 'loss.json'
     options = [f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={PEER_STEPS}',
                f'--lr_decay_iters={PEER_STEPS}', '--warmup_iters=100', '--beta2=0.99', f'--eval_interval={PEER_STEPS}']
-    trained_with = {'seed': seed, 'knobs': PEER_SHAPE + options, 'data': data.fingerprint}
+    trained_with = {'seed': seed, 'options': PEER_SHAPE + options, 'data': data.fingerprint}
     result = read_json(file) if file.is_file() else {}
     if {**result, 'loss': None} != {**trained_with, 'loss': None}:
         out.mkdir(parents=True, exist_ok=True)

@@ -114,6 +114,7 @@ def link(config, out):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # For a training run
+
 def open_dataset(config, prepare=True, verify='once'):
     """
     The loader of the tokens that config.dataset names. Prepares missing data, or returns None with prepare=False.

@@ -123,7 +123,7 @@ def publish(work, out):
     preparation only needs this step.
     """
     made_for_work = ('state.json', 'split.json', 'request.json')
-    for file in (*work.glob('seen.sqlite*'), *work.glob('.*.tmp'), *(work / name for name in made_for_work)):
+    for file in (*work.glob('seen.sqlite*'), *work.glob('*.tmp'), *(work / name for name in made_for_work)):
         file.unlink(missing_ok=True)
     fsync(work)
     work.rename(out.resolve())

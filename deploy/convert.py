@@ -17,7 +17,7 @@ import checkpoint
 import settings
 from configurator import UserError
 from deploy.parity import PARITY_TOKENS, loss_of, real_text
-from files import replacing_directory
+from files import named_at_last
 from model import ACTS, GPT, BitLinear, GPTConfig, TriX
 
 # Options of a run that its recovery does not take over: places, what depends on the length of the run, and hardware.
@@ -184,17 +184,14 @@ def convert(run, model, state, out, to, tiles=8, top_k=6):
     options |= vars(converted.config)
     if to == 'trix':  # the last stage has all tiles; training comes down to top_k
         options['trix_top_k'] = top_k
-    try:
-        with replacing_directory(out) as folder:
-            (folder / 'checkpoints').mkdir()
-            checkpoint.save(folder / 'checkpoints' / 'step_0000000.pt', {
-                'model': converted.state_dict(), 'optimizer': {}, 'step': 0,
-                'config': {**options, 'out_dir': str(out), 'anneal_steps': 0},
-                'tokenizer': state['tokenizer'], 'data': state['data']}, advice='try again')
-            text = recovery(run, out, to, options)  # with paths that may not be UTF-8
-            (folder / 'recover.py').write_text(text, encoding='utf-8', errors='backslashreplace')
-    except OSError as error:
-        raise UserError(f'{out}: could not be written ({error.strerror or error})')
+    with named_at_last(out, parents=True) as folder:
+        (folder / 'checkpoints').mkdir(parents=True)
+        checkpoint.save(folder / 'checkpoints' / 'step_0000000.pt', {
+            'model': converted.state_dict(), 'optimizer': {}, 'step': 0,
+            'config': {**options, 'out_dir': str(out), 'anneal_steps': 0},
+            'tokenizer': state['tokenizer'], 'data': state['data']}, advice='try again')
+        text = recovery(run, out, to, options)  # with paths that may not be UTF-8
+        (folder / 'recover.py').write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
 def recovery(run, out, to, options):

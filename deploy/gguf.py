@@ -6,7 +6,6 @@
 `vocabulary`, `check_graph` and `matrix_weight` are also what the export for transformers is made of.
 """
 import base64
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -123,9 +122,8 @@ def write(path, model, tokenizer, matrices='', embeddings=''):
     tensors = named_tensors(model, matrices, embeddings)
     check_types(tensors)
     arch = architecture(config)
-    partial = Path(f'{path}.tmp')
     try:
-        writer = gguf.GGUFWriter(partial, arch)
+        writer = gguf.GGUFWriter(path, arch)
         for key, value in keys.items():
             getattr(writer, f'add_{key}')(value)
         for name, (weight, kind) in tensors.items():
@@ -136,12 +134,8 @@ def write(path, model, tokenizer, matrices='', embeddings=''):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        partial.replace(path)
     except OSError as error:  # numpy gives no strerror, only how many numbers it has written
         raise UserError(f'{path}: could not be written ({error.strerror or f"{error}: is the disk full?"})')
-    finally:
-        with contextlib.suppress(OSError):  # where nothing can be written nothing can be deleted
-            partial.unlink()
     return f'{arch}, matrices {matrices}, embeddings {embeddings}'
 
 

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from configurator import UserError
 from deploy.gguf import check_graph, matrix_weight, uses_bitnet_graph, vocabulary
 from deploy.parity import activation_modes, compare, logits_of, real_text
-from files import replacing_directory
 from tokenizer import EOT, load_tokenizer
 
 
@@ -44,14 +43,14 @@ def write(out, model, state):
         other = to_llama(model, transformers, special_ids)
     other.generation_config = transformers.GenerationConfig(**special_ids)
     try:
-        with replacing_directory(out) as folder:
-            other.save_pretrained(folder)
-            if state['tokenizer'] is not None:
-                content = to_tokenizers(state['tokenizer']).to_str(pretty=True)
-                (folder / 'tokenizer.json').write_text(content, encoding='utf-8')
-                tokenizer_config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'bos_token': EOT,
-                                    'model_max_length': config.block_size}
-                (folder / 'tokenizer_config.json').write_text(json.dumps(tokenizer_config) + '\n')
+        out.mkdir()
+        other.save_pretrained(out)
+        if state['tokenizer'] is not None:
+            content = to_tokenizers(state['tokenizer']).to_str(pretty=True)
+            (out / 'tokenizer.json').write_text(content, encoding='utf-8')
+            tokenizer_config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'bos_token': EOT,
+                                'model_max_length': config.block_size}
+            (out / 'tokenizer_config.json').write_text(json.dumps(tokenizer_config) + '\n')
     except (OSError, SafetensorError) as error:
         raise UserError(f'{out}: could not be written ({getattr(error, "strerror", None) or error})')
     return type(other).__name__

@@ -300,10 +300,15 @@ def console_failure():
     try:
         print(flush=True)
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        silence_stdout()
         return error
+
+
+def silence_stdout():
+    """From now on, standard output goes to os.devnull."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def end(code, reason=''):

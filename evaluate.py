@@ -101,7 +101,7 @@ def strided(data, stride, limit):
 
     def read(_, start, stop):
         ids = data.read('val', start, stop)
-        if ids.max() >= data.n_vocab:  # files too big for the check at opening
+        if ids.max() >= data.n_vocab:  # the file may have changed since it was verified
             raise UserError(f'{data.path}: id {ids.max()} in the val split is outside the vocabulary of {data.n_vocab}')
         return ids
     return Strided(read, 1, data.starts['val'][-1] + len(data.shards['val'][-1]), data.block_size, stride, limit)

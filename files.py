@@ -75,6 +75,11 @@ def fsync(path):
         os.close(handle)
 
 
+def sizes(files):
+    """How many files there are, and their bytes, as meta.json records them."""
+    return {'files': len(files), 'bytes': sum(file.stat().st_size for file in files)}
+
+
 def stamp(files):
     """A digest of the names, sizes and modification times of files. It changes if any file is edited or replaced."""
     listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
-from files import stamp
+from files import sizes, stamp
 
 DATASETS = ('pylib', 'wikitext2', 'wikitext103', 'fineweb_edu')  # and text:PATH
 FINEWEB = 'HuggingFaceFW/fineweb-edu'
@@ -435,10 +435,6 @@ def listed(counts, last=', '):
     if len(counts) > 12:
         final += f' and {len(counts) - 12} more endings'
     return last.join(filter(None, (', '.join(others), final)))
-
-
-def sizes(files):
-    return {'files': len(files), 'bytes': sum(file.stat().st_size for file in files)}
 
 
 def check_files(files, reading):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError
-from files import stamp, write_json
+from files import sizes, stamp, write_json
 from data import DTYPES, VERSION
 from tokenizer import id_dtype, load_tokenizer
 from verification import remember, scan
@@ -127,8 +127,7 @@ def deal(files, val_ratio, say):
 def make_request(path, label, vocab_size, val_ratio):
     """The entries of meta.json that are known before the files are read."""
     files = [file for file in find_bins(path) if file.exists()]
-    size = sum(file.stat().st_size for file in files)
-    source = {'dataset': f'bins:{path}', 'files': len(files), 'bytes': size}
+    source = {'dataset': f'bins:{path}', **sizes(files)}
     return {'version': VERSION, 'source': source, 'inputs': stamp(files), 'tokenizer': label, 'vocab_size': vocab_size,
             'val_ratio': val_ratio}
 

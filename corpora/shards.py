@@ -33,7 +33,7 @@ import numpy as np
 
 import tokenizer
 from configurator import UserError, columns, read_json
-from files import fsync, stamp, write_json
+from files import fsync, sizes, stamp, write_json
 from data import VERSION, TokenData
 from verification import BLOCK, scan
 from corpora.workspace import clear, compare, is_prepared, now, publish, workspace
@@ -322,8 +322,7 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
 def source_of(path, files):
     """The entries of meta.json that describe the source files of a split."""
     there = [file for file in files if file.exists()]
-    size = sum(file.stat().st_size for file in there)
-    return {'source': {'dataset': f'shards:{path}', 'files': len(files), 'bytes': size}, 'inputs': stamp(there)}
+    return {'source': {'dataset': f'shards:{path}', **sizes(there)}, 'inputs': stamp(there)}
 
 
 def check_split(path, out):

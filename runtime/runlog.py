@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, silence_stdout
 from files import replacing
 
 try:
@@ -37,9 +37,7 @@ def speak(text='', end='\n'):
         print(text, end=end, flush=True)
         return True
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        silence_stdout()
         return False
 
 

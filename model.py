@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (Gather, Spread, autocast_dtype, causal_convolution, chunked_cross_entropy, document_convolution, document_groups,
@@ -122,35 +121,50 @@ def ternary_codes(weight, dims=None):
     return (weight / scale).round_().clamp_(-1, 1), scale
 
 
-class OncePerStep:
-    """Caches make(weight) until the weight changes: one call per optimizer step, not one per micro-step or token.
+class CachedCodes:
+    """make(weight), called once per weight inside `with model.fixed_weights():`, and in every forward elsewhere.
 
-    Autograd's version counter detects in-place changes. It misses changes by a fused optimizer or through `.data`.
-    So every step of a torch.optim optimizer counts as a change. On the CPU, where reading weights is cheap, a change
-    in a sample of about sixty weights counts too. A compiled model does not cache: it fuses make() with the code that
-    follows."""
-    steps = 0  # optimizer steps in this process
-    keep = True  # False: never cache, to save memory (FSDP)
+    A compiled model does not cache: it fuses make() with the code that follows."""
 
     def __init__(self, make):
-        self.make, self.seen, self.key, self.value = make, None, None, None
+        self.make = make
+        self.contexts = []  # the FixedWeights that are entered
+
+    def __getstate__(self):  # a copy of a model starts without contexts
+        return {'make': self.make, 'contexts': []}
 
     def __call__(self, weight):
-        if traced() or weight.is_inference() or not self.keep:
+        if traced():
             return self.make(weight)
-        key = (self.steps, weight._version, weight.data_ptr(), weight.dtype, torch.is_inference_mode_enabled())
-        probe = weight.detach().flatten()[::weight.numel() // 64 + 1] if weight.device.type == 'cpu' else None
-        if key != self.key or probe is not None and not torch.equal(probe, self.probe):
-            self.key, self.value, self.probe = key, self.make(weight), probe if probe is None else probe.clone()
-            self.seen = weight.detach()  # keeps the memory alive, so that no other weight can get the same address
-        return self.value
+        contexts = self.contexts[-1:]  # a copy, because another thread may leave its context now
+        if not contexts:
+            return self.make(weight)
+        made = contexts[0].made
+        if weight not in made:
+            with torch.inference_mode(False):  # codes that training can use, too
+                made[weight] = self.make(weight)
+        return made[weight]
 
 
-def count_step(*_):
-    OncePerStep.steps += 1
+class FixedWeights:
+    """Context: no weight changes inside, so ternary codes are made once per weight. See GPT.fixed_weights.
 
+    It can be entered several times, for example once per token. It keeps the codes in between."""
 
-register_optimizer_step_post_hook(count_step)
+    def __init__(self, caches):
+        self.caches, self.made = caches, {}  # {weight: its codes}
+
+    def __enter__(self):
+        for cache in self.caches:
+            cache.contexts.append(self)
+        return self
+
+    def __exit__(self, *_):
+        for cache in self.caches:
+            cache.contexts.remove(self)
+
+    def tensors(self):
+        return [tensor for made in self.made.values() for tensor in made]
 
 
 class StraightThrough(torch.autograd.Function):
@@ -233,23 +247,26 @@ def bit_product(x, weight, codes, scale):
 
 class BitLinear(nn.Linear):
     """Linear layer with ternary weights and int8 activations. `sub_norm` adds a parameter-free RMSNorm before it."""
-    rounds = True  # False: don't round activations, to compare with programs that don't round them
 
     def __init__(self, n_in, n_out, bias, sub_norm):
         super().__init__(n_in, n_out, bias=bias)
-        self.sub_norm, self.codes, self.logged, self.use = sub_norm, OncePerStep(ternary_codes), None, None
+        self.sub_norm = sub_norm
+        self.int8 = True  # False: don't round activations, to compare with programs that don't round them
+        self.codes = CachedCodes(ternary_codes)
+        self.logged = None  # int8 codes at the latest statistics()
+        self.use = None  # a few tokens of the latest training forward, for statistics()
 
     def forward(self, x):
         x = rms(x) if self.sub_norm else x
         if self.training:
-            self.use = x.detach().flatten(0, -2)[:16].clone()  # a few tokens for statistics()
+            self.use = x.detach().flatten(0, -2)[:16].clone()
         codes, scale = self.codes(self.weight)
-        y = bit_product(x, self.weight, codes, scale) if self.rounds else F.linear(x, codes * scale)
+        y = bit_product(x, self.weight, codes, scale) if self.int8 else F.linear(x, codes * scale)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
     def statistics(self):
-        found, self.logged = ternary_statistics(self.weight, *self.codes(self.weight), self.logged)
+        found, self.logged = ternary_statistics(self.weight, *ternary_codes(self.weight), self.logged)
         return {**found, 'act_utilisation': None if self.use is None else int8_codes(self.use)[0].abs().mean().item() / 127}
 
 
@@ -641,11 +658,11 @@ class TriX(nn.Module):
       'loop'     tokens sorted by tile, one product per tile; the fastest on a CPU
       'grouped'  tokens sorted by tile, F.grouped_mm, no host sync
     """
-    execution = 'auto'  # or 'dense', 'loop', 'grouped'
-    ternary = True  # False: use the latent weights, to compare with the dense FFN that the tiles were cut from
 
     def __init__(self, config):
         super().__init__()
+        self.execution = 'auto'  # or 'dense', 'loop', 'grouped'
+        self.ternary = True  # False: use the latent weights, to compare with the dense FFN that the tiles were cut from
         E, self.k, self.n_embd = config.trix_tiles, config.trix_top_k, config.n_embd
         h = config.trix_hidden or config.n_embd
         self.n_routed, self.shared, self.int8 = E, config.trix_shared, config.act_bits == 8
@@ -654,7 +671,8 @@ class TriX(nn.Module):
         # A shared tile is the last tile.
         self.up = nn.Parameter(torch.empty(E + self.shared, h * (1 + (self.act is swiglu)), config.n_embd))
         self.down = nn.Parameter(torch.empty(E + self.shared, config.n_embd, h))
-        self.codes, self.logged = {'up': OncePerStep(tile_codes), 'down': OncePerStep(tile_codes)}, {}
+        self.codes = CachedCodes(tile_codes)
+        self.logged = {}  # int8 codes of up and down at the latest statistics()
         self.router, self.idx = config.trix_router, None  # idx (B, T): tokens, only for the hash baseline
         if self.router == 'hash':  # k different random tiles per token id, fixed
             self.register_buffer('table', torch.rand(config.vocab_size, E).argsort(-1)[:, :self.k].contiguous())
@@ -668,7 +686,7 @@ class TriX(nn.Module):
         """-> (ternary up, ternary down, signatures (E + shared, C)). Without `ternary`: the latent up and down."""
         if not self.ternary:
             return self.up, self.down, self.up.detach().sum(1).sign()
-        (up, signature), (down, _) = self.codes['up'](self.up), self.codes['down'](self.down)
+        (up, signature), (down, _) = self.codes(self.up), self.codes(self.down)
         return straight_through(self.up, up), straight_through(self.down, down), signature
 
     def route(self, x, up, signature):
@@ -911,6 +929,22 @@ class GPT(nn.Module):
     def new_cache(self, B):
         """An empty cache to decode B sequences with `model(idx, cache=cache)`. Without gradients."""
         return Cache(B, self.blocks)
+
+    def fixed_weights(self):
+        """A context that promises that nothing changes a weight inside. Ternary codes are then made once per weight.
+
+            with model.fixed_weights():                 # around the micro-steps of an optimizer step, or a validation
+                for x, y in batches:
+                    model(x, y).backward()
+            fixed = model.fixed_weights()               # the same, if other code runs between two forwards
+            for part in parts:
+                with fixed:
+                    logits = model(part, cache=cache)
+
+        Everywhere else, codes are made in every forward. So any change of a weight takes effect at once.
+        Weights that FSDP shards get no cache, because the codes would need the memory that sharding saves."""
+        sharded = hasattr(self, 'unshard')
+        return FixedWeights([] if sharded else [m.codes for m in self.modules() if isinstance(m, (BitLinear, TriX))])
 
     def forward(self, idx, targets=None, cache=None, last=False, soft=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size).

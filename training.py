@@ -6,6 +6,7 @@
     result = train_step.judge(losses, progress.recent)                 # clips; loss, gradient norm, reason to skip
     train_step.update(result)                                          # optimizer step, unless skipped
 """
+import contextlib
 import math
 import random
 import statistics
@@ -81,9 +82,11 @@ class TrainStep:
         All processes call stopping() at the same points.
         """
         losses = []
+        fixed = self.model.fixed_weights()  # ternary codes are made once per optimizer step
+        fixed_teacher = self.teacher.fixed_weights() if self.teacher else contextlib.nullcontext()
         for micro in range(micro_steps):
             x, y = (part.to(self.device, non_blocking=True) for part in next(batches))
-            with self.group.micro_step(self.forward, last=micro + 1 == micro_steps):
+            with fixed, fixed_teacher, self.group.micro_step(self.forward, last=micro + 1 == micro_steps):
                 loss = self.loss(self.forward, step, micro, micro_steps, x, y)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -158,6 +161,7 @@ def validate(model, data, token_bytes, windows, batch_size, device, dtype, stop=
     rank, world = (group.rank, group.world) if group else (0, 1)
     training = model.training
     model.eval()
+    fixed = model.fixed_weights()
     total, tokens, size = 0.0, 0, 0
     batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
     for i in range(0, len(batches), world):
@@ -166,7 +170,7 @@ def validate(model, data, token_bytes, windows, batch_size, device, dtype, stop=
         mine = i + rank < len(batches)
         x, y = data.val_batch(batches[i + rank if mine else 0])  # (B, T) each
         # A process without a batch computes a spare one, because a sharded model needs all processes.
-        with autocast(device, dtype):
+        with autocast(device, dtype), fixed:
             loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
         if mine:
             y = y[y >= 0]

@@ -60,11 +60,12 @@ def start(kind, source, threads):
 def decoded(model, ids, new=NEW):
     """(seconds to read ids, seconds for each of the `new` tokens that follow)"""
     cache = model.new_cache(1)
-    start_time = time.perf_counter()
-    logits = model(ids, cache=cache, last=True)
-    prompt_time = time.perf_counter()
-    for _ in range(new):
-        logits = model(logits[:, -1:].argmax(-1), cache=cache, last=True)
+    with model.fixed_weights():
+        start_time = time.perf_counter()
+        logits = model(ids, cache=cache, last=True)
+        prompt_time = time.perf_counter()
+        for _ in range(new):
+            logits = model(logits[:, -1:].argmax(-1), cache=cache, last=True)
     return prompt_time - start_time, (time.perf_counter() - prompt_time) / new
 
 

@@ -134,7 +134,7 @@ def log_likelihoods(model, rows, batch_size, device, dtype):
     Rows (ids, n) -> (len(rows),) fp64: the log-probability, in nats, of the last n ids of each row given those before
     them. Rows of similar length form a batch, padded on the right, where no position attends.
     """
-    log_p = np.zeros(len(rows))
+    log_p, fixed = np.zeros(len(rows)), model.fixed_weights()
     by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     for first in range(0, len(rows), batch_size):
         batch = by_length[first:first + batch_size]
@@ -143,7 +143,7 @@ def log_likelihoods(model, rows, batch_size, device, dtype):
             ids, _ = rows[row]
             idx[i, :len(ids)] = ids
         idx = torch.from_numpy(idx).to(device)
-        with autocast(device, dtype):
+        with autocast(device, dtype), fixed:
             logits = model(idx[:, :-1])  # (B, T, vocab_size)
         for i, row in enumerate(batch):
             ids, n = rows[row]

@@ -84,12 +84,12 @@ def without_int8(model):
     int8."""
     layers = bit_linears(model)
     for layer in layers:
-        layer.rounds = False
+        layer.int8 = False
     try:
         yield
     finally:
         for layer in layers:
-            del layer.rounds  # back to the default of the class
+            layer.int8 = True
 
 
 def activation_modes(model):

@@ -27,16 +27,19 @@ def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_
     """Continue the prompts idx (B, T >= 1). Yields the next token (B,) int64, up to max_new_tokens times.
 
     Only the first n_vocab ids can be chosen, because the model's vocabulary may be padded beyond the tokenizer's.
-    Each token costs one step with the cache. When the context is full, generation continues from its last half."""
+    The weights must not change before the last token. Each token costs one step with the cache. When the context is full, generation continues from its last half."""
     training, size = model.training, model.config.block_size
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     cache, part = model.new_cache(len(idx)), idx[:, -size:]
+    fixed = model.fixed_weights()
     try:
         for _ in range(max_new_tokens):
             if cache.pos + part.size(1) > size:
                 cache, part = model.new_cache(len(idx)), idx[:, -(size // 2 or 1):]
-            token = choose(model(part, cache=cache, last=True)[:, -1, :n_vocab], temperature, top_k, top_p, generator)
+            with fixed:  # for one forward, because the caller's code runs between two tokens
+                logits = model(part, cache=cache, last=True)[:, -1, :n_vocab]
+            token = choose(logits, temperature, top_k, top_p, generator)
             yield token
             part = token[:, None]
             idx = torch.cat((idx, part), 1)[:, -size:]
@@ -88,7 +91,7 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
     generators = [torch.Generator().manual_seed((seed * 2**16 + row) % 2**63) for row in range(len(grid))]
     # The first step feeds as many tokens as the shortest prompt has.
     cache, start, end = model.new_cache(len(grid)), 0, min(map(len, ids), default=0)
-    live = set(range(len(grid)))
+    live, fixed = set(range(len(grid))), model.fixed_weights()
     model.eval()
     try:
         while live:
@@ -97,7 +100,8 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
             if cache.pos + end - start > size:
                 cache, start = model.new_cache(len(grid)), end - (size // 2 or 1)
             part = torch.tensor([row[start:end] for row in ids], device=device)  # (B, 1); longer if the cache is empty
-            logits = model(part, cache=cache, last=True)[:, -1, :encoding.n_vocab]  # (B, V)
+            with fixed:
+                logits = model(part, cache=cache, last=True)[:, -1, :encoding.n_vocab]  # (B, V)
             log_p = logits.float().log_softmax(-1)
             entropy = (log_p.exp() * -log_p).sum(-1).tolist()
             for row, (_, mode) in enumerate(grid):

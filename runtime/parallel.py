@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
-from model import OncePerStep
 from optim import full_tensor
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  # torchrun sets all of them
@@ -142,7 +141,6 @@ class Group:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        OncePerStep.keep = False  # ternary codes kept for a step would cost the memory that sharding saves
 
     def wrap(self, model, device):
         """DDP: wrap the model for training, so that gradients are averaged over the processes."""

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from runtime import device as hardware
 import schedule as schedules
 from configurator import columns
-from model import GPT, GPTConfig, OncePerStep
+from model import GPT, GPTConfig
 from optim import make_optimizers
 from runtime.parallel import Group
 from runtime.profiling import counted, has_bfloat16, is_out_of_memory, logit_bytes, measured, readable
@@ -58,20 +58,16 @@ def activations(config, kind, dtype):
         T = min(T, 2 * config.chunk_size)
     elif not fake and not config.dropout:
         T = min(T, 64)
-    n, V, keep = 1 if len(set(config.mixers())) == 1 else config.n_layer, 512, OncePerStep.keep
+    n, V = 1 if len(set(config.mixers())) == 1 else config.n_layer, 512
 
     def kept(n_layer, vocab_size):
         model = GPT(replace(config, n_layer=n_layer, vocab_size=vocab_size, block_size=T))
         plain, checkpointed, copies = measured(model, torch.device('cpu'), dtype)
         return plain * config.block_size / T, checkpointed * config.block_size / T, copies
-    try:
-        OncePerStep.keep = keep and not fake  # OncePerStep compares weights: fake tensors have no values
-        with FakeTensorMode() if fake else contextlib.nullcontext():
-            small, wide = kept(n, V), kept(n, 2 * V)
-            deep = kept(n + 1, V) if n < config.n_layer else small
-        return tuple(a + (b - a) * (config.n_layer - n) + (c - a) * (config.vocab_size / V - 1) for a, b, c in zip(small, deep, wide))
-    finally:
-        OncePerStep.keep = keep
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        small, wide = kept(n, V), kept(n, 2 * V)
+        deep = kept(n + 1, V) if n < config.n_layer else small
+    return tuple(a + (b - a) * (config.n_layer - n) + (c - a) * (config.vocab_size / V - 1) for a, b, c in zip(small, deep, wide))
 
 
 def estimate(config, kind, dtype):

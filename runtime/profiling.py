@@ -18,7 +18,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from runtime import device as hardware
 from kernels import autocast
-from model import OncePerStep
 from optim import Muon, local_tensor
 
 
@@ -40,13 +39,6 @@ def untouched(model, device):
                 module.reshard()
         for buffer, before in buffers:
             buffer.copy_(before)
-
-
-def codes(model):
-    """The tensors of ternary codes that the model's OncePerStep objects hold."""
-    found = [value for m in model.modules() for value in vars(m).values()]
-    found = [each for value in found for each in (value.values() if isinstance(value, dict) else [value])]
-    return [t for once in found if isinstance(once, OncePerStep) for t in once.value or ()]
 
 
 def kept(model, rows, device, dtype):
@@ -79,10 +71,10 @@ def kept(model, rows, device, dtype):
         for module in (model, *model.blocks):
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave).remove)
-        with torch.enable_grad(), autocast(device, dtype), \
+        with torch.enable_grad(), autocast(device, dtype), model.fixed_weights() as fixed, \
                 torch.autograd.graph.saved_tensors_hooks(lambda t: note(saved, t), lambda _: None):
             model(idx, idx)
-        for t in codes(model):
+        for t in fixed.tensors():
             note(saved, t)
     own = Counter()  # bytes per block; the key None is outside of blocks
     for ref, (size, block) in saved.items():

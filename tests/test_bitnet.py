@@ -1,12 +1,21 @@
-"""What BitNet promises beyond what every block does, and that ternary codes are made once an optimizer step."""
+"""What BitNet promises beyond what every block does, and when ternary codes are made."""
 import copy
+import itertools
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 import model as module
-from model import GPT, BitLinear, GPTConfig, OncePerStep, TriX, int8_codes, ternary_codes
+import settings
+from model import GPT, BitLinear, GPTConfig, TriX, int8_codes, ternary_codes
+from optim import make_optimizers
+from runtime.generation import generate, sample_grid
+from runtime.parallel import Group
+from training import TrainStep, validate
 
 
 def bitlinear(n_in=24, n_out=16, sub_norm=False, bias=False):
@@ -77,11 +86,21 @@ def test_the_dense_twin_has_the_same_parameters():
     assert shapes[0] == shapes[1]
 
 
-# ---- codes once an optimizer step
+# ---- codes once per weight while the weights are fixed, and never stale
+
+TINY = dict(n_layer=2, n_embd=16, n_head=2, vocab_size=50, block_size=16)
+TERNARY = {'bitnet': (dict(ffn='swiglu', linear='bitnet', d_ff=24), 14), 'trix': (dict(ffn='trix', trix_tiles=3), 4)}  # options, matrices
+each_ternary = pytest.mark.parametrize('kind', TERNARY)
+
+
+def tiny(kind, seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**TINY, **TERNARY[kind][0]))
+
 
 @pytest.fixture
 def made(monkeypatch):
-    """Counts the calls of ternary_codes."""
+    """The weights whose codes are made, one entry per call."""
     calls, real = [], module.ternary_codes
 
     def counted(weight, dims=None):
@@ -91,79 +110,199 @@ def made(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize('keys, matrices', [(dict(ffn='swiglu', linear='bitnet'), 14), (dict(ffn='trix'), 4)], ids=['bitnet', 'trix'])
-@pytest.mark.parametrize('fused', [True, False], ids=['fused', 'foreach'])
-def test_codes_are_made_once_an_optimizer_step(made, keys, matrices, fused):
-    model = GPT(GPTConfig(n_layer=2, n_embd=32, vocab_size=50, block_size=16, **keys))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+@each_ternary
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_an_optimizer_step_makes_the_codes_of_each_weight_once(made, kind, checkpointing):
+    model, teacher, matrices = tiny(kind), tiny(kind, seed=1).eval(), TERNARY[kind][1]
+    model.activation_checkpointing = checkpointing
+    device, config = torch.device('cpu'), settings.load([])
+    step = TrainStep(model, make_optimizers(model, config, device), config, device, torch.float32, Group())
     idx = torch.randint(50, (2, 17))
-    for step in range(3):
-        for micro in range(4):
-            model(idx[:, :-1], idx[:, 1:]).backward()
-        assert len(made) == matrices * (step + 1)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
+    batches = itertools.repeat((idx[:, :-1], idx[:, 1:]))
+    for done in range(1, 4):
+        step.update(step.judge(step.backward(0, batches, 4)))
+        assert len(made) == matrices * done
+    step.teacher = teacher
+    step.backward(0, batches, 4)
+    assert len(made) == matrices * 5
+    loss = model(idx[:, :-1], idx[:, 1:])
+    assert len(made) == matrices * 6, 'elsewhere, every forward makes them'
+    loss.backward()
+    assert len(made) == matrices * (7 if checkpointing else 6), 'and every recomputation'
+
+
+class SomeData:
+    def val_batch(self, windows):
+        return (np.zeros((len(windows), 16), np.int64),) * 2
+
+
+class SomeEncoding:
+    eot_token, n_vocab = 0, 50
+
+    def encode_ordinary(self, text):
+        return [1, 2, 3]
+
+    def decode(self, ids):
+        return ''
+
+
+@each_ternary
+@pytest.mark.parametrize('use', [
+    lambda model: [*generate(model, torch.ones(1, 3, dtype=torch.int64), 50, max_new_tokens=30)],  # the context fills up twice
+    lambda model: sample_grid(model, SomeEncoding(), ['a', 'b'], max_new_tokens=20, seed=0),
+    lambda model: validate(model, SomeData(), None, range(6), 2, torch.device('cpu'), torch.float32)],
+    ids=['generate', 'sample_grid', 'validate'])
+def test_text_and_a_validation_make_the_codes_of_each_weight_once(made, kind, use):
+    use(tiny(kind))
+    assert len(made) == TERNARY[kind][1]
+
+
+class ForeignSGD:
+    """An optimizer that is none of torch.optim."""
+
+    def __init__(self, params):
+        self.params = list(params)
+
+    def step(self):
+        for p in self.params:
+            p.data.sub_(p.grad, alpha=0.5)
+
+
+def fused_step(layer, weight, at):
+    optimizer = torch.optim.AdamW([weight], lr=0.5, fused=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+
+
+def foreign_step(layer, weight, at):
+    weight.grad = torch.ones_like(weight)
+    ForeignSGD([weight]).step()
+
+
+def swap_averages(layer, weight, at):
+    weight.average = -weight.data
+    weight.data, weight.average = weight.average, weight.data
+
+
+def set_one_in_place(layer, weight, at):
     with torch.no_grad():
-        cache = model.new_cache(2)
-        for t in range(16):
-            model(idx[:, t:t + 1], cache=cache)
-    assert len(made) == matrices * 4
+        weight[at] = 3.0
 
 
-def changes():
-    def fused_step(layer):
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
-        layer.weight.grad = torch.randn_like(layer.weight)
-        optimizer.step()
-
-    def in_place(layer):
-        with torch.no_grad():
-            layer.weight.normal_()
-
-    def load(layer):
-        layer.load_state_dict({'weight': torch.randn(16, 24)})
-
-    def through_data(layer):
-        layer.weight.data.normal_()
-
-    def new_data(layer):
-        layer.weight.data = torch.randn(16, 24)
-
-    def half_and_back(layer):
-        layer.half().float()
-        layer.weight.data += 1
-
-    def new_parameter(layer):
-        layer.weight = torch.nn.Parameter(torch.randn(16, 24))
-    return [fused_step, in_place, load, through_data, new_data, half_and_back, new_parameter]
+def load(layer, weight, at, **keys):
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    next(value for name, value in state.items() if value.shape == weight.shape)[at] = 3.0
+    layer.load_state_dict(state, **keys)
 
 
-@pytest.mark.parametrize('change', changes(), ids=lambda f: f.__name__)
-def test_any_change_of_the_weights_is_seen_at_once(change):
-    layer, x = bitlinear(), torch.randn(3, 24)
-    before = layer(x)
-    change(layer)
-    assert (layer(x) - before).abs().max() > 1e-3
-    torch.testing.assert_close(layer(x).double(), by_hand(layer, x), rtol=1e-5, atol=1e-6)
+def replace_parameter(layer, weight, at):
+    name = next(name for name, p in layer.named_parameters() if p is weight)
+    setattr(layer, name, torch.nn.Parameter(weight.detach().neg()))
 
 
-def test_a_copy_of_a_model_has_codes_of_its_own():
-    layer, x = bitlinear(), torch.randn(3, 24)
-    layer(x)
-    other = copy.deepcopy(layer)
-    with torch.no_grad():
-        other.weight.normal_()
-    torch.testing.assert_close(other(x).double(), by_hand(other, x), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(layer(x).double(), by_hand(layer, x), rtol=1e-5, atol=1e-6)
+CHANGES = {
+    'one weight through data': lambda layer, weight, at: weight.data.__setitem__(at, 3.0),
+    'one weight through detach': lambda layer, weight, at: weight.detach().__setitem__(at, 3.0),
+    'one weight through numpy': lambda layer, weight, at: weight.detach().numpy().__setitem__(at, 3.0),
+    'one weight in place': set_one_in_place,
+    'sign through data': lambda layer, weight, at: weight.data.mul_(-1),
+    'other data': lambda layer, weight, at: setattr(weight, 'data', weight.data.neg()),
+    'fused optimizer': fused_step,
+    'foreign optimizer': foreign_step,
+    'averages swapped in': swap_averages,
+    'load_state_dict': load,
+    'load_state_dict by assignment': lambda *where: load(*where, assign=True),
+    'another parameter': replace_parameter,
+}
 
 
-def test_inference_mode_and_training_do_not_disturb_each_other():
-    layer, x = bitlinear(), torch.randn(3, 24)
-    with torch.inference_mode():
-        layer(x)
-    layer(x).sum().backward()
-    assert layer.weight.grad.abs().max() > 0
+def forward(model, idx):
+    return model(idx)
+
+
+def forward_with_fixed_weights(model, idx):
+    with model.fixed_weights():
+        return model(idx)
+
+
+def inference(model, idx):
+    with torch.inference_mode(), model.fixed_weights():
+        return model(idx).clone()
+
+
+def training_step(model, idx):
+    device, config = torch.device('cpu'), settings.load([])
+    TrainStep(model, {}, config, device, torch.float32, Group()).backward(0, iter([(idx, idx)]), 1)
+    model.zero_grad()
+    return model(idx)
+
+
+def half_a_text(model, idx):
+    model.text = generate(model, idx, 50, max_new_tokens=5)  # stays suspended after its first token
+    next(model.text)
+    return model(idx)
+
+
+@settings_of_hypothesis(max_examples=50, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(TERNARY)), st.sampled_from(sorted(CHANGES)), st.data(),
+       st.sampled_from([forward, forward_with_fixed_weights, inference, training_step, half_a_text]))
+def test_any_change_of_a_weight_takes_effect_in_the_next_forward(kind, change, data, use):
+    model, fresh, idx = tiny(kind).eval(), tiny(kind, seed=1).eval(), torch.randint(50, (2, 7))
+    before = use(model, idx)
+    layers = [m for m in model.modules() if isinstance(m, (BitLinear, TriX))]
+    layer = layers[data.draw(st.integers(0, len(layers) - 1))]
+    names = [name for name, p in layer.named_parameters() if p.dim() > 1]
+    weight = getattr(layer, names[data.draw(st.integers(0, len(names) - 1))])
+    at = tuple(data.draw(st.integers(0, size - 1)) for size in weight.shape)
+    CHANGES[change](layer, weight, at)
+    fresh.load_state_dict(model.state_dict())
+    after = model(idx)
+    assert torch.equal(after, fresh(idx)) and not torch.equal(after, before)
+
+
+def test_a_copy_of_a_model_with_fixed_weights_makes_codes_of_its_own():
+    model, idx = tiny('bitnet'), torch.randint(50, (2, 7))
+    with model.fixed_weights():
+        before = model(idx)
+        other = copy.deepcopy(model)
+        for p in other.parameters():
+            p.data.neg_()
+        after = other(idx)
+        assert torch.equal(model(idx), before)
+    fresh = tiny('bitnet')
+    fresh.load_state_dict(other.state_dict())
+    assert torch.equal(after, fresh(idx)) and not torch.equal(after, before)
+
+
+def test_codes_of_inference_mode_serve_training():
+    model, idx = tiny('trix'), torch.randint(50, (2, 7))
+    with model.fixed_weights():
+        with torch.inference_mode():
+            model(idx)
+        model(idx, idx).backward()
+    assert all(p.grad.abs().max() > 0 for trix in model.trix_layers() for p in (trix.up, trix.down))
+
+
+def test_contexts_of_two_threads_end_in_any_order(made):
+    model, idx = tiny('bitnet'), torch.randint(50, (2, 7))
+    first, second = model.fixed_weights(), model.fixed_weights()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    model(idx), model(idx)
+    assert len(made) == 14
+    second.__exit__()
+    model(idx)
+    assert len(made) == 28
+    assert not any(layer.codes.contexts for layer in model.modules() if isinstance(layer, BitLinear))
+
+
+def test_sharded_weights_get_no_cached_codes(made):
+    model, idx = tiny('bitnet'), torch.randint(50, (2, 7))
+    model.unshard = None  # FSDP2 gives a model this method
+    with model.fixed_weights() as fixed:
+        model(idx), model(idx)
+    assert len(made) == 28 and fixed.tensors() == []
 
 
 # ---- statistics
@@ -214,13 +353,3 @@ def test_packed_bytes_count_two_bits_a_ternary_weight():
     tiles = sum(p.numel() for m in trix.modules() if isinstance(m, TriX) for p in (m.up, m.down))
     rest = sum(p.numel() for p in trix.parameters()) - tiles
     assert trix.packed_bytes() == 2 * rest + tiles // 4 + 2 * 4 * 4
-
-
-def test_a_step_of_another_optimizer_costs_at_most_new_codes():
-    seen, once = [], OncePerStep(lambda w: seen.append(1) or ternary_codes(w))
-    w = torch.nn.Parameter(torch.randn(4, 4))
-    once(w), once(w)
-    other = torch.nn.Parameter(torch.zeros(1))
-    other.grad = torch.ones(1)
-    torch.optim.SGD([other], lr=1.0).step()
-    assert F.mse_loss(once(w)[0], ternary_codes(w)[0]) == 0 and len(seen) == 2

@@ -16,7 +16,7 @@ from test_blocks import VARIANTS, T, V, build, tokens
 from runtime import compiler
 import runs
 from configurator import UserError
-from model import GPT, GPTConfig, Resonance, TriX
+from model import GPT, GPTConfig, Resonance
 
 SLOW = pytest.mark.slow
 SHORT = ('relu2', 'trix-loop', 'bitnet_ffn', 'resonance')  # of each kind, what inductor compiles in seconds
@@ -43,11 +43,11 @@ WITH_BF16 = [pytest.param(*case, id=label(case), marks=[] if case in (('trix', '
 
 def compare(monkeypatch, name, execution, backend, tolerance=(1e-5, 1e-4), bf16=False, distil=False, **changes):
     """A forward and backward of two equal models, one of them compiled."""
-    if execution:
-        monkeypatch.setattr(TriX, 'execution', execution)
     saving = changes.pop('activation_checkpointing', False)
     layers = 2 if 'hybrid' in name else 1  # a second layer like the first would be compiled alike
     plain, other = build(name, n_layer=layers, **changes), build(name, n_layer=layers, **changes)
+    for trix in (*plain.trix_layers(), *other.trix_layers()):
+        trix.execution = execution or 'auto'
     plain.activation_checkpointing = other.activation_checkpointing = saving
     idx = tokens(2, T + 1)
     soft = build('gelu', seed=5).soft_targets(idx[:, :-1], 0.4) if distil else None

@@ -33,13 +33,14 @@ def test_clusters_are_of_equal_size_and_of_neighbours():
 
 @each_ffn
 @pytest.mark.parametrize('execution', ['dense', 'loop'])
-def test_all_tiles_of_an_ffn_are_that_ffn(ffn, execution, monkeypatch):
-    monkeypatch.setattr(TriX, 'execution', execution)
+def test_all_tiles_of_an_ffn_are_that_ffn(ffn, execution):
     model = trained(ffn=ffn, **DENSE)
     config, weights = convert.split(model, 4, 4)
     assert (config.trix_cut, config.trix_hidden) == (ffn, 96 // 4 if ffn == 'swiglu' else 32)
     tiles = convert.without_ternary(GPT(config).eval())
     tiles.load_state_dict(weights)
+    for trix in tiles.trix_layers():
+        trix.execution = execution
     a, b = tiles(ids()), model(ids())
     assert (a - b).norm() < 1e-5 * b.norm()
     tiles.set_top_k(3)

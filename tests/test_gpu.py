@@ -249,14 +249,15 @@ def executions(family):
 
     from runtime import device as hardware
     from kernels import autocast
-    from model import TriX
     device, dtype, _ = hardware.resolve(DEVICE, 'bfloat16')
     model, idx = a_model(family)
     model, idx, found = model.to(device), idx.to(device), {}
-    for TriX.execution in ('loop', 'dense', 'grouped'):
+    for execution in ('loop', 'dense', 'grouped'):
+        for trix in model.trix_layers():
+            trix.execution = execution
         with autocast(device, dtype):
             model(idx[:, :-1], idx[:, 1:]).backward()
-        found[TriX.execution] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found[execution] = torch.cat([p.grad.flatten() for p in model.parameters()])
         model.zero_grad(set_to_none=True)
     return {how: ((g - found['loop']).norm() / found['loop'].norm()).item() for how, g in found.items()}
 

@@ -18,7 +18,7 @@ from runtime import profiling
 import train
 from corpora import preparation
 from configurator import UserError
-from model import GPT, GPTConfig, OncePerStep
+from model import GPT, GPTConfig
 from optim import make_optimizers
 from runtime.profiling import readable
 from runs import lines
@@ -44,7 +44,6 @@ def test_activations_are_those_measured_on_the_whole_model(changes):
     *a_sequence, copies = profiling.measured(GPT(config), torch.device('cpu'), torch.float32)
     found = plan.activations(config, 'cpu', torch.float32)
     assert found == pytest.approx((*a_sequence, copies), rel=0.02)
-    assert OncePerStep.keep is True  # the estimate switches it off
 
 
 def test_dropout_does_not_make_a_gpu_keep_attention_weights():

@@ -10,12 +10,15 @@ model.py imports this file.
     or aliases, torch 2.11 silently computes wrong gradients (github.com/pytorch/pytorch/issues/180642).
 """
 import contextlib
+import math
 import sys
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 OLDEST = (2, 11)  # the oldest torch version that passes the tests; .ci/run repeats this number
 if tuple(map(int, torch.__version__.split('.')[:2])) < OLDEST:
@@ -33,6 +36,23 @@ def autocast(device, dtype):
 def autocast_dtype(x):
     """The dtype of a matrix product with x: the autocast dtype if autocast is on, else x.dtype."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def traced_operator(name, arguments, forward, gradients, fake):
+    """An operator for torch.compile, which calls it as it is, without looking inside.
+
+    forward(a, b, ...) -> Tensor. gradients(grad, a, b, ...) -> (gradient of a, gradient of b). fake(a, b, ...) -> an
+    empty tensor like the result. arguments: the declaration 'Tensor a, Tensor b, ...' of tensors."""
+    operator = custom_op(f'nanotrix::{name}', forward, mutates_args=(), schema=f'({arguments}) -> Tensor')
+    operator_gradients = custom_op(f'nanotrix::{name}_gradients', gradients, mutates_args=(),
+                                   schema=f'(Tensor grad, {arguments}) -> (Tensor, Tensor)')
+
+    def backward(ctx, grad):
+        return *operator_gradients(grad.contiguous(), *ctx.saved_tensors), *[None] * (len(ctx.saved_tensors) - 2)
+    operator.register_fake(fake)
+    operator_gradients.register_fake(lambda grad, a, b, *rest: (torch.empty_like(a), torch.empty_like(b)))
+    operator.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    return operator
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,6 +118,146 @@ class TracedEmbedding(torch.autograd.Function):
 def embedding(idx, weight):
     """idx (...) int64, weight (n, C) -> (..., C). The gradient is deterministic."""
     return TracedEmbedding.apply(idx, weight) if traced() else F.embedding(idx, weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ternary weights (BitNet b1.58, arXiv:2402.17764)
+
+def ternary_codes(weight, dims=None):
+    """Latent weights -> (codes in {-1, 0, 1}, scale), both fp32. scale is mean |weight| over dims, with keepdim."""
+    weight = weight.detach().float()  # fp32, because bf16 would flip 0.2 % of the codes
+    scale = weight.abs().mean(dims or tuple(range(weight.dim())), keepdim=True).clamp(min=1e-5)
+    return (weight / scale).round_().clamp_(-1, 1), scale
+
+
+class CachedCodes:
+    """make(weight), called once per weight inside `with model.fixed_weights():`, and in every forward elsewhere.
+
+    A compiled model does not cache: it fuses make() with the code that follows."""
+
+    def __init__(self, make):
+        self.make = make
+        self.contexts = []  # the FixedWeights that are entered
+
+    def __getstate__(self):  # a copy of a model starts without contexts
+        return {'make': self.make, 'contexts': []}
+
+    def __call__(self, weight):
+        if traced():
+            return self.make(weight)
+        contexts = self.contexts[-1:]  # a copy, because another thread may leave its context now
+        if not contexts:
+            return self.make(weight)
+        made = contexts[0].made
+        if weight not in made:
+            with torch.inference_mode(False):  # codes that training can use, too
+                made[weight] = self.make(weight)
+        return made[weight]
+
+
+class FixedWeights:
+    """Context: no weight changes inside, so ternary codes are made once per weight. See GPT.fixed_weights.
+
+    It can be entered several times, for example once per token. It keeps the codes in between."""
+
+    def __init__(self, caches):
+        self.caches, self.made = caches, {}  # {weight: its codes}
+
+    def __enter__(self):
+        for cache in self.caches:
+            cache.contexts.append(self)
+        return self
+
+    def __exit__(self, *_):
+        for cache in self.caches:
+            cache.contexts.remove(self)
+
+    def tensors(self):
+        return [tensor for made in self.made.values() for tensor in made]
+
+
+class StraightThrough(torch.autograd.Function):
+    """straight_through without the addition."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def straight_through(x, value):
+    """Returns value in forward. Passes the gradient to x in backward."""
+    if not traced():
+        return StraightThrough.apply(x, value)
+    return value.detach() + (x - x.detach())  # exactly value, because x - x is exactly 0
+
+
+def ternary_statistics(weight, codes, scale, before):
+    """Statistics of the codes -> (statistics, int8 codes now). before: the int8 codes of the last call, or None."""
+    now = codes.to(torch.int8)
+    return {'ternary_minus': (codes < 0).float().mean().item(), 'ternary_zero': (codes == 0).float().mean().item(),
+            'ternary_plus': (codes > 0).float().mean().item(), 'ternary_scale': scale.mean().item(),
+            'ternary_flips': None if before is None else (now != before).float().mean().item(),
+            'ternary_fence': (((weight.detach() / scale).abs() - 0.5).abs() < 0.05).float().mean().item()}, now
+
+
+def int8(x):
+    """Round each token to 255 levels of its largest magnitude in the last dimension. Straight-through gradient."""
+    codes, scale = int8_codes(x.detach())
+    return straight_through(x, (codes / scale).type_as(x))
+
+
+def int8_codes(x):
+    """x (..., C) -> (codes (..., C), scale (..., 1)), both fp32, with x close to codes / scale.
+
+    The codes are integers in [-127, 127]."""
+    x = x.float()
+    scale = 127 / torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_(min=1e-5)
+    return (x * scale).round_(), scale
+
+
+class BitProduct(torch.autograd.Function):
+    """bit_product that saves the int8 codes for backward, not x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, codes, scale):
+        low = autocast_dtype(x)
+        q, s = int8_codes(x)
+        codes, unit = codes.to(low), fp16_unit(low)
+        ctx.save_for_backward(q.to(torch.int8), s, codes, scale)
+        return F.linear((q / unit if unit > 1 else q).to(low), codes).mul_(scale * unit / s)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, s, codes, scale = ctx.saved_tensors
+        dx = (grad @ codes).mul_(scale)
+        dw = grad.flatten(0, -2).T @ (q / s).to(grad.dtype).flatten(0, -2)
+        return dx, dw.float(), None, None
+
+
+def fp16_unit(dtype):  # integer sums could overflow fp16, and a factor of 1/128 is exact in fp16
+    return 128 if dtype == torch.float16 else 1
+
+
+def bit_product(x, weight, codes, scale):
+    """x (..., in), ternary codes (out, in) -> (..., out): int8 codes of x times ternary codes times both scales.
+
+    The gradients are straight-through. The product of the codes is an integer of at most 127 * in < 2^24.
+    So it is exact in any summation order."""
+    if not traced():
+        return BitProduct.apply(x, weight, codes, scale)
+    (q, s), unit = int8_codes(x.detach()), fp16_unit(autocast_dtype(x))
+    sums = F.linear(straight_through(x * (s / unit), q / unit), straight_through(weight / scale, codes))
+    return (sums * (scale * unit / s)).type_as(sums)
+
+
+def tile_codes(weight):
+    """Latent tiles (E, m, n) -> (scale * codes, signs of the column sums of the codes (E, n))."""
+    codes, scale = ternary_codes(weight, (1, 2))
+    return codes * scale, codes.sum(1).sign()  # sums integers, which is exact; a sum of scaled codes is not
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,21 +357,12 @@ class TileLoop(torch.autograd.Function):
         return *product_per_tile_gradients(grad, *ctx.saved_tensors, ctx.sizes), None
 
 
-@custom_op('nanotrix::tile_loop', mutates_args=())
-def tile_loop(x: Tensor, weights: Tensor, sizes: Tensor) -> Tensor:
-    """TileLoop for torch.compile, which cannot trace sizes that depend on the data."""
-    return product_per_tile(x, weights, sizes.tolist())
-
-
-@custom_op('nanotrix::tile_loop_gradients', mutates_args=())
-def tile_loop_gradients(grad: Tensor, x: Tensor, weights: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    return product_per_tile_gradients(grad, x, weights, sizes.tolist())
-
-
-tile_loop.register_fake(lambda x, weights, sizes: x.new_empty(x.size(0), weights.size(1)))
-tile_loop_gradients.register_fake(lambda grad, x, weights, sizes: (torch.empty_like(x), torch.empty_like(weights)))
-tile_loop.register_autograd(lambda ctx, grad: (*tile_loop_gradients(grad.contiguous(), *ctx.saved_tensors), None),
-                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+# TileLoop for torch.compile, which cannot trace sizes that depend on the data
+tile_loop = traced_operator(
+    'tile_loop', 'Tensor x, Tensor weights, Tensor sizes',
+    lambda x, weights, sizes: product_per_tile(x, weights, sizes.tolist()),
+    lambda grad, x, weights, sizes: product_per_tile_gradients(grad, x, weights, sizes.tolist()),
+    fake=lambda x, weights, sizes: x.new_empty(x.size(0), weights.size(1)))
 
 
 class GroupedMM(torch.autograd.Function):
@@ -242,6 +393,32 @@ def grouped_linear(x, weights, sizes):
     if not torch.is_tensor(sizes):
         return TileLoop.apply(x, weights, sizes)
     return GroupedMM.apply(x, weights, sizes) if sizes.dtype == torch.int32 else tile_loop(x, weights, sizes)
+
+
+def dense_tiles(x, up, down, tiles, gates, hidden):
+    """Every tile multiplies every token. A gate of 0 removes the tiles that a token does not use.
+
+    x (N, C), up (E, h, C), down (E, C, h), tiles and gates (N, k) -> (N, C).
+    hidden: a function of pre-activations (..., h) and gates (..., 1) -> (..., h)."""
+    weight = torch.zeros(len(x), len(up), device=x.device).scatter(1, tiles, gates)  # (N, E)
+    z = F.linear(x, up.flatten(0, 1)).view(len(x), len(up), -1)  # (N, E, h)
+    h = hidden(z, weight.unsqueeze(-1))
+    return F.linear(h.flatten(1), down.transpose(0, 1).flatten(1))
+
+
+def sparse_tiles(x, up, down, tiles, gates, hidden, grouped):
+    """dense_tiles, but each tile multiplies only its own tokens. grouped: by F.grouped_mm, without a host sync."""
+    k, tiles = tiles.size(1), tiles.flatten()
+    order = tiles.argsort(stable=True)  # (N k,): index sorted by tile -> index in token order
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    sizes = torch.zeros(len(up), dtype=tiles.dtype, device=x.device).scatter_add_(0, tiles, torch.ones_like(tiles))
+    if grouped:
+        sizes = sizes.cumsum(0, dtype=torch.int32)
+    elif not traced():
+        sizes = sizes.tolist()  # one transfer to the host for all tiles
+    z = grouped_linear(Spread.apply(x, order, back, k), up, sizes)  # (N k, h), sorted by tile
+    h = hidden(z, Spread.apply(gates.view(-1, 1), order, back, 1))
+    return Gather.apply(grouped_linear(h, down, sizes), order, back, k)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,21 +452,176 @@ class CausalConvolution(torch.autograd.Function):
         return convolve_gradients(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
 
 
-@custom_op('nanotrix::causal_convolution', mutates_args=())
-def convolution(u: Tensor, h: Tensor) -> Tensor:
-    """CausalConvolution for torch.compile, which would otherwise save the spectra."""
-    return convolve(u, h)
+# CausalConvolution for torch.compile, which would otherwise save the spectra
+convolution = traced_operator('causal_convolution', 'Tensor u, Tensor h', convolve, convolve_gradients,
+                              fake=lambda u, h: torch.empty_like(u))
 
 
-@custom_op('nanotrix::causal_convolution_gradients', mutates_args=())
-def convolution_gradients(grad: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    return convolve_gradients(grad, u, h)
+def causal_convolution(u, h):
+    """u (B, T, C), h (T, C), fp32 -> y (B, T, C): y[:, t] = sum over s <= t of h[t - s] u[:, s].
+
+    The FFTs have at least 2T - 1 points, so nothing wraps around."""
+    return convolution(u, h) if traced() else CausalConvolution.apply(u, h)
 
 
-convolution.register_fake(lambda u, h: torch.empty_like(u))
-convolution_gradients.register_fake(lambda grad, u, h: (torch.empty_like(u), torch.empty_like(h)))
-convolution.register_autograd(lambda ctx, grad: convolution_gradients(grad, *ctx.saved_tensors),
-                              setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+def fft_size(n):
+    """The smallest 2^a, 3 * 2^a or 5 * 2^a that is at least n. Every FFT library is fast at these sizes."""
+    return min(base << max(0, (-(-n // base) - 1).bit_length()) for base in (1, 3, 5))
+
+
+def flush(powers):
+    """Set powers below 1e-17 to zero. Denormal numbers would make CPU products many times slower."""
+    return powers.masked_fill(powers.detach().abs() < 1e-17, 0)
+
+
+def real_product(a, b):  # complex (n, K), (..., K, C) -> Re(a b), as one real product
+    a = torch.cat((a.real, -a.imag), -1)
+    b = torch.cat((b.real, b.imag), -2)
+    return a @ b if b.dim() == 2 else torch.bmm(a.expand(len(b), -1, -1), b)
+
+
+def mode_powers(nu, theta, start, n, stride=1):
+    """lambda^t for t = start, start + stride, ...: (n, K) complex64, with an error of about 1e-7 at any t.
+
+    nu (K,), theta (K,): the modes lambda = exp(-exp(nu) + i theta)."""
+    # Two tables of about sqrt(n) entries have fp64 exponents, for accuracy. MPS lacks fp64, so the CPU makes them.
+    # Their outer product is fp32.
+    device = 'cpu' if nu.device.type == 'mps' else nu.device
+    log = torch.complex(-nu.to(device, torch.float64).exp(), theta.to(device, torch.float64))
+    m = math.isqrt(n - 1) + 1
+    step = stride * torch.arange(m, device=device, dtype=torch.float64)[:, None]
+    fine, coarse = (flush(t.exp()).to(torch.complex64).to(nu.device) for t in (step * log, (step * m + start) * log))
+    return flush(coarse[:, None] * fine).flatten(0, 1)[:n]
+
+
+def carry_matrix(powers):
+    """powers (n - 1, K) complex: lambda^(S j) for j = 0, 1, ... -> (K, 2n, 2n).
+
+    For each mode, the matrix maps the contributions of n chunks to the states that enter them:
+    state_j = sum over i < j of lambda^(S (j - 1 - i)) left_i. A chunk has S positions. left_i is the contribution of
+    chunk i, state_j the state that enters chunk j. Real parts come before imaginary parts."""
+    n = len(powers) + 1
+    # (2, K, 2n - 1), the last n entries are 0
+    powers = F.pad(torch.view_as_real(powers).permute(2, 1, 0), (n, 0)).flip(-1)
+    # Row j is powers[n - 1 - j:][:n], so each diagonal holds one distance. Repeating the 2n - 1 entries and cutting
+    # the result into rows of 2n - 2 shifts each row by one.
+    rows = powers.repeat(1, 1, n)[..., n - 1:n - 1 + n * (2 * n - 2)].unflatten(-1, (n, 2 * n - 2))
+    re, im = rows[..., :n]  # (K, n, n) each
+    return torch.cat((torch.cat((re, -im), 2), torch.cat((im, re), 2)), 1)
+
+
+def mode_convolution(u, nu, theta, re, im, S):
+    """u (B, T, C) fp32 -> (B, T, C): y[:, t] = sum over s <= t of h[t - s] u[:, s], h[t] = Re sum_k a_k lambda_k^t.
+
+    nu (K,), theta (K,): the modes, as in mode_powers. re (K, C), im (K, C): the amplitudes a.
+    It convolves chunks of S positions. The states of the modes carry over from chunk to chunk."""
+    B, T, C = u.shape
+    K, powers = len(nu), mode_powers(nu, theta, 0, S + 1)
+    h = real_product(powers[:S], torch.complex(re, im))  # (S, C)
+    if S == T:
+        return causal_convolution(u, h)
+    n = -(-T // S)  # number of chunks, the last chunk is padded
+    u = F.pad(u, (0, 0, 0, n * S - T)).view(B * n, S, C)
+    y = causal_convolution(u, h)  # the part within each chunk
+    back = powers[:S].flip(0)  # a chunk contributes sum over its positions t of lambda^(S - 1 - t) u_t
+    left = torch.bmm(torch.cat((back.real, back.imag), 1).T.expand(B * n, -1, -1), u)  # (B n, 2K, C)
+    left = left.view(B, n, 2, K, C).permute(3, 2, 1, 0, 4).reshape(K, 2 * n, B * C)
+    carry = carry_matrix(mode_powers(nu, theta, 0, n - 1, S))  # (K, 2n, 2n)
+    # the state that enters each chunk, (2, B, n, K, C)
+    state = torch.bmm(carry, left).view(K, 2, n, B, C).permute(1, 3, 2, 0, 4)
+    # (B n, 2K, C)
+    state = torch.cat((re * state[0] - im * state[1], -re * state[1] - im * state[0]), 2).flatten(0, 1)
+    past = torch.bmm(torch.cat((powers[1:].real, powers[1:].imag), 1).expand(B * n, -1, -1), state)
+    return (y + past).reshape(B, n * S, C)[:, :T]
+
+
+class ShortFilter(torch.autograd.Function):
+    """short_filter without padded copies."""
+
+    @staticmethod
+    def forward(ctx, z, w, age):
+        ctx.save_for_backward(z, w, age)
+        y = z * w[0]
+        for j in range(1, min(len(w), z.size(1))):
+            y[:, j:].addcmul_(reached(z[:, :-j], j, age), w[j])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, w, age = ctx.saved_tensors
+        dz, dw = grad * w[0], torch.zeros_like(w)
+        dw[0] = (grad * z).sum((0, 1))
+        for j in range(1, min(len(w), z.size(1))):
+            dz[:, :-j].addcmul_(reached(grad[:, j:], j, age), w[j])
+            dw[j] = (grad[:, j:] * reached(z[:, :-j], j, age)).sum((0, 1))
+        return dz, dw, None
+
+
+def reached(x, j, age):
+    """Zero the entries of x (B, T - j, C) where tap j would reach across the start of a document.
+
+    The second dimension of x stands for the positions t = j, j + 1, ... An entry stays if its position is at least j
+    tokens after the start of its document. Returns x unchanged if age is None."""
+    return x if age is None else x.masked_fill(age[:, j:, None] < j, 0)
+
+
+def short_filter(z, w, age=None):
+    """z (B, T, C), w (n, C) -> (B, T, C): sum over j of w[j] z[:, t - j].
+
+    z counts as 0 before the first position. age (B, T) is the distance of each position from the start of its document.
+    With age, z counts as 0 before the start of the document."""
+    if not traced():
+        return ShortFilter.apply(z, w, age)
+    n, T = w.size(0), z.size(1)
+    # Pad so that every tap has T rows: inductor can't fuse sums over different row counts (torch 2.11).
+    z = F.pad(z, (0, 0, n - 1, 0))
+    taps = [w[j] * z[:, n - 1 - j:n - 1 - j + T] for j in range(n)]
+    return sum(taps if age is None else (tap.masked_fill(age[..., None] < j, 0) for j, tap in enumerate(taps)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several documents in a row of tokens (document_mask)
+
+@dataclass
+class Documents:
+    """The documents in a batch of tokens (document_mask). Computed once per forward, for all layers.
+
+    A document ends with its end-of-text token. The next token begins a new document at learned position 0 and sees no
+    earlier token. The target of an end-of-text token is the first token of the next document. This target counts in the
+    loss."""
+    age: torch.Tensor  # (B, T) int64: how far each token is behind the first token of its document
+    mask: torch.Tensor | BlockMask = None  # for attention: (B, 1, T, positions so far) bool, or for FlexAttention
+    groups: list = None  # for resonance in eager execution: document_groups(age)
+
+    def begun(self):
+        """(B, T) bool: True if the token's document began before these T tokens (only with a cache)."""
+        return self.age > torch.arange(self.age.size(1), device=self.age.device)
+
+
+def document_ages(idx, eot_id, before):
+    """idx (B, T) -> (B, T) int64: the number of earlier tokens in each token's document.
+
+    before (B,): this number for the first token."""
+    T = idx.size(1)
+    positions = torch.arange(T, device=idx.device)
+    begin = torch.where(idx[:, :-1] == eot_id, positions[1:], -2**62)  # (B, T - 1)
+    return positions - torch.cat((-before[:, None], begin), 1).cummax(1).values
+
+
+def document_mask(age, start):
+    """age (B, T) -> (B, 1, T, start + T) bool: True where a token sees a position. `start`: the first position."""
+    T = age.size(1)
+    distance = start + torch.arange(T, device=age.device)[:, None] - torch.arange(start + T, device=age.device)
+    return ((distance >= 0) & (distance <= age[..., None]))[:, None]
+
+
+def flex_document_mask(age):
+    """document_mask as a BlockMask. FlexAttention skips fully masked blocks."""
+    B, T = age.shape
+
+    def sees(b, h, q, k):
+        return (k <= q) & (q - k <= age[b, q])
+    return create_block_mask(sees, B, None, T, T, device=age.device)
 
 
 def document_groups(age):
@@ -349,22 +681,12 @@ class DocumentConvolution(torch.autograd.Function):
         return *convolve_documents_gradients(grad.contiguous(), *ctx.saved_tensors, ctx.groups), None
 
 
-@custom_op('nanotrix::document_convolution', mutates_args=())
-def document_convolution_op(u: Tensor, h: Tensor, age: Tensor) -> Tensor:
-    """DocumentConvolution for torch.compile, which cannot trace group sizes that depend on the data."""
-    return convolve_documents(u, h, document_groups(age))
-
-
-@custom_op('nanotrix::document_convolution_gradients', mutates_args=())
-def document_convolution_gradients(grad: Tensor, u: Tensor, h: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
-    return convolve_documents_gradients(grad, u, h, document_groups(age))
-
-
-document_convolution_op.register_fake(lambda u, h, age: torch.empty_like(u))
-document_convolution_gradients.register_fake(lambda grad, u, h, age: (torch.empty_like(u), torch.empty_like(h)))
-document_convolution_op.register_autograd(
-    lambda ctx, grad: (*document_convolution_gradients(grad.contiguous(), *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+# DocumentConvolution for torch.compile, which cannot trace group sizes that depend on the data
+traced_document_convolution = traced_operator(
+    'document_convolution', 'Tensor u, Tensor h, Tensor age',
+    lambda u, h, age: convolve_documents(u, h, document_groups(age)),
+    lambda grad, u, h, age: convolve_documents_gradients(grad, u, h, document_groups(age)),
+    fake=lambda u, h, age: torch.empty_like(u))
 
 
 def document_convolution(u, h, age, groups=None):
@@ -374,63 +696,100 @@ def document_convolution(u, h, age, groups=None):
     document_groups(age), or None while the compiler is tracing.
     The result is exact: each document has its own transform. A document of n positions costs an FFT of fewer than 4n
     points, so a row of short documents takes less time than a row with one long document."""
-    return document_convolution_op(u, h, age) if groups is None else DocumentConvolution.apply(u, h, groups)
+    if groups is None:
+        return traced_document_convolution(u, h, age)
+    return DocumentConvolution.apply(u, h, groups)
 
 
-def causal_convolution(u, h):
-    """u (B, T, C), h (T, C), fp32 -> y (B, T, C): y[:, t] = sum over s <= t of h[t - s] u[:, s].
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding: what each layer keeps of earlier positions
 
-    The FFTs have at least 2T - 1 points, so nothing wraps around."""
-    return convolution(u, h) if traced() else CausalConvolution.apply(u, h)
+class KVCache:
+    """Keys and values of one attention layer for up to block_size positions. `pos` counts the filled positions."""
+
+    def __init__(self, B, block_size):
+        self.B, self.block_size, self.pos = B, block_size, 0
+        self.k, self.v = None, None
+
+    def tensors(self, like):
+        """Keys and values (B, n_kv_head, block_size, hs), filled up to pos.
+
+        The first call allocates them with the dtype and device of `like` (B, n_kv_head, T, hs)."""
+        if self.k is None:  # allocated here, because autocast decides the dtype in the first call
+            _, nh, _, hs = like.shape
+            self.k, self.v = (like.new_empty(self.B, nh, self.block_size, hs) for _ in 'kv')
+        return self.k, self.v
+
+    def append(self, k, v):  # (B, n_kv_head, T, hs) each -> all positions so far, (B, n_kv_head, pos + T, hs)
+        all_k, all_v = self.tensors(k)
+        start, self.pos = self.pos, self.pos + k.size(2)
+        all_k[:, :, start:self.pos] = k
+        all_v[:, :, start:self.pos] = v
+        return all_k[:, :, :self.pos], all_v[:, :, :self.pos]
 
 
-def fft_size(n):
-    """The smallest 2^a, 3 * 2^a or 5 * 2^a that is at least n. Every FFT library is fast at these sizes."""
-    return min(base << max(0, (-(-n // base) - 1).bit_length()) for base in (1, 3, 5))
+class ShortCache:
+    """The last inputs that a short filter still needs. Without gradients."""
+
+    def __init__(self):
+        self.recent = None
+
+    @torch.no_grad()
+    def filter(self, x, weight, age=None):
+        if self.recent is None:  # created here, because the device is unknown before the first call
+            self.recent = x.new_zeros(len(x), len(weight) - 1, x.size(2))
+        T, x = x.size(1), torch.cat((self.recent.type_as(x), x), 1)
+        self.recent = x[:, T:].clone()
+        age = age if age is None else F.pad(age, (len(weight) - 1, 0))
+        return short_filter(x, weight.type_as(x), age)[:, -T:]
 
 
-class ShortFilter(torch.autograd.Function):
-    """short_filter without padded copies."""
+class ResonanceCache:
+    """Recurrent state of a resonance layer in fp64: s <- lambda s + u. Without gradients.
 
-    @staticmethod
-    def forward(ctx, z, w, age):
-        ctx.save_for_backward(z, w, age)
-        y = z * w[0]
-        for j in range(1, min(len(w), z.size(1))):
-            y[:, j:].addcmul_(reached(z[:, :-j], j, age), w[j])
+    Its size and the time per step do not depend on the context length."""
+
+    def __init__(self, B, layer):
+        self.B, self.layer, self.state, self.short = B, layer, None, ShortCache()
+
+    @torch.no_grad()
+    def begin(self):  # runs in the first forward, because FSDP may shard the parameters before it
+        layer, B = self.layer, self.B
+        real = torch.float32 if layer.nu.device.type == 'mps' else torch.float64  # fp32 would drift to 1e-4 at 32k
+        nu, theta, magnitude, phase = (p.detach().to(real) for p in (layer.nu, layer.theta, layer.magnitude, layer.phase))
+        self.fresh = True
+        self.log = torch.complex(-nu.exp(), theta)  # (K,), log lambda
+        # (K, C, 2): Re(a s) is the sum of weight * (Re s, Im s)
+        self.weight = torch.stack((magnitude * phase.cos(), -magnitude * phase.sin()), -1)
+        self.state = torch.zeros(B, *magnitude.shape, dtype=self.log.dtype, device=nu.device)  # (B, K, C)
+
+    @torch.no_grad()
+    def convolve(self, u, documents=None):  # next positions (B, T, C) -> (B, T, C): h (*) u, within documents
+        if self.state is None:
+            self.begin()
+        T = u.size(1)
+        if documents and T == 1:  # reset where a document begins. masked_fill, because inf * 0 would be nan
+            self.state.masked_fill_(documents.age[:, :, None] == 0, 0)
+        if T == 1:
+            self.fresh = False
+            self.state.mul_(self.log.exp()[:, None]).add_(u)
+            return (torch.view_as_real(self.state) * self.weight).sum((1, 3))[:, None].float()
+        y = self.layer.convolve(u, documents)
+        if not self.fresh:  # add the part from earlier positions
+            past = torch.view_as_complex(self.weight).conj() * self.state  # (B, K, C), a s
+            past = real_product(mode_powers(self.layer.nu, self.layer.theta, 1, T), past.to(torch.complex64))  # (B, T, C)
+            y = y + (past.masked_fill(~documents.begun()[..., None], 0) if documents else past)
+        self.fresh = False
+        if documents:  # the new state holds only the last document
+            inside = torch.arange(T - 1, -1, -1, device=u.device) <= documents.age[:, -1:]  # (B, T)
+            u = u.masked_fill(~inside[..., None], 0)
+            self.state.masked_fill_(~documents.begun()[:, -1, None, None], 0)
+        for part in u.to(self.weight.dtype).split(1024, 1):
+            steps = torch.arange(part.size(1), -1, -1, device=u.device, dtype=part.dtype)
+            powers = (steps[:, None] * self.log).exp()  # (n + 1, K), lambda^n ... lambda^0
+            gain = torch.cat((powers[1:].real, powers[1:].imag), 1).T @ part  # (B, 2K, C)
+            self.state = self.state * powers[0, :, None] + torch.complex(*gain.chunk(2, 1))
         return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        z, w, age = ctx.saved_tensors
-        dz, dw = grad * w[0], torch.zeros_like(w)
-        dw[0] = (grad * z).sum((0, 1))
-        for j in range(1, min(len(w), z.size(1))):
-            dz[:, :-j].addcmul_(reached(grad[:, j:], j, age), w[j])
-            dw[j] = (grad[:, j:] * reached(z[:, :-j], j, age)).sum((0, 1))
-        return dz, dw, None
-
-
-def reached(x, j, age):
-    """Zero the entries of x (B, T - j, C) where tap j would reach across the start of a document.
-
-    The second dimension of x stands for the positions t = j, j + 1, ... An entry stays if its position is at least j
-    tokens after the start of its document. Returns x unchanged if age is None."""
-    return x if age is None else x.masked_fill(age[:, j:, None] < j, 0)
-
-
-def short_filter(z, w, age=None):
-    """z (B, T, C), w (n, C) -> (B, T, C): sum over j of w[j] z[:, t - j].
-
-    z counts as 0 before the first position. age (B, T) is the distance of each position from the start of its document.
-    With age, z counts as 0 before the start of the document."""
-    if not traced():
-        return ShortFilter.apply(z, w, age)
-    n, T = w.size(0), z.size(1)
-    # Pad so that every tap has T rows: inductor can't fuse sums over different row counts (torch 2.11).
-    z = F.pad(z, (0, 0, n - 1, 0))
-    taps = [w[j] * z[:, n - 1 - j:n - 1 - j + T] for j in range(n)]
-    return sum(taps if age is None else (tap.masked_fill(age[..., None] < j, 0) for j, tap in enumerate(taps)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

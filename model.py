@@ -17,11 +17,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (Gather, Spread, autocast_dtype, causal_convolution, chunked_cross_entropy, document_convolution, document_groups,
-                     embedding, fft_size, gated_hidden, grouped_linear, rms, short_filter, traced)
+from kernels import (CachedCodes, Documents, FixedWeights, KVCache, ResonanceCache, ShortCache, autocast_dtype,
+                     bit_product, chunked_cross_entropy, dense_tiles, document_ages, document_convolution,
+                     document_groups, document_mask, embedding, fft_size, flex_document_mask, gated_hidden, int8,
+                     int8_codes, mode_convolution, mode_powers, real_product, rms, short_filter, sparse_tiles,
+                     straight_through, ternary_codes, ternary_statistics, tile_codes, traced)
 
 
 @dataclass
@@ -112,138 +115,7 @@ class GPTConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Ternary weights (BitNet b1.58, arXiv:2402.17764)
-
-def ternary_codes(weight, dims=None):
-    """Latent weights -> (codes in {-1, 0, 1}, scale), both fp32. scale is mean |weight| over dims, with keepdim."""
-    weight = weight.detach().float()  # fp32, because bf16 would flip 0.2 % of the codes
-    scale = weight.abs().mean(dims or tuple(range(weight.dim())), keepdim=True).clamp(min=1e-5)
-    return (weight / scale).round_().clamp_(-1, 1), scale
-
-
-class CachedCodes:
-    """make(weight), called once per weight inside `with model.fixed_weights():`, and in every forward elsewhere.
-
-    A compiled model does not cache: it fuses make() with the code that follows."""
-
-    def __init__(self, make):
-        self.make = make
-        self.contexts = []  # the FixedWeights that are entered
-
-    def __getstate__(self):  # a copy of a model starts without contexts
-        return {'make': self.make, 'contexts': []}
-
-    def __call__(self, weight):
-        if traced():
-            return self.make(weight)
-        contexts = self.contexts[-1:]  # a copy, because another thread may leave its context now
-        if not contexts:
-            return self.make(weight)
-        made = contexts[0].made
-        if weight not in made:
-            with torch.inference_mode(False):  # codes that training can use, too
-                made[weight] = self.make(weight)
-        return made[weight]
-
-
-class FixedWeights:
-    """Context: no weight changes inside, so ternary codes are made once per weight. See GPT.fixed_weights.
-
-    It can be entered several times, for example once per token. It keeps the codes in between."""
-
-    def __init__(self, caches):
-        self.caches, self.made = caches, {}  # {weight: its codes}
-
-    def __enter__(self):
-        for cache in self.caches:
-            cache.contexts.append(self)
-        return self
-
-    def __exit__(self, *_):
-        for cache in self.caches:
-            cache.contexts.remove(self)
-
-    def tensors(self):
-        return [tensor for made in self.made.values() for tensor in made]
-
-
-class StraightThrough(torch.autograd.Function):
-    """straight_through without the addition."""
-
-    @staticmethod
-    def forward(ctx, x, value):
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-def straight_through(x, value):
-    """Returns value in forward. Passes the gradient to x in backward."""
-    if not traced():
-        return StraightThrough.apply(x, value)
-    return value.detach() + (x - x.detach())  # exactly value, because x - x is exactly 0
-
-
-def ternary_statistics(weight, codes, scale, before):
-    """Statistics of the codes -> (statistics, int8 codes now). before: the int8 codes of the last call, or None."""
-    now = codes.to(torch.int8)
-    return {'ternary_minus': (codes < 0).float().mean().item(), 'ternary_zero': (codes == 0).float().mean().item(),
-            'ternary_plus': (codes > 0).float().mean().item(), 'ternary_scale': scale.mean().item(),
-            'ternary_flips': None if before is None else (now != before).float().mean().item(),
-            'ternary_fence': (((weight.detach() / scale).abs() - 0.5).abs() < 0.05).float().mean().item()}, now
-
-
-def int8(x):
-    """Round each token to 255 levels of its largest magnitude in the last dimension. Straight-through gradient."""
-    codes, scale = int8_codes(x.detach())
-    return straight_through(x, (codes / scale).type_as(x))
-
-
-def int8_codes(x):
-    """x (..., C) -> (codes (..., C), scale (..., 1)), both fp32, with x close to codes / scale.
-
-    The codes are integers in [-127, 127]."""
-    x = x.float()
-    scale = 127 / torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_(min=1e-5)
-    return (x * scale).round_(), scale
-
-
-class BitProduct(torch.autograd.Function):
-    """bit_product that saves the int8 codes for backward, not x."""
-
-    @staticmethod
-    def forward(ctx, x, weight, codes, scale):
-        low = autocast_dtype(x)
-        q, s = int8_codes(x)
-        codes, unit = codes.to(low), fp16_unit(low)
-        ctx.save_for_backward(q.to(torch.int8), s, codes, scale)
-        return F.linear((q / unit if unit > 1 else q).to(low), codes).mul_(scale * unit / s)
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, s, codes, scale = ctx.saved_tensors
-        dx = (grad @ codes).mul_(scale)
-        dw = grad.flatten(0, -2).T @ (q / s).to(grad.dtype).flatten(0, -2)
-        return dx, dw.float(), None, None
-
-
-def fp16_unit(dtype):  # integer sums could overflow fp16, and a factor of 1/128 is exact in fp16
-    return 128 if dtype == torch.float16 else 1
-
-
-def bit_product(x, weight, codes, scale):
-    """x (..., in), ternary codes (out, in) -> (..., out): int8 codes of x times ternary codes times both scales.
-
-    The gradients are straight-through. The product of the codes is an integer of at most 127 * in < 2^24.
-    So it is exact in any summation order."""
-    if not traced():
-        return BitProduct.apply(x, weight, codes, scale)
-    (q, s), unit = int8_codes(x.detach()), fp16_unit(autocast_dtype(x))
-    sums = F.linear(straight_through(x * (s / unit), q / unit), straight_through(weight / scale, codes))
-    return (sums * (scale * unit / s)).type_as(sums)
-
+# A matrix of a block, dense or ternary (BitNet b1.58, arXiv:2402.17764)
 
 class BitLinear(nn.Linear):
     """Linear layer with ternary weights and int8 activations. `sub_norm` adds a parameter-free RMSNorm before it."""
@@ -278,93 +150,7 @@ def linear(config, n_in, n_out, last=False):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Document masks
-
-FLEX_DEVICES = {'cuda'}  # devices where a compiled model uses FlexAttention. Other devices use a mask tensor.
-
-
-@dataclass
-class Documents:
-    """The documents in a batch of tokens (document_mask). Computed once per forward, for all layers.
-
-    A document ends with its end-of-text token. The next token begins a new document at learned position 0 and sees no
-    earlier token. The target of an end-of-text token is the first token of the next document. This target counts in the
-    loss."""
-    age: torch.Tensor  # (B, T) int64: how far each token is behind the first token of its document
-    mask: torch.Tensor | BlockMask = None  # for attention: (B, 1, T, positions so far) bool, or for FlexAttention
-    groups: list = None  # for resonance in eager execution: document_groups(age)
-
-    def begun(self):
-        """(B, T) bool: True if the token's document began before these T tokens (only with a cache)."""
-        return self.age > torch.arange(self.age.size(1), device=self.age.device)
-
-
-def document_ages(idx, eot_id, before):
-    """idx (B, T) -> (B, T) int64: the number of earlier tokens in each token's document.
-
-    before (B,): this number for the first token."""
-    T = idx.size(1)
-    positions = torch.arange(T, device=idx.device)
-    begin = torch.where(idx[:, :-1] == eot_id, positions[1:], -2**62)  # (B, T - 1)
-    return positions - torch.cat((-before[:, None], begin), 1).cummax(1).values
-
-
-def document_mask(age, start):
-    """age (B, T) -> (B, 1, T, start + T) bool: True where a token sees a position. `start`: the first position."""
-    T = age.size(1)
-    distance = start + torch.arange(T, device=age.device)[:, None] - torch.arange(start + T, device=age.device)
-    return ((distance >= 0) & (distance <= age[..., None]))[:, None]
-
-
-def flex_document_mask(age):
-    """document_mask as a BlockMask. FlexAttention skips fully masked blocks."""
-    B, T = age.shape
-
-    def sees(b, h, q, k):
-        return (k <= q) & (q - k <= age[b, q])
-    return create_block_mask(sees, B, None, T, T, device=age.device)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Mixers: (B, T, C) -> (B, T, C), causal, across positions
-
-class ShortCache:
-    """The last inputs that a short filter still needs. Without gradients."""
-
-    def __init__(self):
-        self.recent = None
-
-    @torch.no_grad()
-    def filter(self, x, weight, age=None):
-        if self.recent is None:  # created here, because the device is unknown before the first call
-            self.recent = x.new_zeros(len(x), len(weight) - 1, x.size(2))
-        T, x = x.size(1), torch.cat((self.recent.type_as(x), x), 1)
-        self.recent = x[:, T:].clone()
-        age = age if age is None else F.pad(age, (len(weight) - 1, 0))
-        return short_filter(x, weight.type_as(x), age)[:, -T:]
-
-
-class KVCache:
-    """Keys and values of one attention layer for up to block_size positions. `pos` counts the filled positions."""
-
-    def __init__(self, B, block_size):
-        self.B, self.block_size, self.pos, self.k, self.v = B, block_size, 0, None, None
-
-    def tensors(self, like):
-        """Keys and values (B, n_kv_head, block_size, hs), filled up to pos.
-
-        The first call allocates them with the dtype and device of `like` (B, n_kv_head, T, hs)."""
-        if self.k is None:  # allocated here, because autocast decides the dtype in the first call
-            _, nh, _, hs = like.shape
-            self.k, self.v = (like.new_empty(self.B, nh, self.block_size, hs) for _ in 'kv')
-        return self.k, self.v
-
-    def append(self, k, v):  # (B, n_kv_head, T, hs) each -> all positions so far, (B, n_kv_head, pos + T, hs)
-        T, _ = k.size(2), self.tensors(k)
-        self.k[:, :, self.pos:self.pos + T], self.v[:, :, self.pos:self.pos + T] = k, v
-        self.pos += T
-        return self.k[:, :, :self.pos], self.v[:, :, :self.pos]
-
 
 def rotary_tables(config, device=None):
     """Cosines and sines of the rotary angles of every position, (block_size, hs / 2) each."""
@@ -463,59 +249,19 @@ class Resonance(nn.Module):
             # q, k and v start at size 1, because they are multiplied.
             nn.init.normal_(self.in_proj.weight, std=self.in_proj.in_features ** -0.5)
 
-    def powers(self, start, n, stride=1):
-        """lambda^t for t = start, start + stride, ...: (n, K) complex64, with an error of about 1e-7 at any t."""
-        # Two tables of about sqrt(n) entries have fp64 exponents, for accuracy. MPS lacks fp64, so the CPU makes them.
-        # Their outer product is fp32.
-        where = 'cpu' if self.nu.device.type == 'mps' else self.nu.device
-        log = torch.complex(-self.nu.to(where, torch.float64).exp(), self.theta.to(where, torch.float64))
-        m = math.isqrt(n - 1) + 1
-        step = stride * torch.arange(m, device=where, dtype=torch.float64)[:, None]
-        fine, coarse = (flush(t.exp()).to(torch.complex64).to(self.nu.device) for t in (step * log, (step * m + start) * log))
-        return flush(coarse[:, None] * fine).flatten(0, 1)[:n]
-
     def amplitudes(self):  # real and imaginary part, (K, C) each
         return self.magnitude * self.phase.cos(), self.magnitude * self.phase.sin()
 
-    def carry(self, S, n):
-        """(K, 2n, 2n): for each mode, the matrix that maps the contributions of n chunks to the states entering them.
-
-        state_j = sum over i < j of lambda^(S (j - 1 - i)) left_i. A chunk has S positions. left_i is the contribution of
-        chunk i, state_j the state that enters chunk j. Real parts come before imaginary parts."""
-        # (2, K, 2n - 1), the last n entries are 0
-        powers = F.pad(torch.view_as_real(self.powers(0, n - 1, S)).permute(2, 1, 0), (n, 0)).flip(-1)
-        # Row j is powers[n - 1 - j:][:n], so each diagonal holds one distance. Repeating the 2n - 1 entries and cutting
-        # the result into rows of 2n - 2 shifts each row by one.
-        rows = powers.repeat(1, 1, n)[..., n - 1:n - 1 + n * (2 * n - 2)].unflatten(-1, (n, 2 * n - 2))
-        re, im = rows[..., :n]  # (K, n, n) each
-        return torch.cat((torch.cat((re, -im), 2), torch.cat((im, re), 2)), 1)
-
     def convolve(self, u, documents=None):
         """u (B, T, C) fp32 -> (B, T, C): h (*) u. With `documents`, convolves each document alone, without chunks."""
-        B, T, C = u.shape
-        if documents:
-            h = real_product(self.powers(0, T), torch.complex(*self.amplitudes()))  # (T, C)
-            return document_convolution(u, h, documents.age, documents.groups)
-        S, (re, im) = self.chunk(T), self.amplitudes()
-        K, powers = len(self.nu), self.powers(0, S + 1)
-        h = real_product(powers[:S], torch.complex(re, im))  # (S, C)
-        if S == T:
-            return causal_convolution(u, h)
-        n = -(-T // S)  # number of chunks, the last chunk is padded
-        u = F.pad(u, (0, 0, 0, n * S - T)).view(B * n, S, C)
-        y = causal_convolution(u, h)  # the part within each chunk
-        back = powers[:S].flip(0)  # a chunk contributes sum over its positions t of lambda^(S - 1 - t) u_t
-        left = torch.bmm(torch.cat((back.real, back.imag), 1).T.expand(B * n, -1, -1), u)  # (B n, 2K, C)
-        left = left.view(B, n, 2, K, C).permute(3, 2, 1, 0, 4).reshape(K, 2 * n, B * C)
-        # the state that enters each chunk, (2, B, n, K, C)
-        state = torch.bmm(self.carry(S, n), left).view(K, 2, n, B, C).permute(1, 3, 2, 0, 4)
-        # (B n, 2K, C)
-        state = torch.cat((re * state[0] - im * state[1], -re * state[1] - im * state[0]), 2).flatten(0, 1)
-        past = torch.bmm(torch.cat((powers[1:].real, powers[1:].imag), 1).expand(B * n, -1, -1), state)
-        return (y + past).reshape(B, n * S, C)[:, :T]
+        T, (re, im) = u.size(1), self.amplitudes()
+        if documents is None:
+            return mode_convolution(u, self.nu, self.theta, re, im, self.chunk(T))
+        h = real_product(mode_powers(self.nu, self.theta, 0, T), torch.complex(re, im))  # (T, C)
+        return document_convolution(u, h, documents.age, documents.groups)
 
     def chunk(self, T):
-        """Chunk length for T positions. At most 128 chunks, because carry() has an entry per pair of chunks."""
+        """Chunk length for T positions. At most 128 chunks, because carry_matrix has an entry per pair."""
         return min(max(self.chunk_size, -(-T // 128)), T)
 
     def new_cache(self, B):
@@ -535,64 +281,6 @@ class Resonance(nn.Module):
             y = cache.convolve(u, documents) if cache else self.convolve(u, documents)
             y = (q.float() * torch.addcmul(y, self.D, u)).type_as(z)
         return self.out_proj(y)
-
-
-class ResonanceCache:
-    """Recurrent state of a resonance layer in fp64: s <- lambda s + u. Without gradients.
-
-    Its size and the time per step do not depend on the context length."""
-
-    def __init__(self, B, layer):
-        self.B, self.layer, self.state, self.short = B, layer, None, ShortCache()
-
-    @torch.no_grad()
-    def begin(self):  # runs in the first forward, because FSDP may shard the parameters before it
-        layer, B = self.layer, self.B
-        real = torch.float32 if layer.nu.device.type == 'mps' else torch.float64  # fp32 would drift to 1e-4 at 32k
-        nu, theta, magnitude, phase = (p.detach().to(real) for p in (layer.nu, layer.theta, layer.magnitude, layer.phase))
-        self.fresh = True
-        self.log = torch.complex(-nu.exp(), theta)  # (K,), log lambda
-        # (K, C, 2): Re(a s) is the sum of weight * (Re s, Im s)
-        self.weight = torch.stack((magnitude * phase.cos(), -magnitude * phase.sin()), -1)
-        self.state = torch.zeros(B, *magnitude.shape, dtype=self.log.dtype, device=nu.device)  # (B, K, C)
-
-    @torch.no_grad()
-    def convolve(self, u, documents=None):  # next positions (B, T, C) -> (B, T, C): h (*) u, within documents
-        if self.state is None:
-            self.begin()
-        T = u.size(1)
-        if documents and T == 1:  # reset where a document begins. masked_fill, because inf * 0 would be nan
-            self.state.masked_fill_(documents.age[:, :, None] == 0, 0)
-        if T == 1:
-            self.fresh = False
-            self.state.mul_(self.log.exp()[:, None]).add_(u)
-            return (torch.view_as_real(self.state) * self.weight).sum((1, 3))[:, None].float()
-        y = self.layer.convolve(u, documents)
-        if not self.fresh:  # add the part from earlier positions
-            past = torch.view_as_complex(self.weight).conj() * self.state  # (B, K, C), a s
-            past = real_product(self.layer.powers(1, T), past.to(torch.complex64))  # (B, T, C)
-            y = y + (past.masked_fill(~documents.begun()[..., None], 0) if documents else past)
-        self.fresh = False
-        if documents:  # the new state holds only the last document
-            inside = torch.arange(T - 1, -1, -1, device=u.device) <= documents.age[:, -1:]  # (B, T)
-            u = u.masked_fill(~inside[..., None], 0)
-            self.state.masked_fill_(~documents.begun()[:, -1, None, None], 0)
-        for part in u.to(self.weight.dtype).split(1024, 1):
-            steps = torch.arange(part.size(1), -1, -1, device=u.device, dtype=part.dtype)
-            powers = (steps[:, None] * self.log).exp()  # (n + 1, K), lambda^n ... lambda^0
-            gain = torch.cat((powers[1:].real, powers[1:].imag), 1).T @ part  # (B, 2K, C)
-            self.state = self.state * powers[0, :, None] + torch.complex(*gain.chunk(2, 1))
-        return y
-
-
-def flush(powers):
-    """Set powers below 1e-17 to zero. Denormal numbers would make CPU products many times slower."""
-    return powers.masked_fill(powers.detach().abs() < 1e-17, 0)
-
-
-def real_product(a, b):  # complex (n, K), (..., K, C) -> Re(a b), as one real product
-    a, b = torch.cat((a.real, -a.imag), -1), torch.cat((b.real, b.imag), -2)
-    return a @ b if b.dim() == 2 else torch.bmm(a.expand(len(b), -1, -1), b)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -719,8 +407,9 @@ class TriX(nn.Module):
         tiles, gates = self.route(x, up, signature)
         x = int8(x) if self.int8 else x
         how = self.execution if self.execution != 'auto' else self.fastest(x)
-        y = self.dense(x, up, down, tiles, gates) if how == 'dense' else self.sparse(x, up, down, tiles, gates, how == 'grouped')
-        return y.view(shape)
+        if how == 'dense':
+            return dense_tiles(x, up, down, tiles, gates, self.hidden).view(shape)
+        return sparse_tiles(x, up, down, tiles, gates, self.hidden, grouped=how == 'grouped').view(shape)
 
     def fastest(self, x):
         if x.device.type == 'cpu':
@@ -737,26 +426,6 @@ class TriX(nn.Module):
     def hidden(self, z, gates):  # pre-activations (..., h), gates (..., 1) -> (..., h)
         h = self.act(z) * gates.type_as(z) if self.act else gated_hidden(z, gates)
         return int8(h) if self.int8 else h
-
-    def dense(self, x, up, down, tiles, gates):
-        # (N, E), 0 for tiles that the token does not use
-        weight = torch.zeros(len(x), len(up), device=x.device).scatter(1, tiles, gates)
-        z = F.linear(x, up.flatten(0, 1)).view(len(x), len(up), -1)  # (N, E, h)
-        h = self.hidden(z, weight.unsqueeze(-1))
-        return F.linear(h.flatten(1), down.transpose(0, 1).flatten(1))  # (N, C)
-
-    def sparse(self, x, up, down, tiles, gates, grouped):
-        k, tiles = tiles.size(1), tiles.flatten()
-        order = tiles.argsort(stable=True)  # (N k,): index sorted by tile -> index in token order
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        sizes = torch.zeros(len(up), dtype=tiles.dtype, device=x.device).scatter_add_(0, tiles, torch.ones_like(tiles))
-        if grouped:
-            sizes = sizes.cumsum(0, dtype=torch.int32)
-        elif not traced():
-            sizes = sizes.tolist()  # one transfer to the host for all tiles
-        z = grouped_linear(Spread.apply(x, order, back, k), up, sizes)  # (N k, h), sorted by tile
-        h = self.hidden(z, Spread.apply(gates.view(-1, 1), order, back, 1))
-        return Gather.apply(grouped_linear(h, down, sizes), order, back, k)
 
     @torch.no_grad()
     def statistics(self):
@@ -787,12 +456,6 @@ class TriX(nn.Module):
             self.balance -= self.balance.mean()
         self.seen += self.load
         self.load.zero_()
-
-
-def tile_codes(weight):
-    """Latent tiles (E, m, n) -> (scale * codes, signs of the column sums of the codes (E, n))."""
-    codes, scale = ternary_codes(weight, (1, 2))
-    return codes * scale, codes.sum(1).sign()  # sums integers, which is exact; a sum of scaled codes is not
 
 
 def average(found):  # [{key: number or None}] -> {key: mean, or None if any is None}
@@ -895,6 +558,7 @@ class GPT(nn.Module):
         super().__init__()
         assert not config.problems(), '; '.join(config.problems())
         self.config = config
+        self.flex_devices = ('cuda',)  # where a compiled model uses FlexAttention for documents, not a mask tensor
         self.activation_checkpointing = False  # recompute each block in backward instead of keeping its activations
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == 'learned' else None
@@ -985,7 +649,7 @@ class GPT(nn.Module):
         mixers = config.mixers()
         if 'attention' in mixers:
             can_flex = not cache and not config.dropout and config.n_embd // config.n_head >= 16
-            flex = traced() and idx.device.type in FLEX_DEVICES and can_flex
+            flex = traced() and idx.device.type in self.flex_devices and can_flex
             found.mask = flex_document_mask(found.age) if flex else document_mask(found.age, start)
         if ('resonance' in mixers or config.ffn == 'resonance') and not traced() and not (cache and idx.size(1) == 1):
             found.groups = document_groups(found.age)

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 import settings
 from benchmarks.measure import ROOT, compare, interleaved, report, side_by_side, sizes, timed, training_step
 from configurator import UserError
-from model import GPT, GPTConfig, chunked_cross_entropy
+from kernels import chunked_cross_entropy
+from model import GPT, GPTConfig
 from runtime import device as hardware
 from runtime import profiling
 

@@ -13,7 +13,8 @@ import torch
 
 from configurator import UserError, utf8_path
 from deploy.parity import activation_modes, bit_linears, real_text
-from model import BitLinear, ternary_codes
+from kernels import ternary_codes
+from model import BitLinear
 from tokenizer import BYTE_OF, EOT, load_tokenizer
 
 PROMPTS = 50  # texts of a comparison

@@ -32,8 +32,8 @@ from torch.overrides import TorchFunctionMode
 import checkpoint
 from configurator import UserError
 from files import replacing
-from model import (GPT, Attention, BitLinear, TriX, bit_product, int8, int8_codes, rms, rotary_tables,
-                   ternary_codes)
+from kernels import bit_product, int8, int8_codes, rms, ternary_codes
+from model import GPT, Attention, BitLinear, TriX, rotary_tables
 
 FORMAT = 'nanotrix-packed-1'
 EMBEDDINGS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'int8': torch.int8}

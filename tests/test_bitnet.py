@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
-import model as module
+import kernels
+import model as model_file
 import settings
-from model import GPT, BitLinear, GPTConfig, TriX, int8_codes, ternary_codes
+from kernels import int8_codes, ternary_codes
+from model import GPT, BitLinear, GPTConfig, TriX
 from optim import make_optimizers
 from runtime.generation import generate, sample_grid
 from runtime.parallel import Group
@@ -101,12 +103,13 @@ def tiny(kind, seed=0):
 @pytest.fixture
 def made(monkeypatch):
     """The weights whose codes are made, one entry per call."""
-    calls, real = [], module.ternary_codes
+    calls, real = [], kernels.ternary_codes
 
     def counted(weight, dims=None):
         calls.append(weight.shape)
         return real(weight, dims)
-    monkeypatch.setattr(module, 'ternary_codes', counted)
+    for place in (kernels, model_file):
+        monkeypatch.setattr(place, 'ternary_codes', counted)
     return calls
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as module
+import kernels
 from model import GPT, GPTConfig, Resonance
 
 V, T = 61, 32  # vocabulary and context of the models in here
@@ -60,8 +60,8 @@ def tolerance(request, name, monkeypatch):
         return 1e-5 if request.param == 'rounded' else pytest.skip('no activation is rounded')
     if request.param == 'rounded':
         return 0.05
-    rounded = module.int8_codes
-    monkeypatch.setattr(module, 'int8_codes', lambda x: (x.float() * rounded(x)[1], rounded(x)[1]))
+    rounded = kernels.int8_codes
+    monkeypatch.setattr(kernels, 'int8_codes', lambda x: (x.float() * rounded(x)[1], rounded(x)[1]))
     return 1e-5
 
 

@@ -43,12 +43,13 @@ WITH_BF16 = [pytest.param(*case, id=label(case), marks=[] if case in (('trix', '
 
 def compare(monkeypatch, name, execution, backend, tolerance=(1e-5, 1e-4), bf16=False, distil=False, **changes):
     """A forward and backward of two equal models, one of them compiled."""
-    saving = changes.pop('activation_checkpointing', False)
+    saving, flex_devices = changes.pop('activation_checkpointing', False), changes.pop('flex_devices', ())
     layers = 2 if 'hybrid' in name else 1  # a second layer like the first would be compiled alike
     plain, other = build(name, n_layer=layers, **changes), build(name, n_layer=layers, **changes)
     for trix in (*plain.trix_layers(), *other.trix_layers()):
         trix.execution = execution or 'auto'
     plain.activation_checkpointing = other.activation_checkpointing = saving
+    plain.flex_devices = other.flex_devices = flex_devices
     idx = tokens(2, T + 1)
     soft = build('gelu', seed=5).soft_targets(idx[:, :-1], 0.4) if distil else None
     torch._dynamo.reset()

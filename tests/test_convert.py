@@ -10,7 +10,8 @@ from deploy import convert
 import evaluate
 import export
 from configurator import UserError
-from model import GPT, GPTConfig, TriX, ternary_codes
+from kernels import ternary_codes
+from model import GPT, GPTConfig
 from runs import arguments, assert_same_run, finish, lines
 from schedule import top_k
 from test_packed import ids, trained

@@ -8,7 +8,8 @@ from test_compile import compare
 from torch.nn.attention import flex_attention
 
 import model as module
-from model import GPT, GPTConfig, document_ages
+from kernels import document_ages
+from model import GPT, GPTConfig
 
 EOT = V - 1
 MASK = dict(document_mask=True, eot_id=EOT)
@@ -162,9 +163,8 @@ def test_every_kind_traced(monkeypatch, with_documents, name, changes):
 def test_flex_attention_traced(monkeypatch, with_documents, name, changes):
     masks, make = [], module.flex_document_mask
     monkeypatch.setattr(module, 'flex_document_mask', lambda age: (masks.append(1), make(age))[1])
-    monkeypatch.setattr(module, 'FLEX_DEVICES', {'cpu'})
     monkeypatch.setattr(flex_attention, '_validate_device', lambda *qkv: None)  # it has gradients on a CPU, too, but no kernel for them
-    compare(monkeypatch, name, '', 'aot_eager', **MASK, **changes, n_embd=64)
+    compare(monkeypatch, name, '', 'aot_eager', **MASK, **changes, n_embd=64, flex_devices=('cpu',))
     assert masks, 'this is what the test is about'
 
 

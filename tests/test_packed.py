@@ -17,7 +17,8 @@ import export
 from deploy import packed
 import sample
 from configurator import UserError
-from model import GPT, BitLinear, BitProduct, GPTConfig, TriX, ternary_codes
+from kernels import BitProduct, ternary_codes
+from model import GPT, BitLinear, GPTConfig, TriX
 from runs import arguments, finish, lines
 
 CPU = torch.device('cpu')
@@ -380,7 +381,8 @@ def test_a_step_that_knows_its_position_only_as_a_tensor(name, monkeypatch):
 TRITON = """
 import sys, torch
 from deploy import packed
-from model import GPT, GPTConfig, int8_codes
+from kernels import int8_codes
+from model import GPT, GPTConfig
 from test_packed import ids, opened, trained
 from deploy import ternary_triton
 

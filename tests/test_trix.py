@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model import GPT, GPTConfig, TriX, int8, ternary_codes
+from kernels import int8, ternary_codes
+from model import GPT, GPTConfig, TriX
 
 
 def trix(tiles=6, k=2, d=16, h=12, **keys):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError, read_json
-from tokenizer import load_tokenizer
+from tokenizer import FIXED, load_tokenizer
 from verification import BinFile, verify
 
 VERSION = 1  # version of meta.json
@@ -48,7 +48,7 @@ def data_dir(dataset, tokenizer='bpe', root='data', max_tokens=0, vocab_size=819
     if max_tokens:
         words.append(short_number(max_tokens))
     if tokenizer != 'bpe':
-        words.append('gpt2' if tokenizer == 'gpt2' else slug(tokenizer))
+        words.append(tokenizer if tokenizer in (*FIXED, 'char') else slug(tokenizer))
     elif vocab_size != 8192:
         words.append(str(vocab_size))
     for key, value in options.items():

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 from configurator import UserError, load, run, typed  # before torch, so Ctrl-C can interrupt torch's import
 import numpy as np
@@ -22,7 +23,7 @@ from benchmarks import hellaswag
 from deploy.packed import load_model
 from runtime.profiling import is_out_of_memory
 from runtime.runlog import plain, read_lines
-from corpora.shards import ShardData, open_data
+from corpora.shards import ShardData, holds_rows, open_data
 from tokenizer import encode, load_tokenizer, token_bytes
 from training import validate
 
@@ -30,7 +31,7 @@ from training import validate
 @dataclass
 class EvaluateConfig:
     run: str = ''  # run directory (its newest good checkpoint) or checkpoint file; may stand without --run=
-    data: str = ''  # prepared data directory (empty: the one of the run)
+    data: str = ''  # prepared directory, or rows of ids: a directory or shards:DIR (empty: the data of the run)
     eval_tokens: int = -1  # tokens to validate on (0: all of the split; -1: as many as the run did, with --stride all)
     batch_size: int = 0  # sequences at a time (0: as many as the run had in a micro-step)
     context: int = 0  # tokens of a window (0: the run's block_size); learned positions end there, others may go on
@@ -185,12 +186,41 @@ def own_loss(path, step):
     return next((line.get('loss') for line in reversed(lines) if line.get('kind') == 'eval' and line.get('step') == step), None)
 
 
+def open_rows(options, state, verify):
+    """
+    The loader of the rows of ids that options.dataset names, a directory or shards:DIR. Splits them as train.py does.
+
+    If the run was trained on these rows, it is the run's own split. Rows without a tokenizer.json are taken as ids of the
+    run's tokenizer.
+    """
+    from corpora.preparation import open_dataset  # here because its imports are slow
+    rows = Path(options.dataset.removeprefix('shards:')).expanduser()
+    trained_on = str(state['config'].get('dataset', ''))
+    own = state['data'].get('path', '')
+    if trained_on.startswith('shards:') and rows.absolute() == Path(trained_on.removeprefix('shards:')).expanduser().absolute() \
+            and Path(own, 'meta.json').is_file():
+        return open_data(own, options.block_size, options.vocab_size, verify)
+    options.dataset = f'shards:{rows}'
+    if state['tokenizer']:  # the model's vocabulary may be padded beyond it
+        options.vocab_size = load_tokenizer(state['tokenizer']).n_vocab
+    data = open_dataset(options, verify=verify)
+    if not data.tokenizer and state['tokenizer']:
+        print(f"{rows}: no tokenizer.json beside these rows: read as ids of the run's tokenizer", flush=True)
+        data.tokenizer = state['tokenizer']
+    return data
+
+
 def open_validation(config, model, state):
     """The requested data. UserError if its tokenizer is not the run's, or if it doesn't fit the options."""
     path = config.data or state['data'].get('path', '')
+    options = SimpleNamespace(dataset=path, tokenizer='none', block_size=config.context or model.config.block_size,
+                              vocab_size=model.config.vocab_size)
+    verify = 'always' if config.verify else 'once'
     try:
-        data = open_data(path, config.context or model.config.block_size, model.config.vocab_size,
-                         'always' if config.verify else 'once')
+        if path.startswith('shards:') or holds_rows(path):
+            data = open_rows(options, state, verify)
+        else:
+            data = open_data(path, options.block_size, options.vocab_size, verify)
     except UserError as error:
         raise UserError(*(problem.replace('--block_size', '--context') for problem in error.args))
     if data.tokenizer != state['tokenizer']:

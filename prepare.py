@@ -27,6 +27,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizer
 from configurator import UserError, load, run
 from corpora.preparation import PrepareConfig, directory, is_bins, is_path, join, link, prepare
 
@@ -45,12 +46,15 @@ class SplitConfig:
     path: str = ''  # directory, file or glob of .npy and .pt
     out: str = ''  # directory to make
     val_ratio: float = 0.01  # share of the files that is kept for validation
-    vocab_size: int = 0  # ids must be below it, 0: any
+    tokenizer: str = ''  # of the ids, stored in OUT: gpt2, byte or a tokenizer.json (empty: that beside the shards, if any)
+    vocab_size: int = 0  # without a tokenizer: ids must be below it (0: any)
     seed: int = 1337  # of the split
 
     def problems(self):
         if not self.path or not self.out:
             yield 'name the shards and the directory to make: python prepare.py split DIR OUT'
+        if self.tokenizer in tokenizer.FROM_TEXT:
+            yield f'--tokenizer={self.tokenizer}: made from a text, but these are ids: expected gpt2, byte or a tokenizer.json'
         if not 0 < self.val_ratio < 1:
             yield f'--val_ratio={self.val_ratio}: expected a share between 0 and 1'
 
@@ -86,7 +90,8 @@ def prepare_command(argv):
     if config.dataset.startswith('shards:'):
         from corpora import shards
         vocab_size = config.vocab_size if config.origin['vocab_size'] != 'default' else 0
-        shards.split(config.dataset.removeprefix('shards:'), out, config.val_ratio, vocab_size, config.seed)
+        content = tokenizer.named(config.tokenizer)
+        shards.split(config.dataset.removeprefix('shards:'), out, config.val_ratio, vocab_size, config.seed, content=content)
     elif is_bins(config.dataset):
         link(config, out)
     else:
@@ -109,7 +114,8 @@ def pack_command(argv):
 def split_command(argv):
     config = load(argv, SplitConfig, positional=('path', 'out'), usage=__doc__)
     from corpora import shards
-    shards.split(config.path, Path(config.out), config.val_ratio, config.vocab_size, config.seed)
+    content = tokenizer.named(config.tokenizer or 'none')
+    shards.split(config.path, Path(config.out), config.val_ratio, config.vocab_size, config.seed, content=content)
 
 
 def path_command(function):

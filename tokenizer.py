@@ -2,7 +2,8 @@
 Converts text to token ids and back without loss: decoding the ids of a text gives back every byte.
 Imported by every script:
 
-    content = train_bpe(texts, 8192)                  # or gpt2(), or from_file('llama2/tokenizer.json')
+    content = named('gpt2')                           # or 'byte', or a path: 'llama2/tokenizer.json'
+    content = train_bpe(texts, 8192)                  # or characters(texts)
     encoding = load_tokenizer(content)                # or load_tokenizer('data/pylib'), a prepared directory
     ids = encoding.encode_ordinary('Hello world')     # plain text only: '<|endoftext|>' in it is no special token
     encoding.decode(ids) == 'Hello world'
@@ -27,6 +28,8 @@ from configurator import UserError, read_json
 VERSION = 1  # version of tokenizer.json
 MAX_VOCAB = 2**20  # ids are stored in 16 bits if they fit, else in 32
 EOT = '<|endoftext|>'
+FIXED = ('gpt2', 'byte')  # tokenizers that are equal wherever they are made
+FROM_TEXT = ('bpe', 'char')  # tokenizers that are made from the text of a corpus
 ENDS = (EOT, '</s>', '<|end_of_text|>', '<eos>')  # end-of-text tokens in Hugging Face's files
 # PATTERN is GPT-2's split into words as tiktoken writes it. FASTER splits every text identically and is twice as fast:
 # its first group needs no lookahead, so tiktoken's fancy-regex passes that group to the automaton
@@ -49,6 +52,32 @@ BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + k): byte for k, b
 # A tokenizer is accepted only if it reproduces this text byte by byte.
 HARD = "\0 I'll  say\t\r\n\n\xa0\x85\u2028 1234 e\u0301\xe9\ufb01\u212b\xc5İß 數据🙂\U000e0001 "
 HARD += f'a{SPACE}b{SPACE}{SPACE}{SPACE.join(BYTES)}  '
+
+
+def named(name):
+    """
+    The content of the tokenizer that --tokenizer=NAME means: gpt2, byte, or the path of a tokenizer.json or of a
+    directory with one. Returns None for 'bpe' and 'char', which are made from a text, and for 'none'. Raises UserError.
+    """
+    if name in (*FROM_TEXT, 'none'):
+        return None
+    if name in FIXED:
+        return gpt2() if name == 'gpt2' else byte()
+    if not os.path.exists(name):
+        raise UserError(f'tokenizer={name}: No such file: expected {", ".join(FROM_TEXT + FIXED)}, or the path of a tokenizer.json')
+    return from_file(name)
+
+
+def byte():
+    """The content of the tokenizer with one token for each byte, and one for the end of text: 257 tokens."""
+    return native('byte', [bytes([byte]) for byte in range(256)])
+
+
+def characters(texts):
+    """The content of the tokenizer with one token for each character of `texts`, sorted, and one for the end of text."""
+    found = ''.join(sorted(set().union(*texts)))
+    return {'format': 'nanotrix-tokenizer', 'version': VERSION, 'name': 'char', 'special_tokens': {EOT: len(found)},
+            'characters': found}
 
 
 def train_bpe(texts, vocab_size):
@@ -93,8 +122,9 @@ def gpt2():
     try:
         encoding = tiktoken.get_encoding('gpt2')
     except Exception as error:  # tiktoken doesn't wrap the errors of its libraries: network, disk, sha256, ...
-        raise UserError(f"GPT-2's tokenizer: tiktoken can't download it ({error!r:.200}): give Hugging Face's tokenizer.json of it "
-                        'as --tokenizer=FILE, or a TIKTOKEN_CACHE_DIR that holds its files, or train one with --tokenizer=bpe')
+        raise UserError(f"GPT-2's tokenizer: tiktoken can't download it ({error!r:.200}): give Hugging Face's tokenizer.json of "
+                        'it as --tokenizer=FILE, or set TIKTOKEN_CACHE_DIR to a directory with its files. Without it: '
+                        '--tokenizer=bpe for text, --tokenizer=none for rows of ids')
     return native('gpt2', [encoding.decode_single_token_bytes(token) for token in range(encoding.eot_token)])
 
 
@@ -129,7 +159,7 @@ def load_tokenizer(source):
     """
     The encoding of a tokenizer. source: path of a tokenizer.json, its directory, or its content.
 
-    Returns a tiktoken.Encoding, or for a tokenizer from Hugging Face a `HuggingFace`, which has the same methods.
+    Returns a tiktoken.Encoding, or a `HuggingFace` or `Characters` object with the same methods.
     Raises UserError if the tokenizer is broken.
     """
     if isinstance(source, dict):
@@ -139,11 +169,9 @@ def load_tokenizer(source):
 
 
 def label(content):
-    """The name of a tokenizer for meta.json. content: from tokenizer.json, or None for a BPE trained on the corpus."""
-    if not content:
-        return 'bpe'
+    """The name of a tokenizer for meta.json. content: from tokenizer.json."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
-    return content['name'] if content['name'] == 'gpt2' else f"{content['name']}-{digest}"
+    return content['name'] if content['name'] in FIXED else f"{content['name']}-{digest}"
 
 
 def json_of(path):
@@ -167,6 +195,8 @@ def build(content):
     if (content['format'], content['version']) != ('nanotrix-tokenizer', VERSION):
         raise ValueError(f"format {content['format']!r} version {content['version']!r}, expected version {VERSION}")
     name, special = content['name'], content['special_tokens']
+    if 'characters' in content:
+        return Characters(name, special, content['characters'])
     encoding = HuggingFace(name, special, content['huggingface']) if 'huggingface' in content else from_ranks(content)
     text = HARD + SPACE.join(special)
     try:
@@ -232,6 +262,57 @@ def token_bytes(encoding):
                      for token in range(encoding.n_vocab)], np.int32)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# One token for each character
+
+class Characters:
+    """
+    A tokenizer with one token for each of its characters, in their order, and the end-of-text token after them. It has
+    the methods of tiktoken.Encoding that this project uses. Encoding any other character raises a UserError.
+    """
+
+    def __init__(self, name, special, characters):
+        self.name, self.special, self.eot_token = name, special, special[EOT]
+        self.n_vocab = len(characters) + 1
+        if special != {EOT: len(characters)} or list(characters) != sorted(set(characters)):
+            raise ValueError(f'expected sorted characters, each once, and then {EOT}')
+        check_size(self.n_vocab)
+        self.bytes = [character.encode() for character in characters] + [EOT.encode()]
+        self.codes = np.array([ord(character) for character in characters], np.uint32)
+
+    @property
+    def special_tokens_set(self):
+        return set(self.special)
+
+    def is_special_token(self, token):
+        return token == self.eot_token
+
+    def encode_to_numpy(self, text, *, disallowed_special=()):
+        """(n,) uint32. `disallowed_special` matches tiktoken's signature. Special tokens are always plain text."""
+        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
+        ids = np.searchsorted(self.codes, codes)
+        known = ids < len(self.codes)
+        known[known] = self.codes[ids[known]] == codes[known]
+        if not known.all():
+            unknown = chr(codes[np.argmin(known)])
+            raise UserError(f'the character {unknown!r} is none of the {len(self.codes):,} characters of the tokenizer '
+                            '(--tokenizer=char): leave it out, or use --tokenizer=byte, which encodes every text')
+        return ids.astype(np.uint32)
+
+    def encode_ordinary(self, text):
+        return self.encode_to_numpy(text).tolist()
+
+    def decode_single_token_bytes(self, token):
+        return self.bytes[token]
+
+    def decode_bytes(self, tokens):
+        return b''.join(self.bytes[token] for token in tokens)
+
+    def decode(self, tokens, errors='replace'):
+        return self.decode_bytes(tokens).decode('utf-8', errors)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face tokenizers
 
 def from_huggingface(file):

@@ -78,13 +78,19 @@ def build(config, corpus, content, request, work, start):
                          'sha256': hashlib.sha256(text.encode()).hexdigest()}
     remember(work, hashes_of(files), encoding.n_vocab)  # just written: no need to verify
     write_json(work / 'meta.json', {
-        **request, **facts, 'eot_id': encoding.eot_token, 'documents': counts, 'files': files, **extra,
+        **request, 'vocab_size': encoding.n_vocab, **facts, 'eot_id': encoding.eot_token, 'documents': counts, 'files': files, **extra,
         'created': now(), 'seconds': round(time.time() - start, 1)})
 
 
 def write_tokenizer(content, sample, config, work):
-    """Write tokenizer.json: `content`, or a BPE trained on the sample. Raises UserError if the disk is too small."""
-    if not content:
+    """
+    Write tokenizer.json: `content`, or a tokenizer made from the sample. Raises UserError if the disk is too small.
+    """
+    if config.tokenizer == 'char':
+        content = tokenizer.characters(sample.characters)
+        part = '' if sample.is_whole else f' of the first {SAMPLE // BATCH} MB: another one later in the text is an error'
+        print(f'tokenizer: one token for each of {len(sample.characters):,} characters{part}', flush=True)
+    elif not content:
         print(f'tokenizer: training {config.vocab_size} tokens on {len(sample.train):,} documents', flush=True)
         content = tokenizer.train_bpe(sample.train, config.vocab_size)
     size = sum(sample.sizes.values()) / sample.share if sample.share else 0
@@ -191,6 +197,7 @@ class Sample(NamedTuple):
     sizes: dict  # {split: bytes of text}
     share: float | None  # share of the corpus that was read, None: unknown
     is_whole: bool  # the sample is the whole corpus
+    characters: set  # of both splits, for --tokenizer=char
 
 
 def read_sample(corpus, config, enough, cut=None):
@@ -198,19 +205,22 @@ def read_sample(corpus, config, enough, cut=None):
     Read at least the first `enough` bytes of text, more if they have no train document. Every shard gets the same
     sample. Raises UserError if there is no text.
     """
-    seen, train, documents, sizes, share, is_whole = set(), [], 0, {'train': 0, 'val': 0}, None, True
+    seen, train, characters, documents = set(), [], set(), 0
+    sizes, share, is_whole = {'train': 0, 'val': 0}, None, True
     for batch in batches(corpus, config, lambda digest, _: digest not in seen and not seen.add(digest), cut):
         train += batch.texts['train']
         for split, texts in batch.texts.items():
             documents += len(texts)
             sizes[split] += sum(len(text.encode()) for text in texts)
+            if config.tokenizer == 'char':
+                characters.update(*texts)
         share = corpus.progress(batch.position[1])
         is_whole = sum(sizes.values()) < enough
         if not is_whole and train:
             break
     if not documents:
         raise UserError(f'{config.dataset}: the corpus is empty, no document has any text')
-    return Sample(train, documents, sizes, share, is_whole)
+    return Sample(train, documents, sizes, share, is_whole, characters)
 
 
 def check_room(encoding, sample, size, config, work):

@@ -1,7 +1,7 @@
 """
 Makes token files of other projects available as a directory that TokenData reads. Imported by prepare.py:
 
-    link('fineweb10B', Path('data/fineweb'), content, label, val_ratio=0.05)   # content: the tokenizer of these files
+    link('fineweb10B', Path('data/fineweb'), content, val_ratio=0.05)   # content: the tokenizer of these files
 
 The directory has tokenizer.json, meta.json and symbolic links to the files. Nothing is copied. Training reads the
 original files, starting at the byte of their first id. link() reads all files once, to check that the tokenizer has
@@ -20,7 +20,7 @@ import numpy as np
 from configurator import UserError
 from files import sizes, stamp, write_json
 from data import DTYPES, VERSION
-from tokenizer import id_dtype, load_tokenizer
+from tokenizer import id_dtype, label, load_tokenizer
 from verification import remember, scan
 from corpora.workspace import clear, is_prepared, now, publish, workspace
 
@@ -124,19 +124,18 @@ def deal(files, val_ratio, say):
     return {'train': train, 'val': val}
 
 
-def make_request(path, label, vocab_size, val_ratio):
-    """The entries of meta.json that are known before the files are read."""
+def make_request(path, known, val_ratio):
+    """The entries of meta.json that are known before the files are read. known: those about the tokenizer."""
     files = [file for file in find_bins(path) if file.exists()]
     source = {'dataset': f'bins:{path}', **sizes(files)}
-    return {'version': VERSION, 'source': source, 'inputs': stamp(files), 'tokenizer': label, 'vocab_size': vocab_size,
-            'val_ratio': val_ratio}
+    return {'version': VERSION, 'source': source, 'inputs': stamp(files), **known, 'val_ratio': val_ratio}
 
 
-def link(path, out, content, label, val_ratio, say=print):
+def link(path, out, content, val_ratio, say=print):
     """
     Make `out`, a prepared directory with the .bin files at `path`.
 
-    content, label: the tokenizer that made the files. Raises UserError if content is None.
+    content: the tokenizer that made the files. Raises UserError if it is None.
     val_ratio: share of the tokens that become validation if no file name contains val.
     """
     files = find_bins(path)
@@ -147,7 +146,7 @@ def link(path, out, content, label, val_ratio, say=print):
         raise UserError(f'{path}: name the tokenizer that made these tokens: --tokenizer=gpt2 or --tokenizer=FILE, '
                         f'a tokenizer.json{advice}')
     encoding = load_tokenizer(content)
-    request = make_request(path, label, encoding.n_vocab, val_ratio)
+    request = make_request(path, {'tokenizer': label(content), 'vocab_size': encoding.n_vocab}, val_ratio)
     if is_prepared(out, request):
         say(f'{out} is already prepared: nothing to do')
         return

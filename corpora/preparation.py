@@ -8,11 +8,13 @@ Finds or makes the prepared directory for a set of options. Imported by prepare.
 A directory holds exactly the requested data. Its name contains the options. Options or source files that changed since
 the preparation raise a UserError.
 """
+import os
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from configurator import UserError, read_json
 from corpora import linked
 from corpora.building import build, hashes_of
 from corpora.corpus import DATASETS, SourceMissing, encoding_name, open_corpus
-from corpora.shards import check_split, open_data
+from corpora.shards import advice_for, check_split, find_shards, open_data, tokenizer_beside
 from corpora.workspace import compare, is_prepared, publish, workspace
 from data import VERSION, data_dir
 from files import write_json
@@ -42,7 +44,8 @@ class PrepareConfig:
     bad_text: str = 'refuse'  # what isn't UTF-8 or JSON: refuse, skip, or replace (by U+FFFD; lines that aren't JSON are skipped)
     bad_rows: float = 0.01  # share of the rows that may be without a text (or a score): they are left out, more is refused
     encoding: str = 'utf-8'  # of .txt and .jsonl without a mark, as Python names it: cp1252, gb18030, shift_jis, utf-16-le ...
-    tokenizer: str = 'bpe'  # bpe (trained on the corpus), gpt2, or a tokenizer.json, ours or one of Hugging Face
+    tokenizer: str = 'bpe'  # bpe (trained on the text), char (a token for each character), byte, gpt2, or a tokenizer.json
+    # of shards:DIR and bins:PATH: the tokenizer that made the ids, gpt2, byte or a tokenizer.json; of shards: also none
     vocab_size: int = 8192  # bpe: tokens, the end-of-text token included
     val_ratio: float = 0.05  # share of the documents that is kept for validation (wikitext* have splits of their own)
     max_tokens: int = 0  # train tokens after which reading stops, 0: all
@@ -57,6 +60,10 @@ class PrepareConfig:
         if not known:
             yield (f"--dataset={self.dataset}: unknown, expected {', '.join(DATASETS)}, text:PATH, shards:DIR or "
                    'bins:PATH')
+        if self.tokenizer == 'char' and self.dataset.startswith(('shards:', 'bins:')):
+            yield f'--tokenizer=char: made from a text, but {self.dataset} holds ids: expected gpt2, byte or a tokenizer.json'
+        if self.tokenizer == 'none' and not self.dataset.startswith('shards:'):
+            yield f'--tokenizer=none: only for --dataset=shards:DIR, but --dataset={self.dataset} needs a tokenizer'
         if self.source and self.dataset not in ('fineweb_edu', 'wikitext2', 'wikitext103'):
             yield f'--source={self.source}: --dataset={self.dataset} has none (files of your own: --dataset=text:{self.source})'
         if self.bad_text not in ('refuse', 'skip', 'replace'):
@@ -108,8 +115,7 @@ def link(config, out):
     for key in ('max_tokens', 'max_documents', 'shard'):
         if value := getattr(config, key):
             raise UserError(f'--{key}={value}: the files of {path} are used as they are: leave it out')
-    content = make_tokenizer(config)
-    linked.link(path, out, content, tokenizer.label(content), config.val_ratio)
+    linked.link(path, out, tokenizer.named(config.tokenizer), config.val_ratio)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,9 +132,10 @@ def open_dataset(config, prepare=True, verify='once'):
     if name.startswith('shards:'):
         rows = Path(name.removeprefix('shards:')).expanduser()
         if (rows / 'meta.json').is_file():  # output of prepare.py pack or split
-            return open_data(rows, config.block_size, config.vocab_size, verify)
-        path, check = data_dir(name), lambda: check_split(rows, path)
-        words = [f'--vocab_size={config.vocab_size}']
+            return open_prepared(rows, config, verify)
+        label = tokenizer_of_rows(rows, config.tokenizer)
+        path, check = data_dir(name, label), lambda: check_split(rows, path)
+        words = [f'--tokenizer={label}'] if label != 'bpe' else [f'--vocab_size={config.vocab_size}']
     elif name in DATASETS or name.startswith(('text:', 'bins:')):
         wanted = PrepareConfig(dataset=name, tokenizer=config.tokenizer)
         words = [f'--tokenizer={config.tokenizer}']
@@ -144,16 +151,18 @@ def open_dataset(config, prepare=True, verify='once'):
         if not prepare and not path.is_dir():
             return None
         if not path.is_dir():
+            if advice := advice_for(Path(name)):
+                raise UserError(f'dataset={name}: the directory {name} {advice}')
             raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH, '
                             'shards:DIR and bins:PATH: bring the tokens there, or choose --dataset=pylib')
-        return open_data(path, config.block_size, config.vocab_size, verify)
+        return open_prepared(path, config, verify)
 
     if (path / 'meta.json').is_file():
         check()
     elif not prepare:
         return None
     else:
-        speak(f'No prepared data at {path}: preparing {name} (one-time; under a minute for pylib)')
+        speak(f'No prepared data at {path}: preparing {name} (one-time' + ('; under a minute)' if name == 'pylib' else ')'))
         if others := sorted(str(file.parent) for file in path.parent.glob('fineweb_edu*/meta.json')) if name == 'fineweb_edu' else []:
             speak(f'  prepared already, for --dataset=DIR: {", ".join(others)}')
         command = [sys.executable, str(SCRIPT), f'--dataset={name}', f'--out={path}', *words]
@@ -161,7 +170,52 @@ def open_dataset(config, prepare=True, verify='once'):
             if code == 2 and name.startswith('text:'):
                 speak(f'prepare.py has more options: python prepare.py --dataset={name} --out=DIR ..., then --dataset=DIR here')
             sys.exit(code)
-    return open_data(path, config.block_size, config.vocab_size, verify)
+    return open_prepared(path, config, verify)
+
+
+def tokenizer_of_rows(rows, name):
+    """
+    The tokenizer for the ids at `rows`: 'bpe', which means none, if a tokenizer.json beside them takes precedence over
+    the option `name`, or if the option names none.
+    """
+    if name == 'char':
+        raise UserError(f'tokenizer=char: made from a text, but shards:{rows} holds ids: use gpt2, byte or a tokenizer.json')
+    if name in ('bpe', 'none'):
+        return 'bpe'
+    beside = None
+    with suppress(UserError):  # rows that do not exist: prepare.py reports them
+        beside = tokenizer_beside(rows, find_shards(rows))
+    if beside and Path(name) != beside:
+        say_once(f'{beside} is the tokenizer of these rows: tokenizer={name} is not used')
+    return 'bpe' if beside else name
+
+
+def open_prepared(path, config, verify):
+    """The loader of a prepared directory. Says what the config may not expect: another tokenizer, a small vocabulary."""
+    data = open_data(path, config.block_size, config.vocab_size, verify)
+    name = config.tokenizer
+    if name not in ('bpe', 'none') and not data.tokenizer:
+        say_once(f'{path} was prepared without a tokenizer: tokenizer={name} is not used. For text, prepare it again: '
+                 f'python prepare.py split DIR OUT --tokenizer={name}')
+    elif name not in ('bpe', 'none') and not is_named(data.tokenizer, name):
+        say_once(f"{path} has its own tokenizer, {data.tokenizer['name']}: tokenizer={name} is not used")
+    if 2 * data.n_vocab < config.vocab_size:
+        say_once(f'{path} has a vocabulary of {data.n_vocab:,}, the model of {config.vocab_size:,}: '
+                 f'--vocab_size={data.n_vocab} makes it smaller and faster')
+    return data
+
+
+def is_named(content, name):
+    """Whether `content` is the tokenizer that --tokenizer=NAME means."""
+    if name in (*tokenizer.FIXED, 'char'):
+        return content['name'] == name
+    return tokenizer.named(name) == content
+
+
+def say_once(line):
+    """Print a line in one process only: the others of a torchrun do the same work."""
+    if os.environ.get('RANK', '0') == '0':
+        speak(line)
 
 
 def enough_tokens(tokens):
@@ -179,12 +233,12 @@ def enough_tokens(tokens):
 def prepare(config, out):
     start = time.time()
     corpus = open_corpus(config)
-    content = make_tokenizer(config)
-    vocab_size = load_tokenizer(content).n_vocab if content else config.vocab_size
-    if vocab_size != config.vocab_size and config.origin['vocab_size'] != 'default':
-        raise UserError(f'--vocab_size={config.vocab_size}: --tokenizer={config.tokenizer} has {vocab_size} tokens: '
-                        'leave --vocab_size out')
-    request = make_request(config, corpus, tokenizer.label(content), vocab_size)
+    content = tokenizer.named(config.tokenizer)
+    known = tokenizer_entries(config.tokenizer, config.vocab_size, content)
+    if known.get('vocab_size') != config.vocab_size and config.origin['vocab_size'] != 'default':
+        size = f"{known['vocab_size']} tokens" if content else 'one token for each character'
+        raise UserError(f'--vocab_size={config.vocab_size}: --tokenizer={config.tokenizer} has {size}: leave --vocab_size out')
+    request = make_request(config, corpus, known)
     if is_prepared(out, request, bool(config.shard)):
         print(f'{out} is already prepared: nothing to do')
         return
@@ -202,16 +256,32 @@ def prepare(config, out):
     if config.shard:
         join(whole)
     elif not config.out:
+        vocab_size = read_json(out / 'meta.json')['vocab_size']
         print(f'train on it: python train.py config/trix_tiny.py --dataset={out}'
               + (f' --vocab_size={vocab_size}' if vocab_size != 8192 else ''))
 
 
-def make_request(config, corpus, label, vocab_size):
-    """The entries of meta.json that are known before the preparation: everything that determines its content."""
+def tokenizer_entries(name, vocab_size, content):
+    """
+    The entries of meta.json about the tokenizer that are known before the preparation. The characters of
+    --tokenizer=char are not counted yet.
+
+    name: the option. vocab_size: of a BPE. content: the tokenizer, or None if it will be made from the text.
+    """
+    if content:
+        return {'tokenizer': tokenizer.label(content), 'vocab_size': load_tokenizer(content).n_vocab}
+    return {'tokenizer': name} | ({'vocab_size': vocab_size} if name == 'bpe' else {})
+
+
+def make_request(config, corpus, known):
+    """
+    The entries of meta.json that are known before the preparation: everything that determines its content.
+    known: the result of tokenizer_entries().
+    """
     filters = ', '.join(filter(None, ('' if corpus.own_splits else 'no exact duplicates, no empty documents', corpus.filter)))
     request = {'version': VERSION, 'source': corpus.source, 'filter': filters, 'seed': config.seed,
                'val_ratio': None if corpus.own_splits else config.val_ratio, 'max_tokens': config.max_tokens,
-               'max_documents': config.max_documents, 'bad_text': config.bad_text, 'tokenizer': label, 'vocab_size': vocab_size}
+               'max_documents': config.max_documents, 'bad_text': config.bad_text, **known}
     if (encoding := encoding_name(config.encoding)) != 'utf-8':
         request['encoding'] = encoding
     return request | {'inputs': corpus.inputs} if corpus.inputs else request
@@ -229,23 +299,15 @@ def check_prepared(config, path):
         print(f'{error}. Using what was prepared from it in {path}', flush=True)
         return
     if config.tokenizer == 'gpt2':  # known without the file, which may need a download
-        label, vocab_size = 'gpt2', 50_257
+        known = {'tokenizer': 'gpt2', 'vocab_size': 50_257}
     else:
-        content = make_tokenizer(config)
-        label, vocab_size = tokenizer.label(content), load_tokenizer(content).n_vocab if content else config.vocab_size
+        known = tokenizer_entries(config.tokenizer, config.vocab_size, tokenizer.named(config.tokenizer))
     if is_linked:
-        request = linked.make_request(config.dataset.removeprefix('bins:'), label, vocab_size, config.val_ratio)
+        request = linked.make_request(config.dataset.removeprefix('bins:'), known, config.val_ratio)
     else:
-        request = make_request(config, corpus, label, vocab_size)
+        request = make_request(config, corpus, known)
     compare(read_json(path / 'meta.json'), request, f'{path}: was prepared',
             f'remove it to prepare it anew, or use it as it is by --dataset={path}')
-
-
-def make_tokenizer(config):
-    """The content of tokenizer.json, or None if the tokenizer will be trained on the corpus."""
-    if config.tokenizer == 'bpe':
-        return None
-    return tokenizer.gpt2() if config.tokenizer == 'gpt2' else tokenizer.from_file(config.tokenizer)
 
 
 def summary(out):

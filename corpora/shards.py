@@ -3,7 +3,7 @@ Shards: .npy or .pt files with rows of token ids, made by another program.
 Imported by prepare.py, train.py and evaluate.py:
 
     validate('shards')                                    # reads everything, names every bad file, prints a summary
-    split('shards', 'data/mine', val_ratio=0.01)          # -> data/mine: links to the shards, and meta.json
+    split('shards', 'data/mine', content=named('gpt2'))   # -> data/mine: links to the shards, tokenizer.json, meta.json
     pack('data/pylib', row=32768, out='data/packed')      # bins of a prepared directory -> shards
     data = open_data('data/mine', block_size=1024, vocab_size=50304)   # ShardData for shards, TokenData for bins
 
@@ -25,6 +25,7 @@ import zipfile
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -224,8 +225,17 @@ def validate(path, vocab_size=0, say=print):
     meta = read_json(path / 'meta.json') if (path / 'meta.json').is_file() else {}
     if meta and meta.get('kind') != 'shards':
         return validate_bins(TokenData(path, 1, vocab_size or LARGEST_VOCAB, verify='never'), say)
-    entries = {entry['name']: entry for entry in chain(*entries_of(meta, path).values())} if meta else {}
     vocab_size = vocab_size or (int(meta['vocab_size']) if meta else 0)
+    files, checked, seen = read_all(path, meta, vocab_size, say)
+    return summary('+'.join(sorted({file.suffix[1:] for file in files})), checked, seen, vocab_size, say)
+
+
+def read_all(path, meta, vocab_size, say):
+    """
+    Read all shards at `path`. Returns (files, results of check() without `seen`, which ids occur). Raises UserError with
+    one line per bad file. meta: the content of meta.json, {} if there is none.
+    """
+    entries = {entry['name']: entry for entry in chain(*entries_of(meta, path).values())} if meta else {}
     files = find_shards(path)
     say(f'{path}: reading {len(files):,} files')
     results, seen = check_all(files, vocab_size)
@@ -241,7 +251,7 @@ def validate(path, vocab_size=0, say=print):
         checked = list({found['file'].resolve(): found for found in checked}.values())  # one file may serve both splits
     if problems:
         raise UserError(*problems)
-    return summary('+'.join(sorted({file.suffix[1:] for file in files})), checked, seen, vocab_size, say)
+    return files, checked, seen
 
 
 def validate_bins(data, say):
@@ -271,14 +281,23 @@ def summary(kind, checked, seen, vocab_size, say, documents=0):
             'max_id': high, 'vocab_size': size, 'unique': unique, 'checked': checked}
 
 
-def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
+def tokenizer_beside(path, files):
+    """The path of the tokenizer.json that belongs to the shards at `path`, None if there is none."""
+    root = Path(path) if Path(path).is_dir() else Path(os.path.commonpath([file.parent.absolute() for file in files]))
+    file = root / 'tokenizer.json'
+    return file if file.exists() else None
+
+
+def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print, content=None):
     """
     Validate the shards at `path` and make `out`, a directory that open_data() reads. It holds train/ and val/ with
     links to the shards, and meta.json. Returns the content of meta.json.
 
     If `path` already has train/ and val/, they are the splits. If there is a single file, its last rows are val.
-    Otherwise the files are ordered by a hash of (seed, name), and the first val_ratio of them are val. A tokenizer.json
-    beside the shards, ours or Hugging Face's, is copied.
+    Otherwise the files are ordered by a hash of (seed, name), and the first val_ratio of them are val.
+
+    content: the tokenizer that made the ids. It is stored in `out`. A tokenizer.json beside the shards, ours or Hugging
+    Face's, takes precedence.
     """
     path, out = Path(path).expanduser(), Path(out)
     if not 0 < val_ratio < 1:
@@ -289,19 +308,25 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
         raise UserError(f'{out}: inside {path}, whose shards it would be split from: choose another place')
     files = find_shards(path)
     root = path if path.is_dir() else os.path.commonpath([file.parent.absolute() for file in files])
-    beside, content, encoding = Path(root, 'tokenizer.json'), None, None
-    if beside.exists():
-        content = tokenizer.from_file(beside)
-        encoding = tokenizer.load_tokenizer(content)
-    request = {'version': VERSION, 'kind': 'shards', **source_of(path, files), 'seed': seed, 'val_ratio': val_ratio, 'given_vocab_size': vocab_size,
-               'tokenizer': tokenizer.label(content) if content else None}
+    if beside := tokenizer_beside(path, files):
+        given, content = content, tokenizer.from_file(beside)
+        if given and given != content:
+            say(f'{beside} is the tokenizer of these rows: the given one, {tokenizer.label(given)}, is not used')
+    encoding = tokenizer.load_tokenizer(content) if content else None
+    label = tokenizer.label(content) if content else None
+    request = {'version': VERSION, 'kind': 'shards', **source_of(path, files), 'seed': seed, 'val_ratio': val_ratio,
+               'given_vocab_size': vocab_size, 'tokenizer': label}
     if is_prepared(out, request):
         say(f'{out}: split already, nothing to do')
         return read_json(out / 'meta.json')
     if encoding and vocab_size not in (0, encoding.n_vocab):
-        say(f'{beside} has {encoding.n_vocab} tokens: that is the vocabulary, not {vocab_size}')
+        say(f'the tokenizer {label} has {encoding.n_vocab} tokens: that is the vocabulary, not {vocab_size}')
 
-    found = validate(path, encoding.n_vocab if encoding else vocab_size, say)
+    _, checked, seen = read_all(path, {}, 0 if encoding else vocab_size, say)
+    if encoding:
+        vocab_size = encoding.n_vocab
+        check_tokenizer(checked, vocab_size, beside or label, say)
+    found = summary('+'.join(sorted({file.suffix[1:] for file in files})), checked, seen, vocab_size, say)
     names = [Path(os.path.relpath(file.absolute(), Path(root).absolute())).as_posix() for file in files]
     parts = deal(dict(zip(names, found['checked'])), val_ratio, seed, say)
     meta = {**request, 'vocab_size': found['vocab_size'], 'row': found['length'],
@@ -317,6 +342,18 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print):
     counts = [f'{sum(rows for *_, rows in dealt):,} {part} rows of {len(dealt):,} files' for part, dealt in parts.items()]
     say(f"{out}: {', '.join(counts)}")
     return meta
+
+
+def check_tokenizer(checked, n_vocab, name, say):
+    """Raises UserError if ids of the shards exceed the vocabulary. Says if they are suspiciously small."""
+    highest = max(checked, key=lambda found: found['max_id'])
+    max_id = highest['max_id']
+    if max_id >= n_vocab:
+        remedy = ('put the tokenizer that made these rows there, or remove it' if isinstance(name, Path) else
+                  'name the tokenizer that made these rows, or --tokenizer=none to train without text')
+        raise UserError(f"{highest['file']}: id {max_id:,} is outside the vocabulary of {n_vocab:,} tokens of {name}: {remedy}")
+    if 2 * max_id < n_vocab:
+        say(f'the highest id is {max_id:,}, but the tokenizer {name} has {n_vocab:,} tokens: did it make these rows?')
 
 
 def source_of(path, files):
@@ -537,11 +574,38 @@ def nearest(row, block_size):
     return below[-1:] + above[:1]
 
 
+def holds_rows(path):
+    """Whether `path` is a directory of shards that is not prepared."""
+    if not Path(path).is_dir() or (Path(path) / 'meta.json').exists():
+        return False
+    with suppress(UserError):
+        return bool(find_shards(path))
+    return False
+
+
+def advice_for(path):
+    """
+    The end of an error message for a directory that is not prepared: what it holds, and the dataset to name instead. ''
+    if it holds no data.
+    """
+    if not Path(path).is_dir():
+        return ''
+    if holds_rows(path):
+        return f'holds rows of token ids: use shards:{path}'
+    for ending, kind, content in (('bin', 'bins', 'token files of another program'), ('txt', 'text', 'text'), ('jsonl', 'text', 'text'),
+                                  ('parquet', 'text', 'text')):
+        if found := sorted(Path(path).glob(f'*.{ending}')):
+            return f'holds {content} ({found[0].name}): use {kind}:{path}'
+    return ''
+
+
 def open_data(path, block_size, vocab_size, verify='once'):
     """
     The loader of a prepared directory: ShardData if meta.json has 'kind': 'shards', otherwise TokenData. Raises their
-    UserErrors.
+    UserErrors, or one with advice if the directory holds other data.
     """
     file = Path(path) / 'meta.json'
+    if not file.is_file() and (advice := advice_for(path)):
+        raise UserError(f'{path}: no prepared data (no meta.json), it {advice}')
     shards = file.is_file() and read_json(file).get('kind') == 'shards'
     return (ShardData if shards else TokenData)(path, block_size, vocab_size, verify)

@@ -266,7 +266,7 @@ def test_the_encoding_is_checked_and_part_of_what_is_prepared():
 
     def request(**options):
         asked = preparation.PrepareConfig(**options)
-        return preparation.make_request(asked, SimpleNamespace(own_splits=False, filter='', source={}, inputs=None), 'bpe', 300)
+        return preparation.make_request(asked, SimpleNamespace(own_splits=False, filter='', source={}, inputs=None), {'tokenizer': 'bpe', 'vocab_size': 300})
 
     for options in ({}, {'encoding': 'latin1'}, {'encoding': 'UTF_16'}, {'bad_rows': 1}, {'bad_rows': 0}):
         assert problems(**options) == []

@@ -650,7 +650,7 @@ def test_directories_from_before_the_times_were_kept_are_used(corpus, tmp_path):
 
 
 def test_pylib_of_another_python_is_refused(tmp_path):
-    request = preparation.make_request(asked(), preparation.open_corpus(asked()), 'bpe', 300)
+    request = preparation.make_request(asked(), preparation.open_corpus(asked()), {'tokenizer': 'bpe', 'vocab_size': 300})
     (tmp_path / 'meta.json').write_text(json.dumps(request | {'source': {'dataset': 'pylib', 'python': 'CPython 3.1.4'}}))
     with pytest.raises(UserError, match="was prepared with source {'python': 'CPython 3.1.4'}, not {'python': 'CPython 3"):
         preparation.check_prepared(asked(), tmp_path)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,14 +22,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import evaluate
+import prepare
 import sample
-from corpora import shards
+import train
 import watch
-from corpora import workspace
+from corpora import preparation, shards, workspace
 from checkpoint import load, save
 from configurator import UserError
 from data import TokenData
 from runs import SMALL, finish, lines
+from tokenizer import named, native
 from corpora.shards import ShardData, check, find_shards, inspect, open_data, pack, split, validate
 
 ROOT, VOCAB = Path(shards.__file__).parent.parent, 257
@@ -518,7 +522,7 @@ def test_killed_split_leaves_nothing_that_looks_finished_and_the_next_one_cleans
 def test_tokenizer_beside_the_shards_comes_along_and_rules_the_vocabulary(folder, tmp_path):
     (folder / 'tokenizer.json').write_text(json.dumps(tokenizer()))
     said = refused(split, folder, tmp_path / 'out', say=silent)
-    assert len(said.splitlines()) == 5 and 'outside the vocabulary of 257' in said  # 0.npy alone keeps below
+    assert re.fullmatch(r'.*/5.pt: id 989 is outside the vocabulary of 257 tokens of .*/tokenizer.json: put the tokenizer .*', said)
     for file in find_shards(folder):
         save_shard(file, rows(5, 33, vocab=200))
     meta = split(folder, tmp_path / 'out', vocab_size=1000, say=silent)
@@ -812,3 +816,93 @@ def test_a_checkpoint_without_the_key_of_the_tokenizer_is_broken(tmp_path):
     assert load(tmp_path / 'a.pt')['tokenizer'] is None
     save(tmp_path / 'b.pt', {key: value for key, value in state.items() if key != 'tokenizer'})
     assert 'no valid tokenizer' in refused(load, tmp_path / 'b.pt')
+
+
+# Rows whose tokenizer is named
+
+@pytest.fixture(scope='module')
+def speaking(tmp_path_factory):
+    """A run on rows whose tokenizer is named on the command line, and what it said. It was started in `folder`."""
+    folder = tmp_path_factory.mktemp('speaking')
+    draw = np.random.default_rng(0)
+    for k in range(4):
+        save_shard(folder / 'rows' / f'{k}.npy', (draw.integers(1, 3, (8, 65)).cumsum(1) % 250).astype('u2'))
+    (folder / 'byte.json').write_text(json.dumps(tokenizer()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, said = finish([*SMALL, '--dataset=shards:rows', '--tokenizer=byte.json', '--out_dir=run', '--max_steps=10'])
+    assert code == 0, said
+    return folder, said
+
+
+def test_a_tokenizer_named_for_rows_gives_samples_and_bits_per_byte(speaking, monkeypatch, capsys):
+    folder, said = speaking
+    monkeypatch.chdir(folder)
+    assert 'no tokenizer' not in said and all(line['bits_per_byte'] > 0 for line in lines(folder / 'run', 'eval'))
+    assert (folder / 'run' / 'samples.jsonl').read_text()
+    prepared, = Path('data').iterdir()
+    assert json.loads((prepared / 'tokenizer.json').read_text()) == tokenizer()
+    sample.main(['run', '--device=cpu', '--max_new_tokens=5'])
+    assert len(capsys.readouterr().out) > 1
+
+
+@pytest.mark.parametrize('data', ['shards:rows', 'rows'])
+def test_the_rows_a_run_was_trained_on_are_evaluated_on_its_own_split(speaking, monkeypatch, capsys, data):
+    folder, _ = speaking
+    monkeypatch.chdir(folder)
+    evaluate.main(['run', f'--data={data}', '--device=cpu'])
+    said = capsys.readouterr().out
+    assert "same as the run's own at step 10: yes" in said and json.loads(said.splitlines()[-1])['bits_per_byte'] > 0
+
+
+def test_other_rows_are_split_and_evaluated_with_the_tokenizer_of_the_run(speaking, monkeypatch, capsys, tmp_path):
+    folder, _ = speaking
+    save_shard(tmp_path / 'other' / '0.npy', rows(9, 65, vocab=200))
+    save_shard(tmp_path / 'large' / '0.npy', rows(9, 65, vocab=290))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preparation.subprocess, 'run', lambda command: prepare.main(command[2:]) or SimpleNamespace(returncode=0))
+    evaluate.main([f'{folder}/run', '--data=other', '--device=cpu'])
+    said = capsys.readouterr().out
+    assert "other: no tokenizer.json beside these rows: read as ids of the run's tokenizer" in said
+    assert json.loads(said.splitlines()[-1])['bits_per_byte'] > 0
+    said = refused(evaluate.main, [f'{folder}/run', '--data=shards:large', '--device=cpu'])
+    assert re.search('large/0.npy: id 257 at position .* is outside the vocabulary of 257', said)
+
+
+def test_ids_and_a_named_tokenizer_must_fit(folder, tmp_path):
+    said = []
+    arguments = folder, tmp_path / 'out', 0.3, 0, 1, said.append
+    assert re.fullmatch(r'\S+5.pt: id 989 is outside the vocabulary of 257 tokens of byte: name the tokenizer that made .*',
+                        refused(split, *arguments, content=named('byte')))
+    wide = native('wide', [bytes([i]) for i in range(256)] + [bytes([i, j]) for i in range(7) for j in range(256)])
+    meta = split(*arguments, content=wide)
+    assert any(line.startswith('the highest id is 989, but the tokenizer wide-') for line in said)
+    assert (meta['vocab_size'], meta['eot_id']) == (2049, 2048)
+    assert 'was prepared with tokenizer' in refused(split, *arguments)
+    (folder / 'tokenizer.json').write_text(json.dumps(wide))
+    assert split(folder, tmp_path / 'out2', say=said.append, content=named('byte'))['vocab_size'] == 2049
+    assert f'{folder}/tokenizer.json is the tokenizer of these rows: the given one, byte, is not used' in said
+
+
+def test_a_tokenizer_that_is_not_used_is_named(folder, tmp_path, capsys, monkeypatch):
+    split(folder, tmp_path / 'silent', say=silent)
+    write(tmp_path / 'bins', {'train': [counting(700)], 'val': [counting(150)]})
+    monkeypatch.chdir(tmp_path)
+
+    def said(*words):
+        preparation.open_dataset(train.load([*SMALL, '--vocab_size=1000', '--block_size=32', *words]))
+        return capsys.readouterr().out
+    line = 'silent was prepared without a tokenizer: tokenizer=gpt2 is not used'
+    assert line in said('--dataset=./silent', '--tokenizer=gpt2')
+    assert 'bins has its own tokenizer, test: tokenizer=byte is not used' in said('--dataset=./bins', '--tokenizer=byte')
+    assert said('--dataset=./silent', '--tokenizer=none') == ''
+    assert 'bins has a vocabulary of 257, the model of 1,000: --vocab_size=257 makes it' in said('--dataset=./bins')
+
+
+def test_a_directory_that_is_not_prepared_is_called_by_what_it_holds(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'a.txt').write_text('a')
+    for name in ('in', './in'):
+        assert refused(preparation.open_dataset, train.load([*SMALL, f'--dataset={name}'])).endswith('holds rows of token ids: use shards:in')
+    assert refused(open_data, 'notes', 8, 300) == 'notes: no prepared data (no meta.json), it holds text (a.txt): use text:notes'

@@ -366,6 +366,12 @@ class Step:
         return mixer.o_proj(y.transpose(1, 2).reshape(B, 1, -1).type_as(x))
 
 
+def whole_step_in_cpp(config):
+    """Whether ternary.cpp has all blocks of such a model, so that one call decodes a token."""
+    only_attention = all(name == 'attention' for name in config.mixers())
+    return only_attention and config.ffn != 'resonance' and config.trix_router == 'signature'
+
+
 class PackedGPT(GPT):
     """A GPT that decodes a token in one call of ternary.cpp, or as one CUDA graph, if all its mixers are attention."""
     by_steps = False  # True: use Step on a CPU, too, for tests
@@ -373,8 +379,7 @@ class PackedGPT(GPT):
     def ready(self):
         """Describe the blocks for ternary.cpp, once all weights are in place. Returns the model."""
         config, self.layers = self.config, None
-        only_attention = all(name == 'attention' for name in config.mixers())
-        if not only_attention or config.ffn == 'resonance' or config.trix_router != 'signature':
+        if not whole_step_in_cpp(config):
             return self
         self.layers = (Layer * config.n_layer)()
         for block, to in zip(self.blocks, self.layers):
@@ -616,6 +621,18 @@ def build(config, state, path, device):
     if config.tie_embeddings and state['embeddings'] != 'int8':
         model.lm_head.weight = model.wte.weight
     return model.eval().requires_grad_(False).ready()
+
+
+def decodes_in_cpp(model):
+    """Whether ternary.cpp would decode each token of a trained model in one call, which is faster than plain PyTorch."""
+    return whole_step_in_cpp(model.config) and library() is not None and any(
+        kind == 'ternary' for _, kind in parts(model).values())
+
+
+def in_memory(model):
+    """A trained GPT with packed weights, without a file. UserError if it has no ternary matrix."""
+    state = {'packed': pack(model), 'embeddings': 'float32'}
+    return build(model.config, state, 'packed in memory', next(model.parameters()).device)
 
 
 def load_model(run, device, context=0):

@@ -1,8 +1,12 @@
 """Generate text from a model, token by token. Used by sample.py, and by train.py for the samples of a run.
 
     for token in generate(model, idx, n_vocab, max_new_tokens=200): ...       # idx (B, T), token (B,)
+    for text in pieces(encoding, tokens): ...                                 # token ids -> text, in whole characters
     sample_grid(model, encoding, ['The', 'def'], max_new_tokens=64, seed=1)   # each prompt in three modes
 """
+import codecs
+import random
+
 import torch
 
 from configurator import UserError
@@ -50,6 +54,21 @@ def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_
 def encode(encoding, prompt):
     """Prompt -> token ids. They start with the end-of-text token, because every document in training did."""
     return [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+
+
+def pieces(encoding, tokens):
+    """Yield the text of token ids as they arrive. A character whose bytes span several tokens comes with the last."""
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    for token in tokens:
+        yield decoder.decode(encoding.decode_single_token_bytes(token))
+    yield decoder.decode(b'', final=True)
+
+
+def sample_seed(seed, i):
+    """The seed of sample number `i` of a prompt. Number 0 uses `seed` itself; the others have seeds of 63 random bits.
+
+    So no sample of one seed is a sample of another seed. (With seed + i, sample 1 of seed 1 was sample 0 of seed 2.)"""
+    return random.Random(f'{seed} {i}').getrandbits(63) if i else seed
 
 
 # The decoding modes of sample_grid.
@@ -119,5 +138,6 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
             start, end = end, end + 1
     finally:
         model.train(training)
-    return [dict(prompt=prompt, mode=mode, text=encoding.decode(new[row]), tokens=len(new[row]), repetition=repetition(new[row]),
-                 entropy=sum(nats[row]) / len(nats[row])) for row, (prompt, mode) in enumerate(grid)]
+    return [dict(prompt=prompt, mode=mode, text=encoding.decode(new[row]), tokens=len(new[row]),
+                 repetition=repetition(new[row]), entropy=sum(nats[row]) / len(nats[row]))
+            for row, (prompt, mode) in enumerate(grid)]

@@ -1,18 +1,20 @@
 """Sampling and evaluation need a run directory or a checkpoint file, and nothing else."""
 import contextlib
+import importlib
 import json
 import math
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 from types import SimpleNamespace
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import torch.nn.functional as F
 
 import checkpoint
@@ -21,12 +23,12 @@ import prepare
 import sample
 import train
 from runtime import generation
+from runtime.choice import choose_checkpoint
 from configurator import UserError
 from data import TokenData
+from deploy import packed
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')
@@ -241,11 +243,28 @@ def test_a_grid_of_a_trained_model_is_text(trained):
 
 
 def test_characters_are_streamed_whole(trained):
-    encoding, said = load_tokenizer(trained[1]), []
-    text = 'a日本ß'
-    ids = [byte for byte in text.encode()]  # single bytes are the first 256 ids
-    assert sample.stream(encoding, ids, said.append) == len(ids)
+    encoding, text = load_tokenizer(trained[1]), 'a日本ß'
+    said = list(generation.pieces(encoding, text.encode()))  # single bytes are the first 256 ids
     assert ''.join(said) == text and all('\ufffd' not in part for part in said)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(-5, 2**40), st.integers(0, 50)), unique=True))
+def test_no_two_samples_have_the_same_seed(asked):
+    seeds = [generation.sample_seed(seed, i) for seed, i in asked]
+    assert len(set(seeds)) == len(seeds) and all(-2**63 <= seed < 2**63 for seed in seeds)
+    assert all(generation.sample_seed(seed, 0) == seed for seed, _ in asked)
+
+
+def test_the_second_sample_of_a_seed_is_not_the_first_of_the_next(trained, capsys):
+    texts = {}
+    for seed in (1, 2):
+        capsys.readouterr()
+        sample.main([str(trained[0]), '--num=2', f'--seed={seed}', '--max_new_tokens=30', '--device=cpu'])
+        texts[seed] = re.split(r'--- \d\n', capsys.readouterr().out)[1:]
+        sample.main([str(trained[0]), f'--seed={seed}', '--max_new_tokens=30', '--device=cpu'])
+        assert capsys.readouterr().out == texts[seed][0]
+    assert len({*texts[1], *texts[2]}) == 4
 
 
 def test_a_checkpoint_alone_is_enough(trained, tmp_path, capsys):
@@ -277,7 +296,7 @@ def test_prompts_from_a_file_and_from_the_keyboard(trained, tmp_path, capsys, mo
     monkeypatch.setattr('builtins.input', lambda _: next(typed))
     sample.main([str(run), '--interactive', '--max_new_tokens=5', '--stop=false', '--device=cpu'])
     assert capsys.readouterr().out == 2 * second  # the same seed, the same text
-    for content, what in ((None, 'No such file'), (b'\n\n', 'no prompt in it'), (b'\xff', "can't decode")):
+    for content, what in ((None, 'No such file'), (b'\n\n', 'the file has no prompt'), (b'\xff', "can't decode")):
         path = tmp_path / 'other.txt'
         path.write_bytes(content) if content else path.unlink(missing_ok=True)
         with pytest.raises(UserError, match=f'other.txt: .*{what}'):
@@ -304,7 +323,10 @@ def test_padding_of_the_vocabulary_is_never_sampled(trained):
 
 @pytest.mark.parametrize('words, message', [
     ([], 'name a run directory'), (['nowhere'], 'nowhere: no such run'), (['x', '--top_p=0'], 'top_p=0.0 must lie in (0, 1]'),
-    (['x', '--num=0'], 'num=0 must be at least 1'), (['x', '--prompt=a', '--interactive'], 'give one of them'), (['x', '--tempreature=1'], "did you mean 'temperature'"),
+    (['x', '--num=0'], 'num=0 must be at least 1'), (['x', '--prompt=a', '--interactive'], 'give only one of them'),
+    (['x', '--conversation'], 'only with --interactive'), (['x', '--pack=maybe'], "pack='maybe' is not one of"),
+    (['x', '--serve', '--prompt=a'], 'give only one of them'), (['x', '--port=70000'], 'port=70000 must lie in'),
+    (['x', '--checkpoint=worst'], '--checkpoint=worst: expected last, best or a step'), (['x', '--tempreature=1'], "did you mean 'temperature'"),
 ])
 def test_a_mistake_is_one_line(words, message):
     with pytest.raises(UserError) as refused:
@@ -336,10 +358,12 @@ def test_evaluate_refuses_data_of_another_tokenizer(trained, tmp_path):
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'evaluate.py', 'prepare.py', 'bench.py'])
-def test_every_command_has_help_that_explains_every_option(script):
-    done = subprocess.run([sys.executable, ROOT / script, '--help'], capture_output=True, text=True)
-    assert done.returncode == 0 and f'python {script}' in done.stdout
-    options = [line for line in done.stdout.splitlines() if line.startswith('  --')]
+def test_every_command_has_help_that_explains_every_option(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script.removesuffix('.py')).main(['--help'])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and f'python {script}' in said
+    options = [line for line in said.splitlines() if line.startswith('  --')]
     assert len(options) >= 6 and all(len(line.split()) > 3 for line in options)  # key, type, default, words
 
 
@@ -362,7 +386,7 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
 
 def test_interactive_without_an_input_is_refused(monkeypatch):
     monkeypatch.setattr(sys, 'stdin', None)
-    with pytest.raises(UserError, match='--interactive needs an input'):
+    with pytest.raises(UserError, match='--interactive reads prompts from standard input, but it is closed'):
         sample.ask()
 
 
@@ -370,3 +394,72 @@ def test_logits_that_are_not_finite_give_one_line():
     for logits in (torch.full((1, 4), math.nan), torch.tensor([[math.inf, 1.0]])):
         with pytest.raises(UserError, match='no token can be drawn: the logits of the model are not finite'):
             generation.choose(logits, 0.8, 0, 1.0, torch.Generator())
+
+
+# ---- which checkpoint
+
+@pytest.fixture
+def several(tmp_path):
+    """A run with checkpoints of steps 10 to 30 and archived weights of step 5; that of step 20 is the best of them."""
+    model, run = model_of(), tmp_path / 'run'
+    for name, step in (('archives', 5), ('checkpoints', 10), ('checkpoints', 20), ('checkpoints', 30)):
+        (run / name).mkdir(parents=True, exist_ok=True)
+        checkpoint.save(run / name / f'step_{step:07d}.pt', {
+            'model': model.state_dict(), 'optimizer': {}, 'step': step, 'config': vars(model.config), 'tokenizer': None, 'data': {}})
+    lines = [{'kind': 'eval', 'step': step, 'loss': loss} for step, loss in ((5, 4.0), (10, 3.5), (15, 1.0), (20, 2.5), (30, 2.75))]
+    (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in [*lines, {'kind': 'eval', 'step': [20], 'loss': 0.5}]))
+    return run
+
+
+def test_a_checkpoint_is_chosen_by_its_loss_or_its_step(several):
+    step = {choice: checkpoint.find(choose_checkpoint(several, choice))[1]['step'] for choice in ('last', 'best', '10', '5', '0000030')}
+    assert step == {'last': 30, 'best': 20, '10': 10, '5': 5, '0000030': 30}  # 15 has the lowest loss, but no checkpoint
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(several):
+    for run, choice, message in ((several, '15', 'no checkpoint of this step; the newest are 5, 10, 20, 30'), (several, 'newest', 'expected last, best or a step'),
+                                 (several / 'checkpoints/step_0000010.pt', 'best', 'chooses in a run directory'), ('nowhere', '3', 'nowhere is not there')):
+        with pytest.raises(UserError, match=message):
+            choose_checkpoint(run, choice)
+    (several / 'metrics.jsonl').unlink()
+    with pytest.raises(UserError, match='no checkpoint with a validation loss'):
+        choose_checkpoint(several, 'best')
+
+
+# ---- packed in memory
+
+@pytest.mark.parametrize('keys, packs', [(dict(ffn='trix'), True), (dict(linear='bitnet'), True), (dict(), False),
+                                         (dict(ffn='trix', mixer='resonance'), False), (dict(ffn='trix', trix_router='hash'), False)], ids=str)
+def test_a_ternary_model_is_packed_where_that_is_faster_and_says_so(keys, packs, capsys):
+    model = model_of(**keys)
+    other = sample.packed_in_memory(model, {}, 'auto', torch.float32)
+    if packed.library() is None:
+        pytest.skip('no C++ compiler')
+    assert (other is not model) == packs == ('packed in memory' in capsys.readouterr().err)
+    assert sample.packed_in_memory(model, {}, 'no', torch.float32) is model
+    assert sample.packed_in_memory(model, {}, 'auto', torch.bfloat16) is model
+    if packs:
+        idx = torch.tensor([[1, 2, 3]])
+        texts = [torch.cat(list(generation.generate(net, idx, 40, 40, seed=3))).tolist() for net in (model, other)]
+        assert texts[0] == texts[1] and len(set(texts[0])) > 8
+
+
+def test_pack_yes_packs_any_ternary_model_and_refuses_others():
+    model = model_of(ffn='trix', mixer='resonance')
+    other = sample.packed_in_memory(model, {}, 'yes', torch.float32)
+    idx = torch.tensor([[1, 2, 3]])
+    assert other is not model and torch.allclose(other(idx), model(idx), rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match='no ternary matrix'):
+        sample.packed_in_memory(model_of(), {}, 'yes', torch.float32)
+
+
+def test_a_conversation_continues_all_text_before_a_prompt(trained, capsys, monkeypatch):
+    asked, encode = [], sample.encode
+    monkeypatch.setattr(sample, 'encode', lambda encoding, text: asked.append(text) or encode(encoding, text))
+    typed = iter(['red', 'blue', 'green', ''])
+    monkeypatch.setattr('builtins.input', lambda _: next(typed))
+    capsys.readouterr()
+    sample.main([str(trained[0]), '--interactive', '--conversation', '--max_new_tokens=5', '--stop=false', '--device=cpu'])
+    shown = capsys.readouterr().out
+    assert asked[0] == 'red' and asked[1].startswith('red') and asked[2].startswith(asked[1])
+    assert asked[2].removesuffix('green') == shown[:shown.index('green')]  # as it stands on the screen

@@ -177,6 +177,22 @@ def marks(config):
     return {step: ', '.join(what for at, what in found if at == step) for step in steps}
 
 
+def stage(step, config):
+    """(name of the part of the schedule that contains `step`, the step at which it ends)"""
+    if step < config.warmup_steps - (config.schedule == 'onecycle'):
+        return 'warm-up', config.warmup_steps - (config.schedule == 'onecycle')
+    if config.schedule == 'wsd':
+        start = config.max_steps - decay(config)
+        return ('stable', start) if step < start else ('decay', config.max_steps)
+    if config.schedule == 'two_stage':
+        edge = boundary(config)
+        return ('stage 1', edge) if step < edge else ('stage 2', config.max_steps)
+    if config.schedule == 'restarts':
+        start, length = cycle(step, config)
+        return 'cosine cycle', min(start + length, config.max_steps)
+    return config.schedule, config.max_steps
+
+
 def corners(config):
     """The steps of the run at which something changes, in order."""
     return list(marks(config))

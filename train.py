@@ -367,7 +367,9 @@ def give_hints(run):
     """Print hints from the losses and samples so far, each kind of hint once."""
     if not is_due(run, run.config.eval_interval) and not is_due(run, run.config.sample_interval):
         return
-    for hint in hints(run.evals, run.samples):
+    # Training losses are judged only without validation. They are read back, because the run keeps none of them.
+    train = [] if run.evals else runlog.read_lines(run.out / 'metrics.jsonl')
+    for hint in hints(run.evals, run.samples, train):
         kind = hint.split(':')[0]
         if kind not in run.hinted:
             run.hinted.add(kind)
@@ -447,7 +449,8 @@ def log_step(run, meter, result, lr, wd):
              grad_norm=result.norm, tokens_per_s=speed, mfu=mfu, mem_gb=memory, loader_wait=loader_wait, **run.model.statistics())
     percent = 100 * progress.step / config.max_steps
     log.say(f'step {progress.step:,}/{config.max_steps:,} ({percent:.0f} %)  loss {result.loss:.4f}  lr {lr:.2e}  '
-            f'norm {result.norm:.2f}  {speed:,.0f} tokens/s  {memory:.2f} GB  {int(eta // 60)}:{int(eta % 60):02d} left', progress=True)
+            f'wd {wd:g}  {schedules.stage(progress.step - 1, config)[0]}  norm {result.norm:.2f}  {speed:,.0f} tokens/s  '
+            f'{memory:.2f} GB  {int(eta // 60)}:{int(eta % 60):02d} left', progress=True)
     write_status(run, 'running', loss=result.loss, tokens_per_s=speed, eta=eta, mem_gb=memory)
 
 

@@ -1,5 +1,6 @@
 """Hints come when there is a reason to stop, not before, and whatever the files hold."""
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,25 @@ FALLING = (9.0, 6.0, 5.0, 4.5, 4.0)
 ])
 def test_a_plateau_is_five_validations_without_a_gain(losses, expected):
     assert any(hint.startswith('plateau: ') for hint in hints(history(*losses), [])) == expected
+
+
+def training(n, loss):
+    """n lines of training whose losses have the noise of real ones."""
+    draw = random.Random(0)
+    return [{'kind': 'train', 'step': 100 * i, 'loss': loss(i) + draw.gauss(0, 0.05)} for i in range(n)]
+
+
+@pytest.mark.parametrize('lines, expected', [
+    (training(4000, lambda i: 3.0), True), (training(400, lambda i: 3.0), False),  # 400 are too noisy to say
+    (training(4000, lambda i: 3.0 + 6 * math.exp(-i / 100)), True),
+    (training(4000, lambda i: 3.0 + 1e-4 * (i - 2000)), True),  # it rises
+    (training(400, lambda i: 9 / (1 + i) ** 0.3), False), (training(4000, lambda i: 9 / (1 + i) ** 0.3), False),
+    (training(4000, lambda i: 4 - i / 4000), False), (training(199, lambda i: 3.0), False),  # too early to say
+    ([{'kind': 'train', 'step': 5, 'loss': 3.0}] * 400, False), ([{'kind': 'event', 'step': i, 'loss': 3.0} for i in range(400)], False),
+])
+def test_without_validation_a_plateau_is_a_quarter_of_the_run_without_a_fall(lines, expected):
+    assert any(hint.startswith('plateau: the training loss') for hint in hints([], [], lines)) == expected
+    assert not hints(history(5.0), [], lines)  # with validation, the training loss is not judged
 
 
 def test_a_plateau_is_told_with_its_numbers():

@@ -87,8 +87,9 @@ def test_status_of_a_healthy_run_says_what_its_files_say(tmp_path):
     mean = sum(4 + 5 * math.exp(-step / 100) for step in range(110, 310, 10)) / 20
     assert said == {
         'state': 'running', 'last line': '7 s ago', 'progress': '[######--------------] 30 %', 'step': '300 of 1,000', 'time left': '1 h 2 min',
-        'tokens': '1,228,800', 'training loss': f'{4 + 5 * math.exp(-3):.4f} (mean of 20: {mean:.4f})', 'validation loss': '4.7500 at step 300',
-        'best': '4.5000 at step 200', 'perplexity': '90.02', 'bits per byte': '1.8000', 'tokens/s': '8,192', 'MFU': '31.0%',
+        'training time': '2 min 30 s', 'tokens': '1,228,800', 'loss curve': '█▇▇▆▆▅▅▄▄▄▃▃▃▃▂▂▂▂▂▂▂▁▁▁▁▁▁▁▁▁', 'training loss': f'{4 + 5 * math.exp(-3):.4f} (mean of 20: {mean:.4f})', 'validation loss': '4.7500 at step 300',
+        'best': '4.5000 at step 200', 'perplexity': '90.02', 'bits per byte': '1.8000', 'learning rate': '0.001', 'weight decay': '0.1',
+        'schedule': 'cosine, until step 1,000, in 5 min 50 s', 'tokens/s': '8,192', 'MFU': '31.0%',
         'waiting for data': '0.2%', 'memory': '0.70 GB', 'processes': '2', 'events': '2 skipped, 1 spike',
         'last event': 'spike at step 250, loss 7.5', 'checkpoints': '3, 1.5 MB', 'newest': 'step_0000300.pt, 0 s ago'}
     assert watch.remarks([watch.Run(tmp_path / 'x')], time.time()) == []
@@ -98,7 +99,7 @@ def test_a_killed_run_says_so_and_how_to_go_on(tmp_path):
     child = subprocess.Popen(['true'])
     child.wait()
     here, elsewhere = make(tmp_path / 'here', pid=child.pid), make(tmp_path / 'elsewhere', pid=child.pid, host='another-machine')
-    assert 'killed (its process is gone): go on with --resume=auto' in screen(here) and facts(here)['state'] == 'killed'
+    assert 'killed (its process is gone): continue with --resume=auto' in screen(here) and facts(here)['state'] == 'killed'
     assert facts(elsewhere)['state'] == 'running'  # nobody here can tell
 
 
@@ -108,13 +109,13 @@ def test_a_run_has_stalled_after_a_minute_and_five_usual_gaps(tmp_path, seconds,
     lines = [train_line(step, tokens_per_s=40_960 / seconds) for step in range(10, 210, 10)] if seconds else []
     folder = make(tmp_path / 'x', lines, age=age)
     assert facts(folder)['state'] == state
-    assert (f'no line for {watch.duration(age)}, where one is due every' in screen(folder)) == (state == 'stalled')
+    assert (f'no line for {watch.duration(age)}; lines usually come every' in screen(folder)) == (state == 'stalled')
 
 
 def test_a_run_whose_clock_is_ahead_is_named_in_a_single_look(tmp_path):
     folder = make(tmp_path / 'x', age=-7200)
     assert facts(folder)['state'] == 'running' and re.fullmatch('(2 h 0|1 h 59) min in the future', facts(folder)['last line'])
-    says = f'in the future: the clock of {socket.gethostname()} is ahead of the one here, so only --watch can tell whether it has stalled'
+    says = f'in the future: the clock of {socket.gethostname()} is ahead of the clock here, so only --watch can tell whether the run has stalled'
     assert says in screen(folder).split('\n')[0]
     assert 'future' not in screen(make(tmp_path / 'over', age=-7200, state='finished')).split('\n')[0]
 
@@ -191,13 +192,48 @@ def test_runs_stand_side_by_side(tmp_path, capsys):
 
 def test_training_time_leaves_evaluations_out_and_starts_where_the_run_does(tmp_path):
     folder = make(tmp_path / 'x', [train_line(step, tokens_per_s=40.96) for step in range(1010, 1050, 10)])  # steps of 100 s, from step 1000
-    assert watch.series(watch.Run(folder).train, 'seconds')[1] == [1000.0] * 4
+    assert watch.series(watch.Run(folder).train, 'gap')[1] == [1000.0] * 4
     assert watch.series(watch.Run(folder).train, 'step', 'hours')[0] == pytest.approx([1 / 3.6, 2 / 3.6, 3 / 3.6, 4 / 3.6])
 
 
 @pytest.mark.parametrize('seconds, text', [(0.4, '0 s'), (59, '59 s'), (185, '3 min 5 s'), (7500, '2 h 5 min'), (371_000, '4 d 7 h'), (-3, '0 s')])
 def test_durations_read_well(seconds, text):
     assert watch.duration(seconds) == text
+
+
+@pytest.mark.parametrize('step, options, text', [
+    (40, {}, 'warm-up, until step 100, in 30 s'), (100, {}, 'cosine, until step 1,000, in 7 min 30 s'),
+    (399, {'schedule': 'two_stage', 'boundary_step': 400}, 'stage 1, until step 400, in 0 s'),
+    (400, {'schedule': 'two_stage', 'boundary_step': 400}, 'stage 2, until step 1,000, in 5 min 0 s'),
+    (700, {'schedule': 'wsd'}, 'stable, until step 800, in 50 s'), (900, {'schedule': 'wsd'}, 'decay, until step 1,000, in 50 s'),
+    (500, {'schedule': 'restarts', 'restart_steps': 300, 'restart_factor': 2}, 'cosine cycle, until step 1,000, in 4 min 10 s'),
+    (20, {'schedule': 'onecycle'}, 'warm-up, until step 99, in 40 s'), (1000, {}, ''), (40, {'warmup_steps': '3'}, '')])
+def test_the_stage_of_the_schedule_and_the_time_to_its_end_are_told(tmp_path, step, options, text):
+    folder = make(tmp_path / 'x', [train_line(at) for at in (step - 20, step - 10, step)], options={**OPTIONS, **options}, step=step)
+    assert facts(folder)['schedule'] == text
+
+
+@pytest.mark.parametrize('values, line', [([], ''), ([3.0], ''), ([1.0, 2.0], '▁█'), ([5.0] * 3, '▁▁▁'), ([9.0, 2.0, 5.5], '█▁▅')])
+def test_a_curve_in_one_line(values, line):
+    assert watch.sparkline(values) == line
+
+
+def test_a_long_curve_keeps_its_ends_and_its_width():
+    line = watch.sparkline([1000 - i for i in range(1000)])
+    assert len(line) == 40 and line[0] == '█' and line[-1] == '▁' and sorted(line, reverse=True) == [*line]
+
+
+def test_all_samples_of_the_newest_round_are_shown_in_full(tmp_path, capsys):
+    make(tmp_path / 'x', samples=[sample_line(100, 'a', 'greedy', 'old'), sample_line(200, 'a', 'greedy', 'one\n' * 20), sample_line(200, 'b', 'stress', 'two')])
+    watch.main([str(tmp_path / 'x'), '--samples'])
+    out = capsys.readouterr().out
+    assert out.count('  one\n') == 20 and '  two' in out and 'old' not in out and 'stress' in out
+
+
+def test_a_run_without_validation_is_judged_by_its_training_loss(tmp_path):
+    flat = [train_line(step, loss=3.0 + 0.02 * math.sin(step)) for step in range(10, 4010, 10)]
+    assert 'x: plateau: the training loss fell by less than 0.5 % from step 3010 to 4000' in screen(make(tmp_path / 'x', flat))
+    assert 'plateau' not in screen(make(tmp_path / 'validated', [*flat, eval_line(4000, 3.0)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -382,7 +418,9 @@ def test_a_damaged_config_has_no_plan(tmp_path, options):
 
 def test_the_report_is_one_page_that_loads_and_runs_nothing(drawn):
     page = check_page(drawn / 'report.html')
-    text = ' '.join(page.text)
+    text, source = ' '.join(page.text), (drawn / 'report.html').read_text()
+    assert source.index('class="big">4.5000') < source.index('<svg') < source.index('<table>')  # the result, curves, then tables
+    assert 'ago' not in text and time.strftime('%Y-%m-%d ') in text  # a page is read later
     assert page.tags.count('svg') == 6 and 'a$b$<i>: running' in text
     assert all(word in text for word in ('4.5000 at step 200', '90.02', 'skipped at step 211', 'batch_tokens', '[500]', '{|'))
 
@@ -405,7 +443,7 @@ def test_runs_are_compared_in_one_picture_and_one_page(drawn, tmp_path, monkeypa
     axes = Figure().subplots()
     watch.panels([watch.Run(drawn), watch.Run(other)])['training loss over time'](axes)
     curves = {line.get_label(): line.get_xydata() for line in axes.lines[1::2]}
-    assert curves[f'{tmp_path.name}/other'][-1].tolist() == pytest.approx([100 * 4096 / 4096 / 3600, 3.0])
+    assert curves[f'{tmp_path.name}/other'][-1].tolist() == pytest.approx([100 / 60, 3.0]) and axes.get_xlabel() == 'minutes of training'
 
 
 def test_runs_on_different_data_are_compared_by_bits_per_byte_alone(tmp_path, capsys):
@@ -419,15 +457,15 @@ def test_runs_on_different_data_are_compared_by_bits_per_byte_alone(tmp_path, ca
     here, there = {'data_fingerprint': 'a'}, {'data_fingerprint': 'b'}
     a, b, c, old = run('a', 3.125, 1.5, **here), run('b', 4.375, 1.25, **there), run('c', 2.625, 1.75, **here), run('old', 2.875, 1.0)
     text, panels = compared(a, b)
-    assert 'no measure between these runs' in text and '1.2500' in text and '1.5000' in text
+    assert 'losses per token are not comparable' in text and '1.2500' in text and '1.5000' in text
     assert not any(loss in text for loss in ('3.125', '4.375', '9.87')) and [*panels] == ['bits per byte', 'throughput']
     axes = Figure().subplots()
     panels['bits per byte'](axes)
     assert [line.get_ydata()[-1] for line in axes.lines] == [1.5, 1.25] and axes.get_ylabel() == 'bits per byte'
     for runs in ((a, c), (a, old)):  # the same; and without fingerprints, by the names of the data
         text, panels = compared(*runs)
-        assert 'no measure' not in text and '3.1250' in text and 'validation loss' in panels
-    assert 'no measure' in compared(a, run('other', 3.0, 1.0, vocab_size=77))[0]
+        assert 'not comparable' not in text and '3.1250' in text and 'validation loss' in panels
+    assert 'not comparable' in compared(a, run('other', 3.0, 1.0, vocab_size=77))[0]
 
 
 def test_the_schedule_of_a_config_is_drawn_before_a_run(tmp_path, monkeypatch, capsys):
@@ -443,11 +481,12 @@ def test_the_schedule_of_a_config_is_drawn_before_a_run(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize('words, message', [
     ([], 'name a run: python watch.py runs/x'), (['--watch'], 'name a run'), (['runs/trix_tny'], "no such directory, did you mean 'runs/trix_tiny'?"),
-    (['runs'], 'runs: not a run, it has none of config.json, metrics.jsonl, status.json; but there are runs/trix_tiny'),
+    (['runs/nope'], 'runs/nope: no such directory$'),
+    (['runs'], 'runs: not a run, because it has none of config.json, metrics.jsonl, status.json; it contains the runs runs/trix_tiny'),
     (['file'], 'file: not a run'), (['runs/trix_tiny', '--plt'], "did you mean 'plot'"), (['runs/trix_tiny', '--every=0'], 'every=0.0 must be'),
     (['runs/trix_tiny', '--out=x.png'], 'ask for --plot or for --report'), (['runs/trix_tiny', '--plot', '--report', '--out=x.png'], '--out=FILE'),
     (['config.py'], 'config.py: a config file has a schedule and no run yet'), (['config.py', 'runs/trix_tiny', '--plot'], 'no run yet'),
-    (['config.py', '--plot'], 'config.py: no such file'), (['runs/trix_tiny', '--plot', '--out=nowhere/x.png'], "nowhere/x.png: can't be written"),
+    (['config.py', '--plot'], 'config.py: no such file'), (['runs/trix_tiny', '--plot', '--out=nowhere/x.png'], 'nowhere/x.png: could not be written'),
 ])
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
@@ -455,7 +494,8 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, words, message):
     Path('file').touch()
     with pytest.raises(UserError) as refused:
         watch.main(words)
-    assert message in str(refused.value) and '\n' not in str(refused.value)
+    text = str(refused.value) + '$'  # $: the end of the message
+    assert message in text and '\n' not in text
 
 
 def test_the_program_refuses_with_exit_code_2_and_starts_without_matplotlib():
@@ -469,7 +509,7 @@ def test_help_explains_every_option(capsys):
         watch.main(['config/x.py', '--help'])
     said = capsys.readouterr().out
     assert end.value.code == 0 and 'python watch.py runs/x --watch' in said
-    assert [line.split()[0] for line in said.splitlines() if line.startswith('  --')] == ['--watch', '--plot', '--report', '--every', '--out']
+    assert [line.split()[0] for line in said.splitlines() if line.startswith('  --')] == ['--watch', '--samples', '--plot', '--report', '--every', '--out']
 
 
 JUNK = [None, True, -1, 0, 1e308, -1e308, 1e-320, float('nan'), float('inf'), 10**400, 2**63, '', 'nan', '\ud800', '\x1b[2J', '$\\frac$', '_x',

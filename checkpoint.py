@@ -114,7 +114,7 @@ def resume(config, data, world, say=print):
     if path == source and own and path.name < there[-1].name:
         raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
                         f'or from here in another directory by --out_dir={out}-2')
-    saved = {**vars(GPTConfig()), 'packing': 'stream', **state['config']}  # older checkpoints lack newer options
+    saved = {**vars(GPTConfig()), 'packing': 'stream', 'document_starts': 0.0, **state['config']}  # older checkpoints lack newer options
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
     # chunk_size does not change the result. eot_id comes from the tokenizer.
     model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | {'optimizer'}
@@ -153,8 +153,8 @@ def consequences(changed, saved, config, state):
                f'(at {old:,} tokens a step: {state["tokens"] + left * old:,})')
     if 'seed' in changed and state['windows']:
         yield 'another seed is another order of the data: windows of this epoch may come twice or not at all'
-    if 'packing' in changed and state['windows']:
-        yield 'another packing makes other rows: texts of this epoch may come twice or not at all'
+    if ('packing' in changed or 'document_starts' in changed) and state['windows']:
+        yield 'another packing or document_starts makes other rows: this run may read a text of this epoch twice or not at all'
     try:
         old_rate, old_decay = schedule(step, SimpleNamespace(**saved))
     except AttributeError:  # the config of an older version lacks some options

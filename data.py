@@ -224,14 +224,17 @@ class TokenData:
         first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
         return np.concatenate([self.shards[split][k][max(0, start - starts[k]):stop - starts[k]] for k in range(first, last)])
 
+    def position(self, split, window):
+        """The position of a window's first token in its split."""
+        return window * self.block_size
+
     def gather(self, split, windows):
         """(n,) windows -> x, y: (n, T) int64"""
-        T = self.block_size
-        # (n, T + 1)
-        tokens = np.stack([self.read(split, w * T, w * T + T + 1) for w in windows.tolist()]).astype(np.int64)
+        starts = [self.position(split, window) for window in windows.tolist()]
+        tokens = np.stack([self.read(split, start, start + self.block_size + 1) for start in starts]).astype(np.int64)  # (n, T + 1)
         if tokens.max() >= self.n_vocab:
             row, column = np.argwhere(tokens >= self.n_vocab)[0]
-            raise UserError(f'{self.path}: id {tokens[row, column]} at position {windows[row] * T + column} of the {split} split '
+            raise UserError(f'{self.path}: id {tokens[row, column]} at position {starts[row] + column} of the {split} split '
                             f'is outside the vocabulary of {self.n_vocab}: {self.again}')
         return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 

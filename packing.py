@@ -1,9 +1,11 @@
-"""Training rows of whole documents (--packing=best_fit), instead of windows that cut documents.
+"""Training rows other than the plain windows of a token stream. Same interface as TokenData.
 
-    data = PackedRows(TokenData('data/pylib', block_size=256, vocab_size=8192))   # same interface as TokenData
-    print(data.summary())                                                         # share of text and of cut documents
+    data = TokenData('data/pylib', block_size=256, vocab_size=8192)
+    data = DocumentStarts(data, share=0.05)   # --document_starts: more windows that begin with a document
+    data = PackedRows(data)                   # --packing=best_fit: rows of whole documents, instead of windows that cut them
+    print(data.summary())                     # PackedRows: share of text and of cut documents
 
-Implements "Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830). Best-fit-decreasing bin
+PackedRows implements "Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830). Best-fit-decreasing bin
 packing assigns documents to rows. Only documents longer than a row are cut.
 """
 from bisect import bisect_left, insort
@@ -15,6 +17,7 @@ from data import TokenData
 from tokenizer import load_tokenizer
 
 SCANNED = 2**24  # tokens per read in the search for document ends
+SEARCHED = 2**14  # tokens per read in the search for the next document
 
 
 def eot_id_of(data):
@@ -22,6 +25,40 @@ def eot_id_of(data):
     if data.meta.get('eot_id') is not None:
         return data.meta['eot_id']
     return load_tokenizer(data.tokenizer).eot_token if data.tokenizer else None
+
+
+class DocumentStarts(TokenData):
+    """
+    The windows of a TokenData, and more windows that begin with an end-of-text token and the document after it.
+
+    Samples begin with an end-of-text token. Plain windows begin anywhere, so without these windows a model hardly ever
+    sees an end-of-text token at its first position, and answers it with a second one.
+
+    share: the share of the windows in an epoch that begin with a document. Each comes once in an epoch, as plain windows
+    do. The j-th of S begins at the first document after token j / S of the split.
+    """
+
+    def __init__(self, data, share):
+        vars(self).update(vars(data))
+        if data.meta.get('kind') == 'shards':
+            raise UserError(f'--document_starts: {data.path} holds shards, whose rows are fixed: '
+                            'use prepared token bins, or --document_starts=0')
+        self.eot = eot_id_of(data)
+        self.plain_windows = data.n_windows
+        self.extra_windows = round(data.n_windows * share / (1 - share))
+        self.n_windows += self.extra_windows
+
+    def position(self, split, window):
+        """The position of a window's first token in its split."""
+        if split != 'train' or window < self.plain_windows:
+            return super().position(split, window)
+        last = self.train_tokens - self.block_size - 1  # the last position where a window can begin
+        target = (window - self.plain_windows) * last // self.extra_windows
+        for start in range(target, last + 1, SEARCHED):
+            found = np.flatnonzero(self.read('train', start, min(start + SEARCHED, last + 1)) == self.eot)
+            if len(found):
+                return start + int(found[0])
+        return target  # no document begins after it: a window like any other
 
 
 def document_ends(data, eot):

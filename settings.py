@@ -20,6 +20,7 @@ class TrainConfig:
     out_dir: str = ''  # directory of the run (empty: runs/<names of the config files, with - between>)
     dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, bins:PATH, or what prepare.py made
     tokenizer: str = 'bpe'  # of a dataset that has yet to be prepared: bpe (trained on it, of vocab_size), gpt2, or a tokenizer.json
+    document_starts: float = 0.0  # share of the training windows that begin with an end-of-text token and a document, as samples do
     packing: str = 'stream'  # training rows: stream (windows of the token stream) or best_fit (documents, cut only if too long)
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 16  # sequences in a micro-step of each process, at most
@@ -87,6 +88,10 @@ class TrainConfig:
         found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2') if not 0 <= getattr(self, key) < 1]
         if not 0 <= self.distill_weight <= 1:
             found.append(f'distill_weight={self.distill_weight} must lie in [0, 1]')
+        if not 0 <= self.document_starts < 1:
+            found.append(f'document_starts={self.document_starts} must lie in [0, 1)')
+        elif self.document_starts and self.packing == 'best_fit':
+            found.append(f'document_starts={self.document_starts} is for packing=stream: with best_fit every row begins with a document')
         if not 0 <= self.anneal_steps <= max(1, self.max_steps):
             found.append(f'anneal_steps={self.anneal_steps} must lie between 0 and max_steps={self.max_steps}')
         found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}' for key, choices in

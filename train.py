@@ -30,7 +30,7 @@ from deploy import packed
 from kernels import autocast
 from model import GPT, GPTConfig
 from optim import local_tensor, make_optimizers, set_rates
-from packing import PackedRows, eot_id_of
+from packing import DocumentStarts, PackedRows, eot_id_of
 from runtime import compiler, parallel, plan, profiling, runlog
 from runtime import device as hardware
 from runtime.generation import sample_grid
@@ -102,7 +102,10 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     verify = 'always' if config.verify and group.local_rank == 0 else 'once'
     data = group.first(lambda: open_dataset(config, verify=verify))
     find_eot(config, data)
-    data = PackedRows(data) if config.packing == 'best_fit' else data
+    if config.packing == 'best_fit':
+        data = PackedRows(data)
+    elif config.document_starts:
+        data = DocumentStarts(data, config.document_starts)
     origin, state = checkpoint.resume(config, data, group.world, say)
     group.same('data', data.fingerprint)
     group.same('checkpoint', str(origin))

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import VOCAB, write
 
+import train
 from configurator import UserError
 from data import TokenData
-from packing import PackedRows, best_fit, document_ends
+from packing import DocumentStarts, PackedRows, best_fit, document_ends
 from runs import arguments, finish, finish_ranks, losses
 
 EOT, T = VOCAB - 1, 32
@@ -134,6 +135,8 @@ def test_shards_are_refused(tmp_path):
     shards.pack(tmp_path / 'd', 33, tmp_path / 's')
     with pytest.raises(UserError, match='--packing=best_fit: .* holds shards, whose rows are fixed'):
         PackedRows(shards.open_data(tmp_path / 's', 32, VOCAB))
+    with pytest.raises(UserError, match='--document_starts: .* holds shards, whose rows are fixed'):
+        DocumentStarts(shards.open_data(tmp_path / 's', 32, VOCAB), 0.1)
 
 
 # ---- in a run
@@ -174,15 +177,3 @@ def test_a_checkpoint_whose_mask_has_no_end_of_text_is_refused():
     import checkpoint
     with pytest.raises(UserError, match='document_mask=True without an eot_id'):
         checkpoint.model_config({'config': {'document_mask': True}, 'step': 0}, 'x.pt')
-
-
-def test_data_without_an_end_of_text_is_refused(tmp_path):
-    from corpora import shards
-    rows = np.random.default_rng(0).integers(0, 50, (40, 33)).astype(np.uint16)
-    (tmp_path / 'rows').mkdir()
-    np.save(tmp_path / 'rows/a.npy', rows)
-    shards.split(tmp_path / 'rows', tmp_path / 's', 0.2)
-    code, said = finish(arguments(tmp_path / 's', tmp_path / 'run', '--document_mask=true', '--vocab_size=50'))
-    assert code == 2 and 'document_mask=true: nothing in' in said and 'which id ends a document' in said, said
-    code, said = finish(arguments(tmp_path / 's', tmp_path / 'run', '--packing=worst', '--vocab_size=50'))
-    assert code == 2 and "packing='worst' is not one of stream, best_fit" in said

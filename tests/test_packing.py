@@ -177,3 +177,65 @@ def test_a_checkpoint_whose_mask_has_no_end_of_text_is_refused():
     import checkpoint
     with pytest.raises(UserError, match='document_mask=True without an eot_id'):
         checkpoint.model_config({'config': {'document_mask': True}, 'step': 0}, 'x.pt')
+
+
+def test_data_without_an_end_of_text_is_refused(tmp_path):
+    from corpora import shards
+    rows = np.random.default_rng(0).integers(0, 50, (40, 33)).astype(np.uint16)
+    (tmp_path / 'rows').mkdir()
+    np.save(tmp_path / 'rows/a.npy', rows)
+    shards.split(tmp_path / 'rows', tmp_path / 's', 0.2)
+    code, said = finish(arguments(tmp_path / 's', tmp_path / 'run', '--document_mask=true', '--vocab_size=50'))
+    assert code == 2 and 'document_mask=true: nothing in' in said and 'which id ends a document' in said, said
+    code, said = finish(arguments(tmp_path / 's', tmp_path / 'run', '--packing=worst', '--vocab_size=50'))
+    assert code == 2 and "packing='worst' is not one of stream, best_fit" in said
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --document_starts
+
+def with_starts(path, lengths, share, shards=1):
+    ids = np.concatenate(corpus_of(lengths))
+    data = TokenData(write(path, {'train': np.array_split(ids, shards), 'val': [np.arange(300) % EOT]}), T, VOCAB)
+    return DocumentStarts(data, share), data, ids
+
+
+@pytest.mark.parametrize('shards', [1, 3])
+def test_the_extra_windows_begin_with_an_end_of_text_token_and_the_plain_ones_stay(tmp_path, shards):
+    data, plain, ids = with_starts(tmp_path / 'd', realistic[:400], 0.25, shards)
+    assert data.n_windows == plain.n_windows + round(plain.n_windows / 3)
+    windows = np.arange(data.n_windows)
+    x, y = data.gather('train', windows)
+    assert (x[:plain.n_windows] == plain.gather('train', windows[:plain.n_windows])[0]).all()
+    assert (x[plain.n_windows:, 0] == EOT).all() and (x[:, 1:] == y[:, :-1]).all()
+    begins = [data.position('train', window) for window in windows[plain.n_windows:]]
+    assert begins == sorted(begins) and begins[-1] > 0.9 * len(ids), 'they come from all of the corpus'
+    for begin, row, targets in zip(begins, x[plain.n_windows:], y[plain.n_windows:]):
+        assert (ids[begin:begin + T + 1] == np.append(row, targets[-1])).all()
+    assert (data.val_batch(data.val_windows())[0] == plain.val_batch(plain.val_windows())[0]).all()
+
+
+def test_an_epoch_has_each_window_once_and_the_share_of_document_starts_that_was_asked_for(tmp_path):
+    data, _, _ = with_starts(tmp_path / 'd', realistic[:400], 0.25)
+    rows = np.concatenate([data.rows(step, 0, 4, 4, seed=7) for step in range(-(-data.n_windows // 4))])[:data.n_windows]
+    assert sorted(rows) == list(range(data.n_windows))
+    assert (rows >= data.plain_windows).mean() == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_corpus_of_one_document_has_no_start_to_find_and_still_gives_whole_windows(tmp_path):
+    data, _, ids = with_starts(tmp_path / 'd', [40 * T], 0.5)
+    x, _ = data.gather('train', np.arange(data.n_windows))
+    begins = [data.position('train', window) for window in range(data.plain_windows, data.n_windows)]
+    assert len(begins) == data.plain_windows and max(begins) + T + 1 <= len(ids)
+    assert (x[-1] == ids[begins[-1]:begins[-1] + T]).all()
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--document_starts=1'], 'document_starts=1.0 must lie in [0, 1)'),
+    (['--document_starts=-0.1'], 'document_starts=-0.1 must lie in [0, 1)'),
+    (['--document_starts=0.1', '--packing=best_fit'], 'document_starts=0.1 is for packing=stream'),
+])
+def test_document_starts_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UserError) as error:
+        train.load(options)
+    assert message in str(error.value)

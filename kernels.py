@@ -1,4 +1,4 @@
-"""Fast paths for the formulas of model.py: hand-written gradients, FFT convolutions, the chunked loss.
+"""The numerics of model.py: ternary codes, tiles, FFT convolutions, documents, decoding caches, the chunked loss.
 
 Each docstring states a formula of one or two lines. The tests compare the fast path with that formula.
 model.py imports this file.
@@ -22,7 +22,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 OLDEST = (2, 11)  # the oldest torch version that passes the tests; .ci/run repeats this number
 if tuple(map(int, torch.__version__.split('.')[:2])) < OLDEST:
-    print(f'torch {torch.__version__} is too old: nanoTriX needs {".".join(map(str, OLDEST))} or newer (pip install torch==2.13.0)', file=sys.stderr)
+    print(f'torch {torch.__version__} is too old: nanoTriX needs {".".join(map(str, OLDEST))} or newer '
+          '(pip install torch==2.13.0)', file=sys.stderr)
     sys.exit(2)
 
 custom_op, traced = torch.library.custom_op, torch.compiler.is_compiling
@@ -426,7 +427,8 @@ def sparse_tiles(x, up, down, tiles, gates, hidden, grouped):
 
 def convolve(u, h):
     n = fft_size(2 * len(h) - 1)
-    return torch.fft.irfft(torch.fft.rfft(u, n, dim=1).mul_(torch.fft.rfft(h, n, dim=0)), n, dim=1)[:, :len(h)].contiguous()
+    spectrum = torch.fft.rfft(u, n, dim=1).mul_(torch.fft.rfft(h, n, dim=0))
+    return torch.fft.irfft(spectrum, n, dim=1)[:, :len(h)].contiguous()
 
 
 def convolve_gradients(grad, u, h, need_u=True, need_h=True):
@@ -717,7 +719,8 @@ class KVCache:
         The first call allocates them with the dtype and device of `like` (B, n_kv_head, T, hs)."""
         if self.k is None:  # allocated here, because autocast decides the dtype in the first call
             _, nh, _, hs = like.shape
-            self.k, self.v = (like.new_empty(self.B, nh, self.block_size, hs) for _ in 'kv')
+            self.k = like.new_empty(self.B, nh, self.block_size, hs)
+            self.v = torch.empty_like(self.k)
         return self.k, self.v
 
     def append(self, k, v):  # (B, n_kv_head, T, hs) each -> all positions so far, (B, n_kv_head, pos + T, hs)
@@ -756,7 +759,8 @@ class ResonanceCache:
     def begin(self):  # runs in the first forward, because FSDP may shard the parameters before it
         layer, B = self.layer, self.B
         real = torch.float32 if layer.nu.device.type == 'mps' else torch.float64  # fp32 would drift to 1e-4 at 32k
-        nu, theta, magnitude, phase = (p.detach().to(real) for p in (layer.nu, layer.theta, layer.magnitude, layer.phase))
+        parameters = layer.nu, layer.theta, layer.magnitude, layer.phase
+        nu, theta, magnitude, phase = (p.detach().to(real) for p in parameters)
         self.fresh = True
         self.log = torch.complex(-nu.exp(), theta)  # (K,), log lambda
         # (K, C, 2): Re(a s) is the sum of weight * (Re s, Im s)
@@ -777,7 +781,8 @@ class ResonanceCache:
         y = self.layer.convolve(u, documents)
         if not self.fresh:  # add the part from earlier positions
             past = torch.view_as_complex(self.weight).conj() * self.state  # (B, K, C), a s
-            past = real_product(mode_powers(self.layer.nu, self.layer.theta, 1, T), past.to(torch.complex64))  # (B, T, C)
+            powers = mode_powers(self.layer.nu, self.layer.theta, 1, T)
+            past = real_product(powers, past.to(torch.complex64))  # (B, T, C)
             y = y + (past.masked_fill(~documents.begun()[..., None], 0) if documents else past)
         self.fresh = False
         if documents:  # the new state holds only the last document
@@ -795,7 +800,7 @@ class ResonanceCache:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
 
-def loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, low, need):
+def loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, distill_weight, low, need):
     """-> (sum of the losses (), gradient of x, gradient of weight). Without `need` the gradients are empty.
 
     low: the dtype of the matrix products.
@@ -809,7 +814,9 @@ def loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teache
     if x.device.type != 'cpu':
         rows *= 32  # enough work to fill a GPU
     loss = torch.zeros((), device=x.device)
-    dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if need else (x.new_empty(0), x.new_empty(0))
+    dx, dw = x.new_empty(0), x.new_empty(0)
+    if need:
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         for i in range(0, len(x), rows):
             xs, ts = x[i:i + rows].to(low), targets[i:i + rows, None]
@@ -819,19 +826,20 @@ def loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teache
                 logits.div_(softcap).tanh_()
                 slope = 1 - logits.square() if need else None
                 logits.mul_(softcap)
-            at = (1 - share) * logits.gather(1, ts)
+            at = (1 - distill_weight) * logits.gather(1, ts)
             if teacher_x is not None:
                 log_q = (teacher_x[i:i + rows].to(low) @ teacher_w.T).float()
                 log_q = (log_q.div_(teacher_cap).tanh_().mul_(teacher_cap) if teacher_cap else log_q).log_softmax(1)
                 q = log_q.exp()
-                at += share * (q * logits.sub(log_q)).sum(1, keepdim=True)
+                at += distill_weight * (q * logits.sub(log_q)).sum(1, keepdim=True)
             peak = logits.amax(1, keepdim=True)
             total = logits.sub_(peak).exp_().sum(1, keepdim=True)
             loss += ((peak + total.log() - at) * keep).sum()
             if need:
-                p = logits.mul_(keep / total).scatter_add_(1, ts, (share - 1) * keep.float())  # d loss / d logits
+                # d loss / d logits
+                p = logits.mul_(keep / total).scatter_add_(1, ts, (distill_weight - 1) * keep.float())
                 if teacher_x is not None:
-                    p.addcmul_(q, keep.float(), value=-share)
+                    p.addcmul_(q, keep.float(), value=-distill_weight)
                 p = (p.mul_(slope) if softcap else p).to(low)
                 dx[i:i + rows] = p @ w
                 dw.addmm_(p.T, xs) if low == torch.float32 else dw.add_(p.T @ xs)
@@ -856,16 +864,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 @custom_op('nanotrix::cross_entropy', mutates_args=())
-def cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, teacher_x: Optional[Tensor], teacher_w: Optional[Tensor],
-                     teacher_cap: float, share: float, low: torch.dtype, need: bool) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor, softcap: float, teacher_x: Optional[Tensor],
+                     teacher_w: Optional[Tensor], teacher_cap: float, distill_weight: float, low: torch.dtype,
+                     need: bool) -> tuple[Tensor, Tensor, Tensor]:
     """ChunkedCrossEntropy for torch.compile, which would otherwise unroll the loop over chunks."""
-    return loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, low, need)
+    return loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, distill_weight, low, need)
 
 
 @cross_entropy_op.register_fake
-def _(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, low, need):
-    empty = x.new_empty(0)
-    return x.new_empty((), dtype=torch.float32), *((torch.empty_like(x), torch.empty_like(weight)) if need else (empty, empty.clone()))
+def _(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, distill_weight, low, need):
+    gradients = (torch.empty_like(x), torch.empty_like(weight)) if need else (x.new_empty(0), x.new_empty(0))
+    return x.new_empty((), dtype=torch.float32), *gradients
 
 
 def keep_gradients(ctx, inputs, output):
@@ -873,19 +882,20 @@ def keep_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-cross_entropy_op.register_autograd(lambda ctx, grad, *_: (ctx.saved_tensors[0] * grad, ctx.saved_tensors[1] * grad, *8 * [None]),
-                                   setup_context=keep_gradients)
+cross_entropy_op.register_autograd(
+    lambda ctx, grad, *_: (ctx.saved_tensors[0] * grad, ctx.saved_tensors[1] * grad, *8 * [None]),
+    setup_context=keep_gradients)
 
 
-def chunked_cross_entropy(x, weight, targets, softcap=0.0, soft=None):
+def chunked_cross_entropy(x, weight, targets, softcap=0.0, teacher=None):
     """Mean cross-entropy in nats over the rows whose target is not -1.
 
     x (N, C), weight (V, C), targets (N,) int64 -> scalar fp32. The result is nan if every target is -1, as in
     F.cross_entropy. The logits are x @ weight.T, or softcap * tanh(x @ weight.T / softcap) if softcap is not 0.
-    soft: (x (N, C'), weight (V, C'), softcap, share) of a teacher with distribution q. With a teacher, the loss is
-    (1 - share) * cross-entropy + share * KL(q || p)."""
-    teacher_x, teacher_w, teacher_cap, share = soft or (None, None, 0.0, 0.0)
-    arguments = x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, share, autocast_dtype(x)
+    teacher: (x (N, C'), weight (V, C'), softcap, distill_weight) of a teacher model with distribution q. With a
+    teacher, the loss is (1 - distill_weight) * cross-entropy + distill_weight * KL(q || p)."""
+    teacher_x, teacher_w, teacher_cap, distill_weight = teacher or (None, None, 0.0, 0.0)
+    arguments = x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, distill_weight, autocast_dtype(x)
     if traced():
         need = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         loss = cross_entropy_op(*arguments, need)[0]

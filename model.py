@@ -44,8 +44,8 @@ class GPTConfig:
     qk_norm: bool = False  # RMS-normalise queries and keys, where there is attention: it bounds the attention logits
     zero_init: bool = False  # the last matrix of every branch starts at 0, so that every block starts as the identity
     embed_norm: bool = False  # RMSNorm behind the embedding, without weights
-    embed_taps: int = 0  # a causal filter over the embeddings: each token and so many - 1 before it, weighed by channel (0: none)
-    logit_softcap: float = 0.0  # logits are softcap * tanh(logits / softcap) (0: as they are)
+    embed_taps: int = 0  # taps of a causal filter over the embeddings, one weight per tap and channel (0: no filter)
+    logit_softcap: float = 0.0  # logits become softcap * tanh(logits / softcap) (0: unchanged)
     tie_embeddings: bool = True  # one matrix for the token embedding and the head
     bias: bool = False  # biases in linear layers and LayerNorm
     dropout: float = 0.0  # after the embedding, on attention weights and on both branches
@@ -57,15 +57,16 @@ class GPTConfig:
     trix_top_k: int = 2  # tiles a token is sent to
     trix_hidden: int = 0  # hidden units of a tile (0: n_embd)
     trix_shared: bool = False  # one more tile that is always on
-    trix_router: str = 'signature'  # signature, or a baseline: hash (of the token, fixed) or first (always the first tiles)
-    trix_cut: str = ''  # tiles cut from a dense FFN (export.py convert): its activation, gelu, relu2 or swiglu; no norm, gates from 1 on
+    trix_router: str = 'signature'  # signature; baselines: hash (fixed tiles per token id), first (the first tiles)
+    trix_cut: str = ''  # set by export.py convert: activation of the dense FFN that was cut (gelu, relu2, swiglu)
     act_bits: int = 0  # 8: activations that enter a TriX tile are rounded to int8, per token (bitnet's always are)
     document_mask: bool = False  # a token sees only its own document; a document ends with its end-of-text token
     eot_id: int = -1  # document_mask: the id of the end-of-text token (train.py takes it from the data)
 
     def mixers(self):
         """The name of the mixer of each layer."""
-        return ['attention' if self.attention_every and (i + 1) % self.attention_every == 0 else self.mixer for i in range(self.n_layer)]
+        every = self.attention_every
+        return ['attention' if every and i % every == 0 else self.mixer for i in range(1, self.n_layer + 1)]
 
     def problems(self):
         """A list of invalid settings, one message each. Empty if the config is valid."""
@@ -73,7 +74,8 @@ class GPTConfig:
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 found.append(f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}')
-        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'num_frequencies', 'chunk_size', 'trix_tiles', 'trix_top_k'):
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'num_frequencies', 'chunk_size',
+                    'trix_tiles', 'trix_top_k'):
             if getattr(self, key) < 1:
                 found.append(f'{key}={getattr(self, key)} must be at least 1')
         for key in ('n_kv_head', 'd_ff', 'trix_hidden', 'attention_every', 'embed_taps'):
@@ -96,13 +98,16 @@ class GPTConfig:
             if self.n_embd % self.n_head:
                 found.append(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
             elif self.positions == 'rotary' and (self.n_embd // self.n_head) % 2:
-                found.append(f'rotary positions need an even head size, n_embd / n_head is {self.n_embd // self.n_head}')
+                head_size = self.n_embd // self.n_head
+                found.append(f'rotary positions need an even head size, n_embd / n_head is {head_size}')
             if self.n_kv_head and self.n_head % self.n_kv_head:
                 found.append(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
         if self.attention_every and self.mixer == 'attention':
-            found.append(f'attention_every={self.attention_every} is for mixer=resonance: with mixer=attention every layer has attention')
+            found.append(f'attention_every={self.attention_every} is for mixer=resonance: '
+                         'with mixer=attention every layer has attention')
         elif self.attention_every > self.n_layer:
-            found.append(f'attention_every={self.attention_every} is more than n_layer={self.n_layer}: no layer would have attention')
+            found.append(f'attention_every={self.attention_every} is more than n_layer={self.n_layer}: '
+                         'no layer would have attention')
         if self.dropout and ('resonance' in mixers or self.ffn == 'resonance'):
             found.append(f'dropout={self.dropout} with resonance: a spectrum can\'t be dropped causally; use dropout=0')
         if self.ffn == 'trix' and self.trix_top_k > self.trix_tiles:
@@ -139,7 +144,8 @@ class BitLinear(nn.Linear):
     @torch.no_grad()
     def statistics(self):
         found, self.logged = ternary_statistics(self.weight, *ternary_codes(self.weight), self.logged)
-        return {**found, 'act_utilisation': None if self.use is None else int8_codes(self.use)[0].abs().mean().item() / 127}
+        found['act_utilisation'] = None if self.use is None else int8_codes(self.use)[0].abs().mean().item() / 127
+        return found
 
 
 def linear(config, n_in, n_out, last=False):
@@ -155,7 +161,8 @@ def linear(config, n_in, n_out, last=False):
 def rotary_tables(config, device=None):
     """Cosines and sines of the rotary angles of every position, (block_size, hs / 2) each."""
     hs = config.n_embd // config.n_head
-    angle = torch.outer(torch.arange(config.block_size, device=device).float(), 10_000.0 ** (-torch.arange(0, hs, 2, device=device) / hs))
+    frequency = 10_000.0 ** (-torch.arange(0, hs, 2, device=device) / hs)
+    angle = torch.outer(torch.arange(config.block_size, device=device).float(), frequency)
     return angle.cos(), angle.sin()
 
 
@@ -383,14 +390,15 @@ class TriX(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # the sign gets the gradient of mean / |mean|, with |mean| averaged over C
                 mean = up.mean(1)  # (E, C)
-                signature = straight_through(mean / mean.detach().abs().mean(-1, keepdim=True).clamp(min=1e-8), signature)
+                size = mean.detach().abs().mean(-1, keepdim=True).clamp(min=1e-8)
+                signature = straight_through(mean / size, signature)
             scores = F.linear(x.float(), signature) / math.sqrt(self.n_embd)  # (N, E)
             if self.router == 'signature':
                 tiles = (scores.detach() + self.balance).topk(self.k, -1).indices
             elif self.router == 'first':
                 tiles = torch.arange(self.k, device=x.device).expand(len(x), -1)
             else:
-                assert self.idx is not None and self.idx.numel() == len(x), 'hash routing needs idx, as GPT.forward sets it'
+                assert self.idx is not None and self.idx.numel() == len(x), 'hash routing: first set idx to the tokens'
                 tiles = self.table[self.idx.flatten()]
             # (N, E)
             weight = 2 / self.k * scores.sigmoid() if self.act is None else 2 * (self.slope * scores).sigmoid()
@@ -459,7 +467,8 @@ class TriX(nn.Module):
 
 
 def average(found):  # [{key: number or None}] -> {key: mean, or None if any is None}
-    return {key: None if any(f[key] is None for f in found) else sum(f[key] for f in found) / len(found) for key in found[0]}
+    values = {key: [f[key] for f in found] for key in found[0]}
+    return {key: None if None in numbers else sum(numbers) / len(numbers) for key, numbers in values.items()}
 
 
 MIXERS = {'attention': Attention, 'resonance': Resonance}
@@ -501,8 +510,9 @@ class LayerNorm(nn.Module):
 
 
 NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}
-CHOICES = {'mixer': MIXERS, 'ffn': FFNS, 'linear': ('dense', 'bitnet', 'bitnet_ffn'), 'norm': NORMS, 'positions': ('rotary', 'learned', 'none'),
-           'trix_router': ('signature', 'hash', 'first'), 'trix_cut': ('', *ACTS)}
+CHOICES = {'mixer': MIXERS, 'ffn': FFNS, 'linear': ('dense', 'bitnet', 'bitnet_ffn'), 'norm': NORMS,
+           'positions': ('rotary', 'learned', 'none'), 'trix_router': ('signature', 'hash', 'first'),
+           'trix_cut': ('', *ACTS)}
 
 
 class Block(nn.Module):
@@ -535,14 +545,18 @@ class Cache:
     def __init__(self, B, blocks):
         self.B, self.pos, self.short = B, 0, ShortCache()
         self.age = None  # with document_mask (B,): the document age of the next token
-        self.layers = [[part.new_cache(B) if hasattr(part, 'new_cache') else None for part in (block.mixer, block.ffn)] for block in blocks]
+        self.layers = [(new_cache(block.mixer, B), new_cache(block.ffn, B)) for block in blocks]
+
+
+def new_cache(part, B):
+    return part.new_cache(B) if hasattr(part, 'new_cache') else None
 
 
 class GPT(nn.Module):
     """A stack of blocks between a token embedding and a head.
 
     Initialisation:
-      embeddings, head                    N(0, 0.02), or N(0, 0.6 / sqrt(C)) at widths C over 900, so that the loss starts
+      embeddings, head                    N(0, 0.02), or N(0, 0.6 / sqrt(C)) at widths C over 900. So the loss starts
                                           at ln(vocab_size). Tied embeddings with embed_norm: N(0, 2.56 / C) at widths
                                           over 128, because the logit of a token for itself is C std
       matrices of the blocks              N(0, 0.02); in_proj of a resonance layer N(0, 1 / sqrt(C))
@@ -557,6 +571,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         assert not config.problems(), '; '.join(config.problems())
+        assert config.eot_id >= 0 or not config.document_mask, (
+            'document_mask=True needs to know which token ends a document: '
+            'set eot_id to the id of the end-of-text token in GPTConfig(document_mask=True, eot_id=...)')
         self.config = config
         self.flex_devices = ('cuda',)  # where a compiled model uses FlexAttention for documents, not a mask tensor
         self.activation_checkpointing = False  # recompute each block in backward instead of keeping its activations
@@ -569,8 +586,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
-        self._ddp_params_and_buffers_to_ignore = [  # counts per process: DDP must not copy rank 0's counts
-            f'{name}.{buffer}' for name, trix in self.named_modules() if isinstance(trix, TriX) for buffer in ('load', 'seen')]
+        # Tokens are counted per process, so DDP must not copy rank 0's counts.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if name.endswith(('.load', '.seen'))]
         self.init_weights()
 
     def init_weights(self):
@@ -610,28 +628,28 @@ class GPT(nn.Module):
         sharded = hasattr(self, 'unshard')
         return FixedWeights([] if sharded else [m.codes for m in self.modules() if isinstance(m, (BitLinear, TriX))])
 
-    def forward(self, idx, targets=None, cache=None, last=False, soft=None):
+    def forward(self, idx, targets=None, cache=None, last=False, teacher=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size).
 
         With last=True, only the logits of the last position: (B, 1, vocab_size). With targets (B, T), the mean loss in
-        nats, a scalar. soft: the result of a teacher's soft_targets() for idx."""
-        x, cap = self.features(idx, cache, last), self.config.logit_softcap
+        nats, a scalar. teacher: the result of a teacher model's soft_targets() for idx."""
+        x, cap = self.hidden_states(idx, cache, last), self.config.logit_softcap
         if targets is None:
             logits = self.lm_head(x)
             return cap * torch.tanh(logits / cap) if cap else logits
-        return chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap, soft)
+        return chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap, teacher)
 
     @torch.no_grad()
-    def soft_targets(self, idx, share):
-        """Distillation with this model as the teacher: the `soft` argument for the student's forward.
+    def soft_targets(self, idx, distill_weight):
+        """Distillation with this model as the teacher: the `teacher` argument of the student's forward.
 
-        share: the weight of the distillation term in the loss."""
-        return self.features(idx).flatten(0, 1), self.lm_head.weight, self.config.logit_softcap, share
+        distill_weight: the weight of the distillation term in the loss."""
+        return self.hidden_states(idx).flatten(0, 1), self.lm_head.weight, self.config.logit_softcap, distill_weight
 
-    def features(self, idx, cache=None, last=False):
+    def hidden_states(self, idx, cache=None, last=False):
         """idx (B, T) -> (B, T or 1, C): the hidden states that enter the head."""
         documents = self.documents(idx, cache) if self.config.document_mask else None
-        x = self.through(self.embed(idx, cache, documents), cache, documents)
+        x = self.run_blocks(self.embed(idx, cache, documents), cache, documents)
         if cache:
             cache.pos += idx.size(1)
         if self.training and torch.is_grad_enabled():
@@ -674,7 +692,7 @@ class GPT(nn.Module):
                 trix.idx = idx
         return x
 
-    def through(self, x, cache, documents=None):  # (B, T, C) -> (B, T, C): all blocks
+    def run_blocks(self, x, cache, documents=None):  # (B, T, C) -> (B, T, C): all blocks
         for i, block in enumerate(self.blocks):
             caches = cache.layers[i] if cache else (None, None)
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
@@ -709,12 +727,15 @@ class GPT(nn.Module):
             if sharded:
                 block.reshard()
         keys = dict.fromkeys(key for f in found for key in f)
-        worst = {'trix_overload': max(f['trix_overload'] for f in found if 'trix_overload' in f)} if self.trix_layers() else {}
-        return {**{key: average([{key: f[key]} for f in found if key in f])[key] for key in keys}, **worst}
+        result = {key: average([{key: f[key]} for f in found if key in f])[key] for key in keys}
+        if self.trix_layers():
+            result['trix_overload'] = max(f['trix_overload'] for f in found if 'trix_overload' in f)
+        return result
 
-    def decayed(self):
+    def decay_params(self):
         """The parameters with weight decay: matrices, but not norms, biases, taps or oscillator parameters."""
-        return [p for name, p in self.named_parameters() if p.dim() > 1 and not name.endswith(('magnitude', 'phase', 'taps'))]
+        return [p for name, p in self.named_parameters()
+                if p.dim() > 1 and not name.endswith(('magnitude', 'phase', 'taps'))]
 
     # ---- counts
 
@@ -723,13 +744,13 @@ class GPT(nn.Module):
         kinds = {'embedding': [0, 0], 'mixer': [0, 0], 'ffn': [0, 0], 'norm': [0, 0], 'head': [0, 0]}
         for name, p in self.named_parameters():
             part = name.split('.')[2] if name.startswith('blocks.') else name.split('.')[0]
-            kind = {'wte': 'head' if self.config.tie_embeddings else 'embedding', 'wpe': 'embedding', 'taps': 'embedding',
-                    'lm_head': 'head', 'mixer': 'mixer', 'ffn': 'ffn'}.get(part, 'norm')
+            kind = {'wte': 'head' if self.config.tie_embeddings else 'embedding', 'wpe': 'embedding',
+                    'taps': 'embedding', 'lm_head': 'head', 'mixer': 'mixer', 'ffn': 'ffn'}.get(part, 'norm')
             kinds[kind][0] += p.numel()
-            kinds[kind][1] += self.used(name, p)
+            kinds[kind][1] += self.active_params(name, p)
         return [(kind, *counts) for kind, counts in kinds.items()]
 
-    def used(self, name, p):
+    def active_params(self, name, p):
         """The number of weights in parameter p that one token uses."""
         if name.endswith(('.up', '.down')):  # (tiles, ., .)
             return p.numel() // p.size(0) * (self.config.trix_top_k + self.config.trix_shared)
@@ -741,7 +762,7 @@ class GPT(nn.Module):
         6 per used matrix weight. 12 n_embd T per attention layer, without halving for causality. 2.5 n log2 n per real
         FFT of size n. Work that does not grow with the batch (filters, ternary codes) does not count."""
         T, c = T or self.config.block_size, self.config
-        matrices = c.vocab_size * c.n_embd + sum(self.used(name, p) for name, p in self.named_parameters()
+        matrices = c.vocab_size * c.n_embd + sum(self.active_params(name, p) for name, p in self.named_parameters()
                                                  if name.endswith(('proj.weight', '.up', '.down')))
         mixing = sum(part.flops_per_token(T) for block in self.blocks for part in (block.mixer, block.ffn)
                      if hasattr(part, 'flops_per_token'))
@@ -749,6 +770,8 @@ class GPT(nn.Module):
 
     def packed_bytes(self):
         """Size in bytes: ternary codes in 2 bits, scales in fp32, other parameters in bf16. Without buffers."""
-        ternary = {id(p): 1 for m in self.modules() if isinstance(m, BitLinear) for p in [m.weight]}
-        ternary |= {id(p): len(p) for trix in self.trix_layers() for p in (trix.up, trix.down)}
-        return sum(-(-p.numel() // 4) + 4 * ternary[id(p)] if id(p) in ternary else 2 * p.numel() for p in self.parameters())
+        # {id of a ternary weight: its number of scales}
+        scales = {id(m.weight): 1 for m in self.modules() if isinstance(m, BitLinear)}
+        scales |= {id(p): len(p) for trix in self.trix_layers() for p in (trix.up, trix.down)}
+        ternary = sum(-(-p.numel() // 4) + 4 * scales[id(p)] for p in self.parameters() if id(p) in scales)
+        return ternary + sum(2 * p.numel() for p in self.parameters() if id(p) not in scales)

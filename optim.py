@@ -14,13 +14,13 @@ OPTIMIZERS = ('adamw', 'muon')
 def make_optimizers(model, config, device):
     """{'optimizer': AdamW} and, with config.optimizer='muon', {'muon': Muon}.
 
-    model.decayed() lists the parameters with weight decay. Among them, Muon takes the projections and the TriX tiles of
+    model.decay_params() lists the parameters with weight decay. Among them, Muon takes the projections and the TriX tiles of
     the blocks."""
-    decayed = model.decayed()
+    decay_params = model.decay_params()
     names = {id(p): name for name, p in model.named_parameters()}
-    hidden = [p for p in decayed if config.optimizer == 'muon' and names[id(p)].endswith(('proj.weight', '.up', '.down'))]
+    hidden = [p for p in decay_params if config.optimizer == 'muon' and names[id(p)].endswith(('proj.weight', '.up', '.down'))]
     elsewhere = {id(p) for p in hidden}
-    matrices = [p for p in decayed if id(p) not in elsewhere]
+    matrices = [p for p in decay_params if id(p) not in elsewhere]
     elsewhere |= {id(p) for p in matrices}
     groups = [{'params': matrices, 'weight_decay': config.weight_decay, 'decays': True},
               {'params': [p for p in model.parameters() if id(p) not in elsewhere], 'weight_decay': 0.0, 'decays': False}]

@@ -71,8 +71,8 @@ class TrainStep:
             number = micro * self.group.world + self.group.rank
             torch.manual_seed(dropout_seed(self.config.seed, step, number))
         with autocast(self.device, self.dtype):
-            soft = self.teacher.soft_targets(x, self.config.distill_weight) if self.teacher else None
-            return module(x, y, soft=soft) / micro_steps
+            teacher = self.teacher.soft_targets(x, self.config.distill_weight) if self.teacher else None
+            return module(x, y, teacher=teacher) / micro_steps
 
     def backward(self, step, batches, micro_steps, stopping=lambda: False):
         """

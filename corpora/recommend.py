@@ -14,8 +14,8 @@ import torch
 from runtime import device as hardware
 import settings
 from configurator import UserError, columns
-from model import GPT, GPTConfig
-from runtime.plan import achieved, count, duration, estimate, number, room
+from model import GPT
+from runtime.plan import achieved, count, duration, estimate, number, room, shape_of
 from runtime.profiling import readable
 from corpora.shards import find_shards, inspect, nearest
 from corpora.show import open_whole, row_of
@@ -148,7 +148,7 @@ def unsuited(config, corpus):
 def plan(name, config, kind, dtype):
     """The Plan of a preset: its size, FLOPs and memory."""
     with torch.device('meta'):
-        model = GPT(config.pick(GPTConfig))
+        model = GPT(shape_of(config))
     parameters = sum(p.numel() for p in model.parameters())
     memory = sum(estimate(config, kind, dtype)(config.batch_size, config.activation_checkpointing).values())
     return Plan(name, parameters, model.flops_per_token(), config.batch_tokens, config.max_steps, memory)

@@ -407,9 +407,9 @@ class PackedGPT(GPT):
         self.angles = (mixer.cos, mixer.sin) if mixer.rotary else (None, None)
         return self
 
-    def forward(self, idx, targets=None, cache=None, last=False, soft=None):
+    def forward(self, idx, targets=None, cache=None, last=False, teacher=None):
         if cache is None or targets is not None or idx.size(1) > 1 or not self.layers:
-            return super().forward(idx, targets, cache, last, soft)
+            return super().forward(idx, targets, cache, last, teacher)
         if idx.device.type == 'cpu' and library() is not None and not self.by_steps:
             documents = self.documents(idx, cache) if self.config.document_mask else None
             return self.by_library(self.embed(idx, cache, documents).float(), cache, documents)
@@ -417,7 +417,7 @@ class PackedGPT(GPT):
             if not hasattr(cache, 'step'):
                 cache.step = Step(self, cache, idx)
             return cache.step(idx)
-        return super().forward(idx, targets, cache, last, soft)
+        return super().forward(idx, targets, cache, last, teacher)
 
     def by_library(self, x, cache, documents=None):
         """x (B, 1, C), embeddings of the next tokens, which are overwritten -> logits (B, 1, vocab_size)"""

@@ -39,6 +39,11 @@ PROBE = 60  # approximate time limit for the steps of a probe, in seconds
 # ----------------------------------------------------------------------------------------------------------------------
 # Estimated memory and time
 
+def shape_of(config):
+    """The GPTConfig of a run with any eot_id. A plan can come before the data, and memory does not depend on the id."""
+    return replace(config.pick(GPTConfig), eot_id=0)
+
+
 def activations(config, kind, dtype):
     """
     Estimate the bytes that a micro-step keeps for backward.
@@ -75,7 +80,7 @@ def estimate(config, kind, dtype):
 
     Returns a function (rows, checkpointing) -> {kind of memory: bytes}, for micro-steps of `rows` sequences."""
     with torch.device('meta'):
-        model = GPT(config.pick(GPTConfig))
+        model = GPT(shape_of(config))
         optimizers = make_optimizers(model, config, torch.device('cpu')).values()
     *a_sequence, copies = activations(model.config, kind, dtype)
     fixed = {kind: size for kind, size, _ in counted(model, optimizers)}
@@ -164,7 +169,7 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
         return None
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['torch._dynamo'])  # import once: it is slow, and every optimizer needs it
-    options, shape = SimpleNamespace(**config.as_dict()), config.pick(GPTConfig)
+    options, shape = SimpleNamespace(**config.as_dict()), shape_of(config)
     repeats = next((k for k in range(12, 3, -1) if k * several * n * seconds_a_row <= PROBE / 10), 3)
 
     def run(n, *pattern):
@@ -189,7 +194,7 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
 def checkpoint_bytes(config):
     """Bytes of one checkpoint: the model's state dict and the optimizers' moments, in fp32."""
     with torch.device('meta'):
-        model = GPT(config.pick(GPTConfig))
+        model = GPT(shape_of(config))
         optimizers = make_optimizers(model, config, torch.device('cpu')).values()
     tensors = {id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}  # a tied matrix counts once
     return sum(tensors.values()) + next(size for kind, size, _ in counted(model, optimizers) if kind == 'optimizer')
@@ -230,7 +235,7 @@ def page(config, rows, micro_steps, data=None, world=1):
     else:
         (device, dtype, why), here = hardware.resolve(config.device, config.dtype), True
     with torch.device('meta'):
-        model = GPT(config.pick(GPTConfig))
+        model = GPT(shape_of(config))
     size, whose = room(device, config.card_gb)
     # Memory of Python and torch before the model exists. On a CUDA GPU, only tensors count.
     base = hardware.peak_memory_gb(device) * 1e9 if device.type != 'cuda' else 0

@@ -51,14 +51,14 @@ def compare(monkeypatch, name, execution, backend, tolerance=(1e-5, 1e-4), bf16=
     plain.activation_checkpointing = other.activation_checkpointing = saving
     plain.flex_devices = other.flex_devices = flex_devices
     idx = tokens(2, T + 1)
-    soft = build('gelu', seed=5).soft_targets(idx[:, :-1], 0.4) if distil else None
+    teacher = build('gelu', seed=5).soft_targets(idx[:, :-1], 0.4) if distil else None
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(compiler, 'BACKEND', backend)
     losses = []
     for model in (plain, compiler.compiled(other)):
         with torch.autocast('cpu', torch.bfloat16) if bf16 else contextlib.nullcontext():
-            losses.append(model(idx[:, :-1], idx[:, 1:], soft=soft))
+            losses.append(model(idx[:, :-1], idx[:, 1:], teacher=teacher))
         losses[-1].backward()
     assert not torch._dynamo.utils.counters['graph_break'], 'a break would leave parts of the model uncompiled'
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=tolerance[0])

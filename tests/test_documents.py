@@ -114,6 +114,11 @@ def test_the_age_of_a_token_counts_those_of_its_document_before_it():
     assert document_ages(idx, EOT, torch.tensor([4, 2])).tolist() == [[4, 5, 0, 1, 0, 0], [2, 3, 4, 5, 6, 7]]
 
 
+def test_a_mask_without_the_token_that_ends_a_document_is_refused():
+    with pytest.raises(AssertionError, match='set eot_id to the id of the end-of-text token'):
+        GPT(GPTConfig(document_mask=True))
+
+
 # ---- in parts
 
 @every_kind
@@ -191,7 +196,7 @@ def test_a_teacher_has_a_mask_of_its_own():
         teacher = build('learned', seed=5, **changes)
         logits = teacher(idx)
         expected = torch.nn.functional.kl_div(student(idx).log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction='none').sum(-1).mean()
-        assert student(idx, idx, soft=teacher.soft_targets(idx, 1.0)).item() == pytest.approx(expected.item(), rel=1e-5)
+        assert student(idx, idx, teacher=teacher.soft_targets(idx, 1.0)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # ---- packed

@@ -104,7 +104,7 @@ def test_fft_sizes_are_enough_and_fast():
 def test_only_real_parameters_and_no_weight_decay_on_oscillators():
     model = GPT(GPTConfig(n_embd=32, vocab_size=50, mixer='resonance', ffn='resonance', num_frequencies=4))
     assert not any(p.is_complex() for p in [*model.parameters(), *model.buffers()])
-    kept = {id(p) for p in model.decayed()}
+    kept = {id(p) for p in model.decay_params()}
     without = {name.rsplit('.')[-1] for name, p in model.named_parameters() if id(p) not in kept}
     assert without == {'nu', 'theta', 'magnitude', 'phase', 'D', 'weight'}  # weight: of the norms
     assert all(p.dim() == 1 for name, p in model.named_parameters() if id(p) not in kept and name.endswith('weight'))

@@ -14,22 +14,25 @@ OPTIMIZERS = ('adamw', 'muon')
 def make_optimizers(model, config, device):
     """{'optimizer': AdamW} and, with config.optimizer='muon', {'muon': Muon}.
 
-    model.decay_params() lists the parameters with weight decay. Among them, Muon takes the projections and the TriX tiles of
-    the blocks."""
-    decay_params = model.decay_params()
+    model.decay_params() lists the parameters with weight decay. Among them, Muon takes the projections and the TriX
+    tiles of the blocks."""
     names = {id(p): name for name, p in model.named_parameters()}
-    hidden = [p for p in decay_params if config.optimizer == 'muon' and names[id(p)].endswith(('proj.weight', '.up', '.down'))]
-    elsewhere = {id(p) for p in hidden}
-    matrices = [p for p in decay_params if id(p) not in elsewhere]
-    elsewhere |= {id(p) for p in matrices}
-    groups = [{'params': matrices, 'weight_decay': config.weight_decay, 'decays': True},
-              {'params': [p for p in model.parameters() if id(p) not in elsewhere], 'weight_decay': 0.0, 'decays': False}]
-    found = {'optimizer': torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                                            fused=device.type != 'mps')}
-    if hidden:
-        group = {'params': hidden, 'decays': True}
-        found['muon'] = Muon([group], lr=config.learning_rate, weight_decay=config.weight_decay)
-    return found
+    decay_params = model.decay_params()
+    decay_ids = {id(p) for p in decay_params}
+    other_params = [p for p in model.parameters() if id(p) not in decay_ids]
+    muon_params = []
+    if config.optimizer == 'muon':
+        muon_params = [p for p in decay_params if names[id(p)].endswith(('proj.weight', '.up', '.down'))]
+    muon_ids = {id(p) for p in muon_params}
+    adamw_params = [p for p in decay_params if id(p) not in muon_ids]
+    groups = [{'params': adamw_params, 'weight_decay': config.weight_decay, 'decays': True},
+              {'params': other_params, 'weight_decay': 0.0, 'decays': False}]
+    optimizers = {'optimizer': torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                                                 fused=device.type != 'mps')}
+    if muon_params:
+        group = {'params': muon_params, 'decays': True}
+        optimizers['muon'] = Muon([group], lr=config.learning_rate, weight_decay=config.weight_decay)
+    return optimizers
 
 
 def set_rates(optimizer, lr, weight_decay):
@@ -61,24 +64,28 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = closure() if closure else None
         for group in self.param_groups:
-            together = defaultdict(list)
+            batches = defaultdict(list)  # {key: [(parameter, update (K, m, n))]}
             for p in group['params']:
-                if p.grad is not None:
-                    if 'momentum_buffer' not in self.state[p]:
-                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                    mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-                    update = p.grad.lerp(mean, group['momentum'])  # Nesterov momentum
-                    together[p.shape[-2:], id(p) if p.numel() > TOGETHER else 0].append((p, update.reshape(-1, *p.shape[-2:])))
-            for (shape, _), each in together.items():
-                params, updates = zip(*each)
-                for p, update in zip(params, orthogonal(torch.cat(updates)).split([len(update) for update in updates])):
+                if p.grad is None:
+                    continue
+                if 'momentum_buffer' not in self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+                update = p.grad.lerp(mean, group['momentum'])  # Nesterov momentum
+                shape = p.shape[-2:]
+                key = shape, id(p) if p.numel() > LARGEST_IN_A_BATCH else 0
+                batches[key].append((p, update.reshape(-1, *shape)))
+            for (shape, _), batch in batches.items():
+                params, updates = zip(*batch)
+                directions = orthogonal(torch.cat(updates)).split([len(update) for update in updates])
+                for p, update in zip(params, directions):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
                     p.add_(update.reshape(p.shape), alpha=-group['lr'] * 0.2 * math.sqrt(max(shape)))
         return loss
 
 
 # A parameter with more weights than this is orthogonalized alone: a batch is no faster and takes more memory.
-TOGETHER = 2**20
+LARGEST_IN_A_BATCH = 2**20
 
 
 def orthogonal(x, coefficients=(3.4445, -4.7750, 2.0315), steps=5):

@@ -48,7 +48,7 @@ def test_matrices_in_company_and_in_stacks_move_as_they_do_alone(monkeypatch):
         return [p.detach() for p in params]
     alone = moved(lambda w: list(w.view(-1, *w.shape[-2:])))
     for limit in (2**20, 100):  # all of a shape at once, and each parameter by itself
-        monkeypatch.setattr('optim.TOGETHER', limit)
+        monkeypatch.setattr('optim.LARGEST_IN_A_BATCH', limit)
         matrices = [matrix for p in moved(lambda w: [w]) for matrix in p.view(-1, *p.shape[-2:])]
         assert len(matrices) == len(alone) == 8
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(matrices, alone))

@@ -62,7 +62,8 @@ def really(rows, dtype=FP32, checkpointing=False, **keys):
     model.activation_checkpointing, idx = checkpointing, tokens(model, rows)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    with Alive(*model.parameters(), *model.buffers(), idx, *(p.grad for p in model.parameters())) as alive:
+    known = *model.parameters(), *model.buffers(), idx, *(p.grad for p in model.parameters())
+    with model.fixed_weights(), Alive(*known) as alive:  # as a training step does it
         with torch.autocast('cpu', BF16, enabled=dtype == BF16):
             loss = model(idx, idx)
         now, peak = alive.now(), alive.peak

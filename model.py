@@ -598,8 +598,10 @@ class GPT(nn.Module):
             elif p.dim() == 1:
                 (nn.init.zeros_ if name.endswith(('bias', 'slope')) else nn.init.ones_)(p)
             elif name.startswith(('wte', 'wpe', 'lm_head')):
-                own = 2.56 / self.config.n_embd if self.config.embed_norm and self.config.tie_embeddings else 0.02
-                nn.init.normal_(p, std=min(0.02, own, 0.6 / math.sqrt(self.config.n_embd)))
+                std = min(0.02, 0.6 / math.sqrt(self.config.n_embd))
+                if self.config.embed_norm and self.config.tie_embeddings:
+                    std = min(std, 2.56 / self.config.n_embd)
+                nn.init.normal_(p, std=std)
             else:
                 last = name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight', '.down'))
                 scale = (0 if self.config.zero_init else 1 / math.sqrt(2 * self.config.n_layer)) if last else 1
@@ -618,7 +620,7 @@ class GPT(nn.Module):
             with model.fixed_weights():                 # around the micro-steps of an optimizer step, or a validation
                 for x, y in batches:
                     model(x, y).backward()
-            fixed = model.fixed_weights()               # the same, if other code runs between two forwards
+            fixed = model.fixed_weights()               # or per forward, if other code runs in between
             for part in parts:
                 with fixed:
                     logits = model(part, cache=cache)
@@ -633,7 +635,8 @@ class GPT(nn.Module):
 
         With last=True, only the logits of the last position: (B, 1, vocab_size). With targets (B, T), the mean loss in
         nats, a scalar. teacher: the result of a teacher model's soft_targets() for idx."""
-        x, cap = self.hidden_states(idx, cache, last), self.config.logit_softcap
+        x = self.hidden_states(idx, cache, last)
+        cap = self.config.logit_softcap
         if targets is None:
             logits = self.lm_head(x)
             return cap * torch.tanh(logits / cap) if cap else logits

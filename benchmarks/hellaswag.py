@@ -134,7 +134,8 @@ def log_likelihoods(model, rows, batch_size, device, dtype):
     Rows (ids, n) -> (len(rows),) fp64: the log-probability, in nats, of the last n ids of each row given those before
     them. Rows of similar length form a batch, padded on the right, where no position attends.
     """
-    log_p, fixed = np.zeros(len(rows)), model.fixed_weights()
+    log_p = np.zeros(len(rows))
+    fixed = model.fixed_weights()
     by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     for first in range(0, len(rows), batch_size):
         batch = by_length[first:first + batch_size]

@@ -168,7 +168,8 @@ def decoding(model, device, dtype):
     """
     A generator: first it fills the cache of one sequence up to the last 64 positions, then each step adds a token.
     """
-    cache, fixed = model.eval().new_cache(1), model.fixed_weights()
+    cache = model.eval().new_cache(1)
+    fixed = model.fixed_weights()
     idx = torch.randint(model.config.vocab_size, (1, model.config.block_size - 64), device=device)
     while True:
         with autocast(device, dtype), fixed:

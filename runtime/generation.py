@@ -110,7 +110,8 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
     generators = [torch.Generator().manual_seed((seed * 2**16 + row) % 2**63) for row in range(len(grid))]
     # The first step feeds as many tokens as the shortest prompt has.
     cache, start, end = model.new_cache(len(grid)), 0, min(map(len, ids), default=0)
-    live, fixed = set(range(len(grid))), model.fixed_weights()
+    live = set(range(len(grid)))
+    fixed = model.fixed_weights()
     model.eval()
     try:
         while live:

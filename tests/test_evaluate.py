@@ -1,6 +1,7 @@
 """What evaluate.py and hellaswag.py say about a model is what the words mean, to the last bit where a run has said it already."""
 import json
 import math
+import re
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -25,6 +26,7 @@ from data import TokenData
 from evaluate import Strided
 from benchmarks.hellaswag import accuracy, clean, encode_items, log_likelihoods, parse, parse_one, read_items
 from model import GPT, GPTConfig
+from runtime import comparison
 from runs import arguments, finish, finish_ranks, lines
 from corpora.shards import open_data
 from tokenizer import load_tokenizer
@@ -109,9 +111,9 @@ def test_the_loss_of_the_runs_last_validation_comes_out_to_the_last_bit(trained,
     result, said = run_of(capsys, trained)
     assert [own[key] for key in ('step', 'loss', 'perplexity', 'bits_per_byte')] == \
         [result[key] for key in ('step', 'loss', 'perplexity', 'bits_per_byte')]
-    assert result['tokens'] == 320 and "same as the run's own at step 10: yes\n" in said
+    assert result['tokens'] == 320 and "same as the run's own loss at step 10: yes\n" in said
     result, said = run_of(capsys, checkpoint.steps(trained / 'checkpoints')[-1], '--eval_tokens=320')
-    assert own['loss'] == result['loss'] and "same as the run's own at step 10: yes\n" in said
+    assert own['loss'] == result['loss'] and "same as the run's own loss at step 10: yes\n" in said
     assert list(result) == ['run', 'step', 'loss', 'perplexity', 'tokens', 'bits_per_byte']
 
 
@@ -119,9 +121,9 @@ def test_another_loss_than_the_runs_is_not_called_the_same(trained, tmp_path, ca
     run = shutil.copytree(trained, tmp_path / 'run')
     metrics = run / 'metrics.jsonl'
     metrics.write_text(metrics.read_text().replace(f"\"loss\": {lines(run, 'eval')[-1]['loss']}", '"loss": 5.25'))
-    assert "step 10: no, that is 5.25 (other" in run_of(capsys, run)[1]
+    assert "step 10: no, the run recorded 5.25 (other" in run_of(capsys, run)[1]
     metrics.unlink()
-    assert "step 10: it has none" in run_of(capsys, run)[1]
+    assert "step 10: the run recorded none" in run_of(capsys, run)[1]
     assert 'same as' not in run_of(capsys, run, '--eval_tokens=0')[1] + run_of(capsys, run, '--stride=8')[1]
 
 
@@ -161,16 +163,19 @@ def test_more_tokens_than_there_are_are_refused_with_exit_code_2_and_their_numbe
     said = capsys.readouterr()
     assert end.value.code == 2 and '{' not in said.out
     assert said.err == (f'--eval_tokens={there + 1}: the val split of {wiki} has only {there} tokens to predict in windows of 16: '
-                        'ask for no more, or by 0 for all of them\n')
+                        'use a smaller number, or 0 for all\n')
 
 
 @pytest.mark.parametrize('words, message', [
     ([], 'name a run directory'), (['nowhere'], 'nowhere: no such run'), (['x', '--eval_tokens=-2'], 'eval_tokens=-2 must not'),
     (['x', '--batch_size=-1'], 'batch_size=-1 must not be negative'), (['x', '--stride=-1'], 'stride=-1 must not be negative'),
-    (['x', '--items=3'], 'items=3 are those of --hellaswag'),
+    (['x', '--items=3'], 'items=3: this option needs --hellaswag'),
     (['{run}', '--stride=17'], '--stride=17 is more than the context of 16'),
     (['{run}', '--context=900000'], '--context=10068 or less'), (['{run}', '--stride=4', '--eval_tokens=90000'], 'has only'),
     (['{run}', '--hellaswag=nowhere'], 'nowhere: No such file'),
+    (['config/trix_tiny.py'], 'config/trix_tiny.py is a config file, but evaluate.py takes a run: python evaluate.py runs/x'),
+    (['{run}', 'nowhere'], 'nowhere: no such run or checkpoint'), (['x', '--page=x.pdf'], "page='x.pdf' must end in .html or .md"),
+    (['{run}', '--checkpoint=3'], '--checkpoint=3: '),
 ], ids=str)
 def test_a_mistake_is_one_line(trained, words, message):
     assert message in refused(evaluate.main, [word.format(run=trained) for word in words] + ['--device=cpu'])
@@ -278,6 +283,46 @@ def test_learned_positions_end_where_training_did(saved, wiki, capsys):
     assert run_of(capsys, path, '--context=8')[0]['loss'] == pytest.approx(model(x, y).item(), rel=1e-5)
 
 
+# ---- comparisons, and the loss by position
+
+@pytest.mark.parametrize('keys', [dict(ffn='trix'), dict(logit_softcap=3.0, positions='learned')], ids=str)
+def test_the_loss_by_position_is_that_of_each_target(saved, wiki, keys, monkeypatch, capsys):
+    path, model = saved(**{**keys, 'block_size': 40})
+    monkeypatch.setattr(comparison, 'POSITION_TOKENS', 7 * 40)
+    monkeypatch.setattr(comparison, 'HEAD_ROWS', 33)
+    result, said = run_of(capsys, path, '--by_position')
+    data = TokenData(wiki, 40, 300)
+    x, y = map(torch.from_numpy, data.val_batch(data.val_windows()[:7]))
+    with torch.no_grad():
+        losses = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction='none').view(y.shape).mean(0)
+    assert [span[:2] for span in result['by_position']] == [[1, 20], [21, 40]]
+    assert [span[2] for span in result['by_position']] == pytest.approx([losses[:20].mean().item(), losses[20:].mean().item()], rel=1e-5)
+    assert f'positions 21 to 40: loss {losses[20:].mean():.4f}' in said
+
+
+@given(st.integers(1, 70_000))
+def test_ranges_of_positions_double_and_cover_the_context(T):
+    found = comparison.ranges(T)
+    assert found[0][0] == 1 and found[-1][1] == T and all(a[1] + 1 == b[0] for a, b in zip(found, found[1:]))
+    assert all(b[1] // 2 == a[1] and a[1] >= 16 for a, b in zip(found, found[1:]))
+
+
+@pytest.mark.parametrize('name', ['page.html', 'page.md'])
+def test_models_are_compared_in_one_table_and_one_page(trained, saved, tmp_path, capsys, name):
+    other, page = saved(ffn='trix', block_size=32)[0], tmp_path / 'made' / name
+    alone, _ = run_of(capsys, other)
+    result, said = run_of(capsys, trained, other, f'--page={page}', '--sample_tokens=5')
+    assert [one['run'] for one in result['runs']] == [str(trained), str(other)] and result['page'] == str(page)
+    assert {key: result['runs'][1][key] for key in alone} == alone
+    rows = {cells[0]: cells[1:] for cells in (re.split('  +', line) for line in said.splitlines())}
+    assert rows['loss'] == [f"{one['loss']:.4f}" for one in result['runs']] and len(rows['decoding, tokens/s']) == 2
+    assert rows['perplexity at 17 to 32'] == [f"{math.exp(result['runs'][1]['by_position'][1][2]):,.2f}"]  # the first ends at 16
+    assert 'different contexts' in said and 'peak GPU memory' not in rows
+    text = page.read_text()
+    assert all(f"{one['bits_per_byte']:.4f}" in text for one in result['runs']) and 'Samples' in text
+    assert ('<svg' in text and '<script' not in text) if name.endswith('html') else text.startswith('# 2 models\n\n|')
+
+
 # ---- the test split
 
 def uniform(model):
@@ -317,11 +362,11 @@ def test_a_long_stream_is_encoded_in_slices_as_documents_are(wiki, monkeypatch):
 
 def test_without_its_test_split_a_directory_is_refused(saved, wiki, corpus, tmp_path):
     path, _ = saved(prepared=corpus)
-    assert f'{corpus}: there is no test split in it' in refused(evaluate.main, [str(path), '--test', '--device=cpu'])
+    assert f'{corpus}: no test split here' in refused(evaluate.main, [str(path), '--test', '--device=cpu'])
     broken = shutil.copytree(wiki, tmp_path / 'broken')
     path, _ = saved(prepared=broken)
     (broken / 'test.txt').write_text(TEST + 'x')
-    assert 'test.txt: damaged, its sha256 is not' in refused(evaluate.main, [str(path), '--test', '--device=cpu'])
+    assert 'test.txt: damaged: its sha256 differs' in refused(evaluate.main, [str(path), '--test', '--device=cpu'])
     (broken / 'test.txt').unlink()
     assert 'test.txt: No such file' in refused(evaluate.main, [str(path), '--test', '--device=cpu'])
     meta = json.loads((broken / 'meta.json').read_text())

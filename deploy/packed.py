@@ -5,7 +5,8 @@ Packed models: ternary matrices as codes of 2 bits in one safetensors file, and 
     model, state = load_model('model.safetensors', 'cpu')  # or a run directory, or a checkpoint
 
 A byte holds four codes, the first in its low bits: 00 = 0, 01 = +1, 10 = -1. Every row of a matrix starts at a new
-byte.
+byte. An int8 embedding has a scale per row. If TriX routes by its values, the input embedding has a second byte per
+weight, because a small error there sends tokens to other tiles. Such files have format 2.
 
 int8 activations are multiplied directly with the packed codes, by ternary.cpp, which is compiled on first use. So are a
 few rows of other activations: TriX has them in fp32, unless act_bits=8. In all other cases, and where ternary.cpp can't
@@ -35,7 +36,8 @@ from files import replacing
 from kernels import bit_product, int8, int8_codes, rms, ternary_codes
 from model import GPT, Attention, BitLinear, TriX, rotary_tables
 
-FORMAT = 'nanotrix-packed-1'
+FORMATS = 'nanotrix-packed-1', 'nanotrix-packed-2'  # 2: wte.weight.low, the second byte of an int8 embedding
+LOW = 254  # the second byte counts 1 / LOW of the scale of its row
 EMBEDDINGS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
 KEPT = ('config', 'tokenizer', 'step', 'data')  # entries of a checkpoint that a packed file keeps
 ROWS = 4  # up to so many rows of activations go one by one through TriX or an int8 head; more are a matrix product
@@ -258,19 +260,26 @@ class PackedTriX(TriX):
 
 
 class Int8Embedding(nn.Module):
-    """An embedding, or a head, of int8 rows with a scale each."""
+    """An embedding, or a head, of int8 rows with a scale each. low: a second byte per weight, or None."""
 
-    def __init__(self, codes, scale):
+    def __init__(self, codes, scale, low=None):
         super().__init__()
         self.register_buffer('codes', codes)
         self.register_buffer('scale', scale)
+        self.register_buffer('low', low)
 
     @property
     def weight(self):
-        return self.codes.float() * self.scale[:, None]
+        return self.rows(slice(None))
+
+    def rows(self, idx):
+        codes = self.codes[idx].float()
+        if self.low is not None:
+            codes = codes + self.low[idx].float() / LOW
+        return codes * self.scale[idx][..., None]
 
     def forward(self, idx):
-        return self.codes[idx].float() * self.scale[idx][..., None]
+        return self.rows(idx)
 
 
 class Int8Head(Int8Embedding):
@@ -470,8 +479,13 @@ def ternary_dims(weight):
     return (1, 2) if weight.dim() == 3 else None
 
 
-def layout(model, embeddings):
-    """{name in the file: (shape, dtype)}"""
+def routes_by_values(config):
+    """Whether small changes of the embedding can send tokens to other TriX tiles."""
+    return config.ffn == 'trix' and config.trix_router == 'signature'
+
+
+def layout(model, embeddings, two_bytes):
+    """{name in the file: (shape, dtype)}. two_bytes: whether an int8 input embedding has a second byte per weight."""
     found = {}
     for name, (tensor, kind) in parts(model).items():
         if kind == 'ternary':
@@ -481,6 +495,8 @@ def layout(model, embeddings):
             found[name] = tuple(tensor.shape), EMBEDDINGS[embeddings]
             if embeddings == 'int8':
                 found[f'{name}.scale'] = tuple(tensor.shape[:1]), torch.float32
+                if two_bytes and name == 'wte.weight':
+                    found[f'{name}.low'] = tuple(tensor.shape), torch.int8
         else:
             found[name] = tuple(tensor.shape), torch.int64 if tensor.dtype == torch.int64 else torch.float32
     return found
@@ -497,7 +513,11 @@ def pack(model, embeddings='float32'):
             tensors |= {f'{name}.codes': pack_codes(codes), f'{name}.scale': scale.reshape(value.shape[:-2])}
         elif kind == 'embedding' and embeddings == 'int8':
             scale = value.abs().amax(1).clamp(min=1e-12) / 127
-            tensors |= {name: (value / scale[:, None]).round().to(torch.int8), f'{name}.scale': scale}
+            codes = (value / scale[:, None]).round()
+            tensors |= {name: codes.to(torch.int8), f'{name}.scale': scale}
+            if name == 'wte.weight' and routes_by_values(model.config):
+                rest = value / scale[:, None] - codes  # -0.5 to 0.5
+                tensors[f'{name}.low'] = (LOW * rest).round().to(torch.int8)
         else:
             tensors[name] = value.to(EMBEDDINGS[embeddings] if kind == 'embedding' else value.dtype).contiguous()
     if not any(name.endswith('.codes') for name in tensors):
@@ -517,7 +537,7 @@ def digest(metadata, tensors):
 
 def write(path, tensors, embeddings, state):
     """Write packed tensors, whole or not at all, with the entries KEPT of `state`, the dict of their checkpoint."""
-    metadata = {'format': FORMAT, 'embeddings': embeddings,
+    metadata = {'format': FORMATS['wte.weight.low' in tensors], 'embeddings': embeddings,
                 **{key: json.dumps(state[key]) for key in KEPT}}
     metadata['sha256'] = digest(metadata, tensors)
     try:
@@ -533,8 +553,9 @@ def read(path):
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
-            if metadata.get('format') != FORMAT:
-                raise UserError(f'{path}: not a packed model of this project (export.py pack makes them)')
+            if metadata.get('format') not in FORMATS:
+                raise UserError(f'{path}: not a packed model of this project (export.py pack makes them), '
+                                'or one of a later version')
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if digest(metadata, tensors) != metadata.get('sha256'):
             raise UserError(f'{path}: damaged: its content does not match its hash')
@@ -592,7 +613,7 @@ def build(config, state, path, device):
     with SkipInit():
         model = PackedGPT(config)
     tensors = state['packed']
-    check(path, tensors, layout(model, state['embeddings']))
+    check(path, tensors, layout(model, state['embeddings'], 'wte.weight.low' in tensors))
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     tables = rotary_tables(config, device) if config.positions == 'rotary' and 'attention' in config.mixers() else None
     for name, module in list(model.named_modules()):
@@ -612,8 +633,8 @@ def build(config, state, path, device):
             setattr(model.get_submodule(parent), key, PackedTriX(config, own, tensors[f'{name}.balance']))
     if state['embeddings'] == 'int8':
         head = 'wte.weight' if config.tie_embeddings else 'lm_head.weight'
-        model.wte, model.lm_head = (kind(tensors[name], tensors[f'{name}.scale'])
-                                    for kind, name in ((Int8Embedding, 'wte.weight'), (Int8Head, head)))
+        model.wte = Int8Embedding(tensors['wte.weight'], tensors['wte.weight.scale'], tensors.get('wte.weight.low'))
+        model.lm_head = Int8Head(tensors[head], tensors[f'{head}.scale'])
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = 'wte.weight' if name == 'lm_head.weight' and config.tie_embeddings else name
         parent, _, key = name.rpartition('.')
@@ -624,7 +645,7 @@ def build(config, state, path, device):
 
 
 def decodes_in_cpp(model):
-    """Whether ternary.cpp would decode each token of a trained model in one call, which is faster than plain PyTorch."""
+    """Whether ternary.cpp would decode a token of a trained model in one call. That is faster than plain PyTorch."""
     return whole_step_in_cpp(model.config) and library() is not None and any(
         kind == 'ternary' for _, kind in parts(model).values())
 

@@ -2,7 +2,8 @@
 
     python export.py pack runs/x                     # runs/x/packed.safetensors: 2 bits per ternary weight
     python export.py pack runs/x small.safetensors --embeddings=int8
-    python sample.py small.safetensors               # takes it in place of a run, as evaluate.py does
+    python export.py pack runs/x --checkpoint=best   # or last, or a step
+    python sample.py small.safetensors               # sample.py and evaluate.py take it in place of a run
     python export.py gguf runs/x                     # runs/x/model.gguf, for llama.cpp: BitNet and Llama-like models
     python export.py gguf runs/x x.gguf --matrices=TQ1_0 --embeddings=Q8_0
     python export.py hf runs/x                       # runs/x/hf, for transformers: Llama, BitNet and GPT-2, in fp32
@@ -22,14 +23,17 @@ from configurator import UserError, load, run, utf8_path  # before torch, whose 
 from deploy import convert, gguf, huggingface, packed, parity
 from files import named_at_last
 from runtime import device as hardware
+from runtime.choice import choose_checkpoint
 
 
 @dataclass
 class ExportConfig:
     command: str = ''  # pack, gguf, hf or convert; may stand without --command=
-    run: str = ''  # run directory (its newest good checkpoint) or checkpoint file; may stand without --run=
+    run: str = ''  # run directory or checkpoint file; may stand without --run=
+    checkpoint: str = 'last'  # of a run directory: last (the newest good one), best (lowest validation loss) or a step
     out: str = ''  # path of the export (empty: in the run directory); may stand without --out=
-    embeddings: str = ''  # embedding and head; pack: float32 (default), bfloat16, int8; gguf: F16 (default), Q8_0, F32
+    embeddings: str = ''  # embedding and head; pack: float32 (default), bfloat16, int8 (TriX: 16 bits for the embedding);
+    # gguf: F16 (default), Q8_0, F32
     matrices: str = ''  # gguf: TQ2_0 (default for ternary models), TQ1_0, Q8_0, F16 (default for others) or F32
     to: str = ''  # convert: trix, bitnet (all matrices of the blocks) or bitnet_ffn
     tiles: int = 8  # convert --to=trix: tiles of a layer
@@ -62,7 +66,8 @@ class ExportConfig:
 def load_run(config, name):
     """(model, dict of its checkpoint, path of the export). name: what the export is called in a run directory.
     UserError if the model can't be exported to that path."""
-    model, state = packed.load_model(config.run, hardware.resolve(config.device, 'float32')[0])
+    source = choose_checkpoint(config.run, config.checkpoint)
+    model, state = packed.load_model(source, hardware.resolve(config.device, 'float32')[0])
     folder = Path(config.run) if Path(config.run).is_dir() else Path(config.run).parent
     out, suffix = Path(config.out or folder / name), Path(name).suffix
     if suffix and out.suffix != suffix:
@@ -86,7 +91,7 @@ def pack(config):
         packed.write(work, tensors, embeddings, state)
         print_sizes(model, tensors, out, work.stat().st_size)
         exported = packed.load_model(work, next(model.parameters()).device)[0]
-        parity.compare(out, parity.logits_of(model, ids), parity.logits_of(exported, ids), source)
+        parity.compare(out, parity.logits_of(model, ids), parity.logits_of(exported, ids), source, ids)
 
 
 def print_sizes(model, tensors, out, size):
@@ -135,7 +140,8 @@ def to_huggingface(config):
 
 def to_ternary(config):
     model, state, out = load_run(config, config.to)
-    convert.convert(config.run, model, state, out, config.to, config.tiles, config.top_k)
+    source = choose_checkpoint(config.run, config.checkpoint)
+    convert.convert(source, model, state, out, config.to, config.tiles, config.top_k)
     command = f'{Path(sys.executable).name} train.py {out / "recover.py"}'
     print(f'{out}: the last of these stages. Recover the loss: {command}')
 

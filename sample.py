@@ -73,9 +73,9 @@ class Speed:
     new_seconds: float = 0.0
 
     def __str__(self):
-        parts = [(name, tokens, seconds) for name, tokens, seconds in (
-            ('prompt', self.prompt_tokens, self.prompt_seconds), ('decoding', self.new_tokens, self.new_seconds)) if seconds]
-        return '; '.join(f'{name}: {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s' for name, tokens, seconds in parts)
+        parts = (('prompt', self.prompt_tokens, self.prompt_seconds), ('decoding', self.new_tokens, self.new_seconds))
+        return '; '.join(f'{name}: {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s'
+                         for name, tokens, seconds in parts if seconds)
 
 
 def main(argv):

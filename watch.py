@@ -5,7 +5,7 @@
     python watch.py runs/x --samples          # all samples of the newest round
     python watch.py runs/x --plot --report    # runs/x/plot.png, and runs/x/report.html: one page without scripts
     python watch.py runs/a runs/b --plot      # several runs side by side, and their curves in compare.png
-    python watch.py config/x.py --plot        # before a run: its schedule as schedule.png; options of train.py may follow
+    python watch.py config/x.py --plot        # before a run: its schedule; options of train.py may follow
 """
 import contextlib
 import json
@@ -114,7 +114,8 @@ class Run:
         self.train = [numbers(line) for line in metrics if line.get('kind') == 'train']
         evals = [line for line in metrics if line.get('kind') == 'eval']
         self.evals = [numbers(line) for line in evals if number(line.get('loss')) is not None]
-        self.events = [{**numbers(line), 'event': '?', **texts(line)} for line in metrics if line.get('kind') == 'event']
+        events = [line for line in metrics if line.get('kind') == 'event']
+        self.events = [{**numbers(line), 'event': '?', **texts(line)} for line in events]
         self.samples = [{**numbers(line), 'prompt': '', 'mode': '', **texts(line), 'text': clean_lines(line['text'])}
                         for line in samples if isinstance(line.get('text'), str)]
         self.newest = [sample for sample in self.samples if sample['step'] == self.samples[-1]['step']]
@@ -168,8 +169,8 @@ class Run:
         if state == 'running' and silent > max(60, 5 * usual):
             return 'stalled', f'stalled? no line for {duration(silent)}; lines usually come every {duration(usual)}'
         if state == 'running' and silent < -60:
-            return state, (f'the last line is {duration(-silent)} in the future: the clock of {host or "the machine"} is '
-                           'ahead of the clock here, so only --watch can tell whether the run has stalled')
+            return state, (f'the last line is {duration(-silent)} in the future: the clock of {host or "its machine"} '
+                           'is ahead of the clock here, so only --watch can tell whether the run has stalled')
         return state, OVER.get(state, '')
 
 
@@ -334,8 +335,10 @@ def comparable(runs):
 
 def remarks(runs, now):
     """Warnings and advice for the user, one line each."""
-    found = [] if comparable(runs) else ['different data or tokenizers: losses per token are not comparable, so only bits '
-                                         'per byte are shown, each on its own validation text']
+    found = []
+    if not comparable(runs):
+        found.append('different data or tokenizers: losses per token are not comparable, so only bits per byte are '
+                     'shown, each on its own validation text')
     for run in runs:
         for remark in [run.state(now)[1], *hints(run.evals, run.samples, run.train)]:
             if remark:
@@ -415,7 +418,8 @@ def draw_panel(run, title, legend, axes):
     for side, label, names in sides:
         for (key, name), color in zip(names.items(), colors):
             curve(side, plan, key, color, 'planned' if side is axes else '', linewidth=4, alpha=0.3)
-            curve(side, run.train, key, color, name, smoothed=title != 'schedule', linestyle='-' if side is axes else '--')
+            curve(side, run.train, key, color, name, smoothed=title != 'schedule',
+                  linestyle='-' if side is axes else '--')
         side.set_ylabel(label, color=color if len(sides) > 1 and len(names) == 1 else INK)
         side.grid(side is axes)
         side.spines['right'].set_visible(len(sides) > 1)
@@ -425,7 +429,8 @@ def draw_panel(run, title, legend, axes):
         axes.set_yscale('log')
     if title == 'loss':
         curve(axes, run.evals, 'loss', 'C1', 'validation', marker='o', markersize=4, linestyle='')
-        curve(axes, [run.best], 'loss', 'C3', show(run.best, 'best {:.4f}', 'loss'), marker='*', markersize=12, linestyle='')
+        best = show(run.best, 'best {:.4f}', 'loss')
+        curve(axes, [run.best], 'loss', 'C3', best, marker='*', markersize=12, linestyle='')
     if not axes.lines:
         axes.text(0.5, 0.5, 'no training line yet', transform=axes.transAxes, ha='center')
     for i, (kind, _) in enumerate(Counter(event['event'] for event in run.events).most_common(4)):
@@ -502,11 +507,11 @@ def report(runs, now):
 
 def result(runs):
     """The one number of a report: the lowest validation loss, or bits per byte where losses are not comparable."""
-    key, form, name = ('loss', '{:.4f}', 'nats per token') if comparable(runs) else ('bits_per_byte', '{:.4f}', 'bits per byte')
+    key, name = ('loss', 'nats per token') if comparable(runs) else ('bits_per_byte', 'bits per byte')
     done = [run for run in runs if key in run.best]
     if done:
         best = min(done, key=lambda run: run.best[key])
-        return big_number(show(best.best, form, key), f'best validation loss in {name}, {best.name}, '
+        return big_number(show(best.best, '{:.4f}', key), f'best validation loss in {name}, {best.name}, '
                           f'step {best.best["step"]:,.0f}')
     losses = runs[0].recent('loss')
     return big_number(f'{fmean(losses):.4f}', f'training loss, mean of the last {len(losses)} lines') if losses else ''
@@ -514,7 +519,8 @@ def result(runs):
 
 def tables(run):
     """{heading: HTML}: validations, events and samples of a run."""
-    columns = {'step': '{:,.0f}', 'tokens': '{:,.0f}', 'loss': '{:.4f}', 'perplexity': '{:,.2f}', 'bits_per_byte': '{:.4f}'}
+    columns = {'step': '{:,.0f}', 'tokens': '{:,.0f}', 'loss': '{:.4f}', 'perplexity': '{:,.2f}',
+               'bits_per_byte': '{:.4f}'}
     evals = [[show(line, form, key) for key, form in columns.items()] for line in run.evals]
     modes, prompts = (list(dict.fromkeys(sample[key] for sample in run.newest)) for key in ('mode', 'prompt'))
     cells = {}
@@ -569,12 +575,13 @@ def main(argv):
     if not config.watch:
         print(screen(runs, now, config.samples))
     one = len(runs) == 1
-    folder, picture, html = (runs[0].path, 'plot.png', 'report.html') if one else (Path(), 'compare.png', 'compare.html')
     if config.plot:
         heading = f'{runs[0].name}: {runs[0].state(now)[0]}, step {runs[0].step:,.0f}' if one else ''
-        write(config.out or folder / picture, draw(panels(runs), heading))
+        file = runs[0].path / 'plot.png' if one else 'compare.png'
+        write(config.out or file, draw(panels(runs), heading))
     if config.report:
-        write(config.out or folder / html, report(runs, now).encode())
+        file = runs[0].path / 'report.html' if one else 'compare.html'
+        write(config.out or file, report(runs, now).encode())
 
 
 def plot_schedule(config, paths, files, train_words):

@@ -21,7 +21,8 @@ PROMPTS = 50  # texts of a comparison
 MATRICES = {'TQ2_0': 256, 'TQ1_0': 256, 'Q8_0': 32, 'F16': 1, 'F32': 1}  # type: weights in a block
 EMBEDDINGS = ('F16', 'Q8_0', 'F32')
 LARGEST_FP16 = 65_504
-# llama.cpp refuses a byte-level BPE without merges. A vocabulary of single bytes has none: it gets one that never occurs.
+# llama.cpp refuses a byte-level BPE without merges. A vocabulary of single bytes has none: it gets one that never
+# occurs.
 NO_MERGE = '[none] [none]'
 
 
@@ -239,9 +240,9 @@ class Llama:
 
 def compare_with_llama_cpp(path, model, state, name=None):
     """
-    Print how well llama.cpp with a GGUF file, called `name`, agrees with the trained model on the next token after PROMPTS texts ->
+    Print how well llama.cpp with a GGUF file agrees with the trained model on the next token after PROMPTS texts ->
     (fraction with the same most likely token, largest difference of log-probabilities) of the last comparison. Returns
-    None, with a message, if llama.cpp is not installed.
+    None, with a message, if llama.cpp is not installed. name: what the message calls the file.
     """
     try:
         llama = Llama(path, model.config.block_size)
@@ -264,9 +265,9 @@ def compare_with_llama_cpp(path, model, state, name=None):
         largest = max(differences, default=0.0)
         same = [max(answer, key=answer.get, default=end) == ours[i].argmax().item() for i, answer in enumerate(theirs)]
         top = sum(same) / len(prompts)
-        print(f'{name or path} in llama.cpp compared with the trained model{note} after {len(prompts)} texts of {source}: '
-              f'same most likely token {100 * top:.0f} %, '
-              f'log-probabilities of the ten most likely differ by at most {largest:.2g}')
+        print(f'{name or path} in llama.cpp compared with the trained model{note} after {len(prompts)} texts of '
+              f'{source}: same most likely token for {100 * top:.0f} %, '
+              f'largest difference of log-probabilities of the ten most likely {largest:.2g}')
     return top, largest
 
 

@@ -57,8 +57,9 @@ def write(out, model, state):
 
 
 def compare_with_transformers(out, model, state, name=None):
-    """Print how well transformers agrees with the trained model; `name` is what the export is called. UserError if it reads
-    another end of a text."""
+    """Print how well transformers agrees with the trained model. name: what the message calls the export.
+
+    UserError if transformers reads another end-of-text token."""
     transformers, end = load_transformers(), end_of_text(state['tokenizer'])
     source, ids = real_text(state, model.config)
     other = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
@@ -69,7 +70,7 @@ def compare_with_transformers(out, model, state, name=None):
         raise UserError(f'{out}: transformers reads {found} as the end-of-text tokens, and this model has {end}')
     for note, mode in activation_modes(model):
         with mode:
-            compare(f'{name or out} in transformers', logits_of(model, ids), theirs, source + note)
+            compare(f'{name or out} in transformers', logits_of(model, ids), theirs, source + note, ids)
 
 
 def to_llama(model, transformers, special_ids):

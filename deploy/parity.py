@@ -2,13 +2,14 @@
 folder.
 
     source, ids = real_text(state, model.config)
-    compare('x.safetensors', logits_of(model, ids), logits_of(exported, ids), source)
+    compare('x.safetensors', logits_of(model, ids), logits_of(exported, ids), source, ids)
 """
 import contextlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from configurator import UserError
 from data import TokenData
@@ -54,16 +55,26 @@ def loss_of(model, ids):
     return sum(model(row[None, :-1].to(device), row[None, 1:].to(device)).item() for row in ids) / len(ids)
 
 
-def compare(exported, trained_logits, exported_logits, source):
+def compare(exported, trained_logits, exported_logits, source, ids=None):
     """
     Print how well two (N, V) fp32 tensors of logits agree -> (fraction of positions with the same most likely token,
     largest difference of log-probabilities). exported and source are names for the message.
+
+    ids (n, T): the input tokens, N = n T. With them, the losses of both models are printed first.
     """
     top = (trained_logits.argmax(-1) == exported_logits.argmax(-1)).float().mean().item()
     largest = (trained_logits.log_softmax(-1) - exported_logits.log_softmax(-1)).abs().max().item()
-    print(f'{exported} compared with the trained model on {len(trained_logits):,} tokens of {source}: '
-          f'same most likely token {100 * top:.2f} %, log-probabilities differ by at most {largest:.2g}')
+    losses = '' if ids is None or ids.size(1) < 2 else (
+        f'loss {next_token_loss(trained_logits, ids):.4f} -> {next_token_loss(exported_logits, ids):.4f}, ')
+    print(f'{exported} compared with the trained model on {len(trained_logits):,} tokens of {source}: {losses}'
+          f'same most likely token for {100 * top:.2f} %, largest difference of log-probabilities {largest:.2g}')
     return top, largest
+
+
+def next_token_loss(logits, ids):
+    """The mean cross-entropy in nats of logits (n T, V) that a model computed for ids (n, T)."""
+    logits = logits.view(*ids.shape, -1)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device)).item()
 
 
 def disable_document_mask(model):

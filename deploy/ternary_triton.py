@@ -1,12 +1,15 @@
-"""Products of vectors with matrices of packed ternary codes on CUDA, in Triton: what ternary.cpp is on the CPU. Imported by packed.py
-where there is a GPU; without one, TRITON_INTERPRET=1 runs the kernel on the CPU, slowly."""
+"""Multiply vectors with matrices of packed ternary codes on a GPU, in Triton. ternary.cpp does the same on the CPU.
+
+packed.py imports this file if there is a GPU. Without one, TRITON_INTERPRET=1 runs the kernel on the CPU, slowly.
+"""
 import torch
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def kernel(x, size, codes, scale, chosen, y, K, M, n_bytes: tl.constexpr, FAN: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+def kernel(x, size, codes, scale, chosen, y, K, M, n_bytes: tl.constexpr, FAN: tl.constexpr, EXACT: tl.constexpr,
+           ROWS: tl.constexpr, BYTES: tl.constexpr):
     """Program (r, p): ROWS rows of matrix chosen[p], times row p / FAN of x."""
     p = tl.program_id(1)
     matrix = tl.load(chosen + p)
@@ -27,12 +30,15 @@ def kernel(x, size, codes, scale, chosen, y, K, M, n_bytes: tl.constexpr, FAN: t
 
 def product(x, size, codes, scale, chosen):
     """
-    x (N, K), codes (E, M, ceil(K / 4)) uint8, scale (E,), chosen (P,) int64, P a multiple of N -> (P, M) fp32: scale * codes x of matrix
-    chosen[p] and row p N / P of x. size (N,): x is int8, for x / size, and the sums are exact; None: x is fp32.
+    The products of P pairs of a matrix and a vector -> (P, M) fp32.
+
+    Pair p multiplies matrix chosen[p] (scale * codes) with row p N / P of x.
+    x (N, K), codes (E, M, ceil(K / 4)) uint8, scale (E,), chosen (P,) int64, P a multiple of N
+    size (N,): x is int8 and stands for x / size, and the sums are exact. None: x is fp32.
     """
     (N, K), (E, M, n_bytes), P = x.shape, codes.shape, len(chosen)
     y = torch.empty(P, M, device=x.device)
     rows, n = 8, min(256, max(16, triton.next_power_of_2(n_bytes)))
-    kernel[triton.cdiv(M, rows), P](x.contiguous(), scale if size is None else size, codes, scale, chosen.contiguous(), y, K, M, n_bytes, P // N,
-                                    size is not None, rows, n)
+    kernel[triton.cdiv(M, rows), P](x.contiguous(), scale if size is None else size, codes, scale, chosen.contiguous(), y,
+                                    K, M, n_bytes, P // N, size is not None, rows, n)
     return y

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run a command uses: --checkpoint=last, best or a step. For sample.py, evaluate.py and export.py.
+"""Which checkpoint of a run a script uses: --checkpoint=last, best or a step. For sample.py, evaluate.py, export.py.
 
     path = choose_checkpoint('runs/x', 'best')
 """
@@ -31,12 +31,12 @@ def choose_checkpoint(run, choice):
         if not losses:
             raise UserError(f'--checkpoint=best: {run} has no checkpoint with a validation loss in metrics.jsonl: '
                             'use --checkpoint=last')
-        return files[min(losses, key=losses.get)]
+        return str(files[min(losses, key=losses.get)])
     if int(choice) not in files:
         steps = ', '.join(f'{step}' for step in list(files)[-8:])
         raise UserError(f'--checkpoint={choice}: {run} has no checkpoint of this step; '
                         + (f'the newest are {steps}' if steps else 'it has none at all'))
-    return files[int(choice)]
+    return str(files[int(choice)])
 
 
 def saved_steps(run):

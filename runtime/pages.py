@@ -13,18 +13,21 @@ from statistics import fmean
 from configurator import UserError
 
 INK = '#2b2d31'  # axes and text of pictures; pages replace it by their text colour, dark or light
-STYLE = {**dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'), INK),
+INKED = 'text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'
+STYLE = {**dict.fromkeys(INKED, INK),
          'font.size': 9, 'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False,
-         'axes.grid': True, 'grid.alpha': 0.3, 'legend.frameon': False, 'legend.fontsize': 8, 'legend.handlelength': 1.2,
-         'legend.columnspacing': 1, 'svg.fonttype': 'none', 'svg.hashsalt': 'nanotrix'}
+         'axes.grid': True, 'grid.alpha': 0.3, 'legend.frameon': False, 'legend.fontsize': 8,
+         'legend.handlelength': 1.2, 'legend.columnspacing': 1, 'svg.fonttype': 'none', 'svg.hashsalt': 'nanotrix'}
 CSS = '''
 :root { color-scheme: light dark } h1, h2 { font-weight: 600 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
-.big { font-size: 2.6rem; font-weight: 600; line-height: 1.1; margin: 1rem 0 0 } .big small { font-size: 1rem; font-weight: 400 }
+.big { font-size: 2.6rem; font-weight: 600; line-height: 1.1; margin: 1rem 0 0 }
+.big small { font-size: 1rem; font-weight: 400 }
 table { border-collapse: collapse } .scroll { overflow: auto; max-height: 50rem }
 @media print { .scroll { max-height: none } } td:first-child { min-width: 8rem }
 th, td { text-align: left; vertical-align: top; padding: .2rem 1.5rem .2rem 0; border-bottom: 1px solid #8884 }
-pre { font-size: 12px; line-height: 1.4; margin: .3rem 0; min-width: 16rem; white-space: pre-wrap; overflow-wrap: anywhere }
+pre { font-size: 12px; line-height: 1.4; margin: .3rem 0; min-width: 16rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem }
 svg { width: 100%; height: auto }
 '''
@@ -37,7 +40,7 @@ def series(lines, key, x='step'):
 
 
 def running_mean(values, n=80):
-    """The mean around each value: about 1/n of all values on both sides, so a curve of any length looks equally smooth."""
+    """The mean around each value, over 1/n of all values on each side. Curves of any length look equally smooth."""
     half = -(-len(values) // n)
     return [fmean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
 
@@ -87,7 +90,7 @@ def drawings(panels):
 
 
 def table(rows):
-    """An HTML table of texts, header first ('' if there are no other rows). In a cell, lines after the first are <pre>."""
+    """An HTML table of texts, header first ('' if no other rows). In a cell, lines after the first are <pre>."""
     lines = []
     for tag, row in zip(('th', *['td'] * len(rows)), rows):
         cells = []

@@ -3,8 +3,8 @@
     python sample.py runs/x --serve --port=8000          # then open http://127.0.0.1:8000
     curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def", "max_tokens": 50, "stream": true}'
 
-The server listens on 127.0.0.1 only, so other machines cannot reach it. It also refuses requests of web pages that come
-from elsewhere (another Host or Origin). It generates one text at a time. Up to QUEUE requests wait; more get status 503.
+The server listens on 127.0.0.1 only, so other machines cannot reach it. It refuses web pages from elsewhere (another
+Host or Origin). It generates one text at a time. Up to QUEUE requests run or wait; more get status 503.
 The sampling options of the command line are the defaults of a request.
 """
 import json
@@ -82,8 +82,8 @@ def read_request(body, config, encoding):
             request[key] = [request[key]]
         elif key == 'prompt' and isinstance(request[key], list) and len(request[key]) == 1:
             request[key] = request[key][0]  # clients may send one prompt as a list
-    kinds = {'prompt': str, 'max_tokens': int, 'temperature': float, 'top_p': float, 'top_k': int, 'seed': int, 'n': int,
-             'stream': bool}
+    kinds = {'prompt': str, 'max_tokens': int, 'temperature': float, 'top_p': float, 'top_k': int, 'seed': int,
+             'n': int, 'stream': bool}
     for key, kind in kinds.items():
         try:
             request[key] = typed(request[key], kind)
@@ -254,16 +254,18 @@ def choice(i, text, reason):
 
 
 PAGE = '''<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>nanoTriX</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>nanoTriX</title>
 <style>
-:root { color-scheme: light dark } body { font: 15px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem }
-textarea { width: 100%; height: 60vh; box-sizing: border-box; font: 14px/1.5 ui-monospace, monospace } input { width: 5rem }
-label { margin-right: 1rem }
+:root { color-scheme: light dark } input { width: 5rem } label { margin-right: 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem }
+textarea { width: 100%; height: 60vh; box-sizing: border-box; font: 14px/1.5 ui-monospace, monospace }
 </style></head><body>
 <p><label>new tokens <input id="max_tokens" type="number" value="200" min="1" max="4096"></label>
 <label>temperature <input id="temperature" type="number" value="0.8" min="0" step="0.1"></label>
 <label>seed <input id="seed" type="number" value="1"></label>
-<button id="go">Continue the text</button> <button id="stop" disabled>Stop</button> <span id="status" role="status"></span></p>
+<button id="go">Continue the text</button> <button id="stop" disabled>Stop</button>
+<span id="status" role="status"></span></p>
 <textarea id="text" aria-label="text" autofocus></textarea>
 <script>
 const get = id => document.getElementById(id)
@@ -277,7 +279,8 @@ get('go').onclick = async () => {
   get('stop').disabled = false
   get('status').textContent = ''
   try {
-    const response = await fetch('/v1/completions', { method: 'POST', body: JSON.stringify(request), signal: controller.signal })
+    const body = JSON.stringify(request)
+    const response = await fetch('/v1/completions', { method: 'POST', body, signal: controller.signal })
     if (!response.ok) throw new Error((await response.json()).error.message)
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
     let buffer = ''

@@ -177,7 +177,7 @@ def test_transformers_computes_the_same(name, tokenizer, tmp_path, monkeypatch, 
     assert other.config.model_type == name.split(',')[0] and other.dtype == torch.float32
     with torch.no_grad(), without_int8(model):
         assert (other(ids()).logits.log_softmax(-1) - model(ids()).log_softmax(-1)).abs().max() < 1e-4
-    assert 'same most likely token 100.00 %' in capsys.readouterr().out.splitlines()[-1]
+    assert 'same most likely token for 100.00 %' in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(UserError, match='hf already exists'):
         export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
     assert [path.name for path in tmp_path.iterdir()] == ['hf']
@@ -193,7 +193,7 @@ def test_a_document_mask_is_left_out_and_a_document_alone_has_the_same_logits(na
     monkeypatch.setattr(packed, 'load_model', lambda run, device: (model, state))
     export.main(['hf', 'run', str(tmp_path / 'hf'), '--device=cpu'])
     said = capsys.readouterr().out
-    assert 'other programs do not reset at an end of text' in said and 'same most likely token 100.00 %' in said.splitlines()[-1]
+    assert 'other programs do not reset at an end of text' in said and 'same most likely token for 100.00 %' in said.splitlines()[-1]
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
     assert (other(ids()).logits.log_softmax(-1) - document.log_softmax(-1)).abs().max() < 1e-4
 

@@ -236,6 +236,14 @@ def test_a_run_without_validation_is_judged_by_its_training_loss(tmp_path):
     assert 'plateau' not in screen(make(tmp_path / 'validated', [*flat, eval_line(4000, 3.0)]))
 
 
+@pytest.mark.skipif(not shutil.which('jq'), reason='jq is not installed')
+def test_the_jq_commands_of_the_readme_work(tmp_path):
+    make(tmp_path / 'runs/trix_tiny', samples=[sample_line(100, 'def', 'greedy', ' one'), sample_line(200, 'def', 'typical', ' two')])
+    commands = re.findall(r'^jq .*', (ROOT / 'README.md').read_text(), re.M)
+    shown = [subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout for command in commands]
+    assert shown == ['0\t9\n100\t5\n200\t4.5\n300\t4.75\n', 'def two\n']
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Following
 

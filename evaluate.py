@@ -211,8 +211,8 @@ def open_rows(options, state, verify):
     """
     The loader of the rows of ids that options.dataset names, a directory or shards:DIR. Splits them as train.py does.
 
-    If the run was trained on these rows, it is the run's own split. Rows without a tokenizer.json are taken as ids of the
-    run's tokenizer.
+    If the run was trained on these rows, it is the run's own split. Rows without a tokenizer.json are taken as ids of
+    the run's tokenizer.
     """
     from corpora.preparation import open_dataset  # here because its imports are slow
     rows = Path(options.dataset.removeprefix('shards:')).expanduser()

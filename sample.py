@@ -125,8 +125,8 @@ def packed_in_memory(model, state, pack, dtype):
     if pack == 'auto' and (device.type != 'cpu' or dtype != torch.float32 or not packed.decodes_in_cpp(model)):
         return model
     model = packed.in_memory(model)
-    print('ternary weights packed in memory for faster decoding; rounding differs from training in the last digits, '
-          'so a rare token can differ (--pack=no: weights as in the checkpoint)', file=sys.stderr)
+    print('ternary weights packed in memory for faster decoding (--pack=no: off; texts rarely differ, by rounding)',
+          file=sys.stderr)
     return model
 
 

@@ -1,6 +1,7 @@
 """
-A trained dense model as a ternary one, for export.py convert and bench.py convert. Its weights are rearranged and
-rounded as well as they can be. Training recovers what is lost thereby (--init_from, --distill_from, --anneal_steps).
+Convert a trained dense model into a ternary one, for export.py convert and bench.py convert. The weights are rearranged
+and rounded so that the loss grows as little as possible. Training then recovers most of that (--init_from,
+--distill_from, --anneal_steps).
 
     config, weights = split(model, tiles=8, top_k=6)  # dense FFN -> TriX: tiles of alike neurons
     config, weights = bitnet(model)                   # ternary blocks, or with 'bitnet_ffn' FFNs
@@ -20,7 +21,7 @@ from deploy.parity import PARITY_TOKENS, loss_of, real_text
 from files import named_at_last
 from model import ACTS, GPT, BitLinear, GPTConfig, TriX
 
-# Options of a run that its recovery does not take over: places, what depends on the length of the run, and hardware.
+# Options that the recovery does not copy from the run: paths, options that depend on the length of the run, hardware.
 NOT_KEPT = ('out_dir', 'init_from', 'distill_from', 'anneal_steps', 'resume', 'other_data', 'verify', 'plan', 'card_gb',
             'profile', 'max_steps', 'warmup_steps', 'restart_steps', 'decay_steps', 'boundary_step', 'mandatory_steps',
             'schedule', 'min_lr_ratio', 'eval_interval', 'save_interval', 'sample_interval', 'log_interval', 'keep',
@@ -38,11 +39,13 @@ def balanced_kmeans(points, k, rounds=30, seed=0):
     before = None
     for _ in range(rounds):
         near = points @ centres.T  # (N, k)
-        owner, left = [-1] * len(points), [size] * k
+        owner = [-1] * len(points)
+        left = [size] * k  # free places of each cluster
         for pair in near.flatten().argsort(descending=True).tolist():
             point, centre = divmod(pair, k)
             if owner[point] < 0 and left[centre]:
-                owner[point], left[centre] = centre, left[centre] - 1
+                owner[point] = centre
+                left[centre] -= 1
         if owner == before:
             break
         before, owner = owner, torch.tensor(owner)

@@ -78,7 +78,7 @@ def loss_by_position(model, data, device, dtype):
     size = max(1, 4 * HEAD_ROWS // T)
     for i in range(0, len(windows), size):
         x, y = (torch.from_numpy(part).to(device) for part in data.val_batch(windows[i:i + size]))
-        with autocast(device, dtype):
+        with autocast(device, dtype), model.fixed_weights():
             hidden, weight, cap, _ = model.soft_targets(x, 1.0)  # (B T, C), (V, C)
             losses = torch.cat([losses_of(*part, weight, cap) for part in zip(
                 hidden.split(HEAD_ROWS), y.flatten().split(HEAD_ROWS))])  # (B T,)
@@ -199,7 +199,7 @@ def html_page(results, details):
 
 def markdown(results, details):
     def cell(value):
-        return value.replace('|', '\\|').replace('\n', ' ').strip()
+        return value.replace('|', '\\|').replace('<', '&lt;').replace('\n', ' ').strip()
 
     def table(lines):
         head, *body = [f'| {" | ".join(map(cell, line))} |' for line in lines]

@@ -31,7 +31,8 @@ def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_
     """Continue the prompts idx (B, T >= 1). Yields the next token (B,) int64, up to max_new_tokens times.
 
     Only the first n_vocab ids can be chosen, because the model's vocabulary may be padded beyond the tokenizer's.
-    The weights must not change before the last token. Each token costs one step with the cache. When the context is full, generation continues from its last half."""
+    The weights must not change before the last token. Each token costs one step with the cache. When the context is
+    full, generation continues from its last half."""
     training, size = model.training, model.config.block_size
     model.eval()
     generator = torch.Generator().manual_seed(seed)

@@ -38,14 +38,22 @@ class UserError(Exception):
 
 
 class Config:
-    """Every key is an attribute. `origin` maps keys to 'default', 'config/x.py' or 'command line', in field order."""
+    """
+    Every key is an attribute. `origin` maps keys to 'default', 'config/x.py' or 'command line', in field order.
+    `files` are the config files, in order.
+    """
 
-    def __init__(self, values, origin):
-        vars(self).update(values, origin=origin)
+    def __init__(self, values, origin, files=()):
+        vars(self).update(values, origin=origin, files=tuple(files))
 
     def __setattr__(self, key, value):
         assert key in self.origin, f'config.{key} = ...: no class has such a field{nearest(key, self.origin)}'
         vars(self)[key] = value
+
+    def precedence(self, key):
+        """Where the value of `key` comes from, as a number: 0 the default, then the config files, then the command line."""
+        where = self.origin[key]
+        return self.files.index(where) + 1 if where in self.files else (len(self.files) + 1) * (where == 'command line')
 
     def pick(self, cls):
         """An instance of one of the dataclasses, with the values of this config."""
@@ -122,7 +130,7 @@ def load(argv, *classes, positional=(), usage='', check=None):
             continue
         assign('command line', key, parse(text, kinds.get(key)), f'--{key}={text!r}')
 
-    config = Config(values, origin)
+    config = Config(values, origin, paths)
     problems = unreadable + unknown
     if not unreadable:
         problems += [problem for cls in classes if hasattr(cls, 'problems') for problem in config.pick(cls).problems()]
@@ -141,7 +149,7 @@ def schema(classes):
             key, kind = field.name, hints[field.name]
             where = f'{cls.__name__}.{key}'
             assert key not in kinds, f'{where}: another class has this field, rename one'
-            assert key != 'origin' and not hasattr(Config, key), f'{where}: Config uses this name, rename it'
+            assert key not in ('origin', 'files') and not hasattr(Config, key), f'{where}: Config uses this name, rename it'
             assert kind in KINDS and field.default is not MISSING, f'{where}: give it a default and a type of KINDS'
             kinds[key], values[key] = kind, field.default
     return kinds, values

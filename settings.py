@@ -14,6 +14,8 @@ from configurator import UserError
 from model import GPTConfig
 from optim import OPTIMIZERS
 
+INTERVALS = ('eval_interval', 'save_interval', 'keep_every', 'archive_every')  # in steps; each has a twin in tokens
+
 
 @dataclass
 class TrainConfig:
@@ -23,6 +25,11 @@ class TrainConfig:
     document_starts: float = 0.0  # share of the training windows that begin with an end-of-text token and a document, as samples do
     packing: str = 'stream'  # training rows: stream (windows of the token stream) or best_fit (documents, cut only if too long)
     max_steps: int = 1000  # optimizer steps
+    epochs: float = 0.0  # passes over the training data, instead of max_steps (0: max_steps decides)
+    max_windows: int = 0  # train on only the first windows (sequences of block_size tokens) of the data (0: all of them)
+    max_hours: float = 0.0  # shorten the run, schedule included, to end in this time; speed is measured on the way (0: no limit)
+    stop_on: str = ''  # plateau: stop when the loss has not improved for plateau_steps steps (empty: train to the end)
+    plateau_steps: int = 0  # stop_on=plateau: steps without an improvement
     batch_size: int = 16  # sequences in a micro-step of each process, at most
     batch_tokens: int = 0  # tokens in an optimizer step over all processes, a multiple of batch_size * block_size (0: just that)
     learning_rate: float = 1e-3  # peak, after the warm-up
@@ -41,13 +48,20 @@ class TrainConfig:
     beta2: float = 0.95  # AdamW: decay of the mean of their squares
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     eval_interval: int = 100  # steps between validations; like every interval, 0 switches it off
+    eval_interval_tokens: int = 0  # the same in tokens, instead of steps: at the first step that passes a multiple (0: not used)
     eval_tokens: int = 65_536  # tokens of a validation, always the same windows (0: all of the split)
     log_interval: int = 10  # steps between lines on the console and in metrics.jsonl
     sample_interval: int = 100  # steps between samples, none at step 0: every prompt, greedy, typical and wild
     sample_prompts: str = '|The|In this|def|import'  # prompts of those samples, '|' between them (empty: the start of a document)
     sample_tokens: int = 64  # tokens of each
-    save_interval: int = 100  # steps between checkpoints (there is one at the end and at every better validation, too)
-    keep: int = 3  # newest checkpoints that are kept, beside the best and the mandatory ones (0: all)
+    save_interval: int = 100  # steps between checkpoints; there is one at the end, too (0: no checkpoints)
+    save_interval_tokens: int = 0  # the same in tokens, instead of steps (0: not used)
+    save_on_best: bool = True  # also save a checkpoint whenever the validation loss improves
+    keep: int = 3  # number of newest checkpoints to keep, beside the best one and those that are never deleted (0: all)
+    keep_every: int = 0  # steps between checkpoints that are never deleted (0: none)
+    keep_every_tokens: int = 0  # the same in tokens, instead of steps (0: not used)
+    archive_every: int = 0  # steps between archives: weights without optimizer state, never deleted, in archives/ (0: none)
+    archive_every_tokens: int = 0  # the same in tokens, instead of steps (0: not used)
     mandatory_steps: tuple[int, ...] = ()  # steps with a checkpoint that is never deleted (two_stage adds both sides of its boundary)
     max_skipped: int = 5  # steps in a row with a non-finite loss or gradient, or a spike, that end the run
     spike_z: float = 0.0  # skip a step whose loss is this many standard deviations above the mean of the last spike_window (0: never)
@@ -75,60 +89,129 @@ class TrainConfig:
 
     def problems(self):
         found = [f'{key}={getattr(self, key)} must be at least 1' for key in
-                 ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'compile_timeout', 'dist_timeout') if getattr(self, key) < 1]
-        if not 0 < self.learning_rate < math.inf:
-            found.append(f'learning_rate={self.learning_rate} must be over 0')
-        if self.seed >= 2**63:
-            found.append(f'seed={self.seed} must be below 2^63')
+                 ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'compile_timeout',
+                  'dist_timeout') if getattr(self, key) < 1]
         found += [f'{key}={getattr(self, key)} must not be negative' for key in
-                  ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_interval', 'eval_tokens', 'log_interval',
-                   'sample_interval', 'save_interval', 'keep', 'spike_z', 'seed') if getattr(self, key) < 0]
-        if not 0 <= self.card_gb < math.inf:
-            found.append(f'card_gb={self.card_gb}: expected the memory of a card in GB, or 0')
+                  ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_tokens', 'log_interval', 'sample_interval', 'keep', 'spike_z',
+                   'seed', 'anneal_steps', 'max_windows', 'plateau_steps', *INTERVALS, *(f'{key}_tokens' for key in INTERVALS))
+                  if getattr(self, key) < 0]
         found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2') if not 0 <= getattr(self, key) < 1]
-        if not 0 <= self.distill_weight <= 1:
-            found.append(f'distill_weight={self.distill_weight} must lie in [0, 1]')
         if not 0 <= self.document_starts < 1:
             found.append(f'document_starts={self.document_starts} must lie in [0, 1)')
         elif self.document_starts and self.packing == 'best_fit':
-            found.append(f'document_starts={self.document_starts} is for packing=stream: with best_fit every row begins with a document')
-        if not 0 <= self.anneal_steps <= max(1, self.max_steps):
-            found.append(f'anneal_steps={self.anneal_steps} must lie between 0 and max_steps={self.max_steps}')
+            found.append(f'document_starts={self.document_starts} is for packing=stream: '
+                         'with best_fit every row begins with a document')
         found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}' for key, choices in
                   (('optimizer', OPTIMIZERS), ('parallel', ('ddp', 'fsdp')), ('packing', ('stream', 'best_fit')))
                   if getattr(self, key) not in choices]
-        if wrong := [step for step in self.mandatory_steps if not 0 < step <= self.max_steps]:
-            found.append(f'mandatory_steps={",".join(map(str, wrong))}: the run ends at max_steps={self.max_steps}')
+        if not 0 < self.learning_rate < math.inf:
+            found.append(f'learning_rate={self.learning_rate} must be greater than 0')
+        if self.seed >= 2**63:
+            found.append(f'seed={self.seed} must be below 2^63')
+        if not 0 <= self.card_gb < math.inf:
+            found.append(f'card_gb={self.card_gb}: expected the memory of a card in GB, or 0')
+        if not 0 <= self.max_hours < math.inf:
+            found.append(f'max_hours={self.max_hours}: expected a number of hours, or 0 for no limit')
+        if not 0 <= self.distill_weight <= 1:
+            found.append(f'distill_weight={self.distill_weight} must lie in [0, 1]')
+        if self.stop_on not in ('', 'plateau'):
+            found.append(f'stop_on={self.stop_on!r}: expected plateau, or nothing')
+        elif bool(self.stop_on) != (self.plateau_steps > 0):
+            found.append('--stop_on=plateau and --plateau_steps=N need each other: N is the number of steps without an improvement')
         if self.matrix_lr and self.optimizer != 'muon':
             found.append(f'matrix_lr={self.matrix_lr} is for --optimizer=muon')
         if self.parallel == 'fsdp' and self.optimizer == 'muon':
             found.append('optimizer=muon needs whole matrices: use --parallel=ddp, or --optimizer=adamw')
         if self.parallel == 'fsdp' and self.dtype == 'float16':
-            found.append('dtype=float16 can\'t be scaled over sharded gradients: use --dtype=bfloat16 or --parallel=ddp')
+            found.append('dtype=float16 is not possible with sharded gradients: use --dtype=bfloat16 or --parallel=ddp')
         return found
 
 
 def load(argv, usage=__doc__):
     """Command line -> checked config. A pure function. UserError with one line per problem."""
-    config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage,
-                               check=lambda c: batch_problems(c) + schedule_problems(c) + annealing_problems(c))
-    files = [Path(word).stem for word in argv if word.endswith('.py') and not word.startswith('--')]
-    config.out_dir = os.path.expanduser(config.out_dir) or f'runs/{"-".join(files) or "default"}'
-    config.batch_tokens = config.batch_tokens or config.batch_size * config.block_size
+    config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage, check=problems)
+    names = [Path(file).stem for file in config.files]
+    config.out_dir = os.path.expanduser(config.out_dir) or f'runs/{"-".join(names) or "default"}'
     return config
 
 
+def problems(config):
+    """The problems of options that depend on each other, one string each. Also completes the config."""
+    found = choose_one_of_two(config) + batch_problems(config)
+    config.batch_tokens = config.batch_tokens or config.batch_size * config.block_size
+    if config.precedence('epochs') and not 0 < config.epochs < math.inf:
+        found.append(f'epochs={config.epochs:g} must be greater than 0: leave it out to train for max_steps')
+    if config.epochs and config.dataset == 'fineweb_edu':
+        found.append(f'epochs={config.epochs:g}: how much of fineweb_edu is prepared follows from max_steps: '
+                     'give --max_steps, or a prepared directory as --dataset')
+    if config.anneal_steps and (config.ffn != 'trix' or config.trix_router == 'hash'):
+        found.append(f'anneal_steps={config.anneal_steps} needs ffn=trix, and a trix_router other than hash')
+    return found if config.epochs else found + step_problems(config)  # with epochs, the data decide the steps
+
+
+def choose_one_of_two(config):
+    """
+    Of two options that exclude each other, the one that is set later stays: the command line comes after all files.
+    Resets the other one to its default. Returns the problems: pairs that are set in the same place.
+    """
+    found = []
+    for steps, other in (('max_steps', 'epochs'), *((key, f'{key}_tokens') for key in INTERVALS)):
+        first, second = config.precedence(steps), config.precedence(other)
+        if not first or not second or not getattr(config, other):
+            continue
+        if first == second:
+            found.append(f'{config.origin[other]}: {steps} and {other} are both set: leave one of them out')
+            continue
+        winner, loser = (steps, other) if first > second else (other, steps)
+        config.origin[loser] = f'not used, because {config.origin[winner]} sets {winner}'
+        setattr(config, loser, TrainConfig.__dataclass_fields__[loser].default)
+    return found
+
+
+def resolve_steps(config, n_windows, step=0, windows=0):
+    """
+    Set max_steps from `epochs`, and all step counts that depend on it. Without `epochs`, nothing changes.
+
+    The run reads round(epochs * n_windows) windows. If this is no multiple of the windows per step, the last step also
+    reads the first windows of the next pass.
+    n_windows: windows of the training data. step, windows: the steps done and windows read so far, of a resumed run.
+    UserError with one line per problem.
+    """
+    if not config.epochs:
+        return
+    per_step = config.batch_tokens // config.block_size
+    left = max(0, round(config.epochs * n_windows) - windows)
+    config.max_steps = max(1, step + -(-left // per_step))
+    if found := step_problems(config):
+        raise UserError(*(f'epochs={config.epochs:g} is {config.max_steps:,} steps here: {problem}' for problem in found))
+
+
+def step_problems(config):
+    """The problems of options that count steps, one string each. Also sets the automatic warm-up."""
+    found = schedule_problems(config)
+    if config.anneal_steps > max(1, config.max_steps):
+        found.append(f'anneal_steps={config.anneal_steps} is longer than the run of max_steps={config.max_steps}')
+    if wrong := [step for step in config.mandatory_steps if not 0 < step <= config.max_steps]:
+        found.append(f'mandatory_steps={",".join(map(str, wrong))}: the run ends at max_steps={config.max_steps}')
+    return found
+
+
 def schedule_problems(config):
-    """The problems of the schedule, one string each. Also completes the config: it sets automatic warm-up steps. If
-    --max_steps shortens the run of a config file and the file's step counts no longer fit, it sets the automatic
-    step counts."""
+    """
+    The problems of the schedule, one string each. Also completes the config: it sets automatic warm-up steps. If the
+    command line shortens the run of a config file and the file's step counts no longer fit, it sets the automatic step
+    counts.
+    """
     parts = {'warmup_steps': -1, 'restart_steps': 0, 'decay_steps': 0, 'boundary_step': 0}
+    if config.warmup_steps == -1:
+        config.origin['warmup_steps'] = 'default'
     for _ in range(2):
-        if config.warmup_steps == -1:
+        if config.origin['warmup_steps'].startswith(('default', 'automatic')):
             config.warmup_steps = max(0, config.max_steps // (10 if config.schedule == 'onecycle' else 20))
         found = schedules.problems(config) if config.max_steps >= 1 else []
         short = [key for key in parts if config.origin[key] not in ('default', 'command line')]
-        if not found or config.origin['max_steps'] != 'command line' or not short:
+        shortened = 'command line' in (config.origin[key] for key in ('max_steps', 'epochs', 'max_windows'))
+        if not found or not shortened or not short:
             break
         for key in short:
             setattr(config, key, parts[key])
@@ -145,12 +228,6 @@ def batch_problems(config):
     return [f'batch_tokens={config.batch_tokens} is no multiple of batch_size * block_size = {micro}; the nearest are {nearest}']
 
 
-def annealing_problems(config):
-    if config.anneal_steps and (config.ffn != 'trix' or config.trix_router == 'hash'):
-        return [f'anneal_steps={config.anneal_steps} needs ffn=trix, and no trix_router=hash, which knows only trix_top_k tiles of a token']
-    return []
-
-
 def micro_batches(config, world):
     """(sequences per micro-step and process, micro-steps per step). UserError if the processes can't split a step."""
     rows = config.batch_tokens // config.block_size
@@ -162,3 +239,25 @@ def micro_batches(config, world):
         raise UserError(f'batch_tokens={config.batch_tokens} is {rows} sequences, which {world} processes can\'t share in micro-steps '
                         f'of {size}; the nearest batch_tokens that they can are {nearest} (or change batch_size or the processes)')
     return size, rows // (world * size)
+
+
+def is_on(config, key):
+    """Whether an interval of INTERVALS, or another one in steps, is not switched off."""
+    return bool(getattr(config, f'{key}_tokens', 0) or getattr(config, key))
+
+
+def is_due(config, key, step, tokens):
+    """Whether the action with the interval `key` is due after `step` steps and `tokens` tokens."""
+    if every := getattr(config, f'{key}_tokens', 0):
+        return tokens // every > (tokens - config.batch_tokens) // every  # this step has passed a multiple
+    every = getattr(config, key)
+    return every > 0 and step % every == 0
+
+
+def due_steps(config, key):
+    """The steps from 1 to max_steps at which the action with the interval `key` is due."""
+    if every := getattr(config, f'{key}_tokens', 0):
+        times = config.max_steps * config.batch_tokens // every
+        return {-(-number * every // config.batch_tokens) for number in range(1, times + 1)}
+    every = getattr(config, key)
+    return set(range(every, config.max_steps + 1, every)) if every else set()

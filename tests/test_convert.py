@@ -193,7 +193,7 @@ def test_a_teacher_with_more_entries_is_refused(dense, corpus, tmp_path):
 @pytest.mark.parametrize('words, what', [
     (['--init_from=RUN'], 'do not fit the model'), (['--init_from=nowhere'], 'nowhere: no such run or checkpoint'),
     (['--distill_from=nowhere'], 'nowhere: no such run or checkpoint'), (['--distill_weight=1.5'], 'distill_weight=1.5 must lie in [0, 1]'),
-    (['--anneal_steps=99'], 'anneal_steps=99 must lie between 0 and max_steps=40'), (['--anneal_steps=3', '--ffn=gelu'], 'anneal_steps=3 needs ffn=trix'),
+    (['--anneal_steps=99'], 'anneal_steps=99 is longer than the run of max_steps=40'), (['--anneal_steps=3', '--ffn=gelu'], 'anneal_steps=3 needs ffn=trix'),
     (['--trix_cut=gelu', '--ffn=relu2'], 'trix_cut=gelu needs ffn=trix'), (['--trix_cut=silu'], "trix_cut='silu' is not one of")])
 def test_options_that_cannot_be_are_refused(words, what, dense, corpus, tmp_path):
     code, said = finish(arguments(corpus, tmp_path / 'run', *(word.replace('RUN', str(dense)) for word in words)))

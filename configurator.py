@@ -29,6 +29,8 @@ from typing import get_type_hints
 
 KINDS = {int: 'int', float: 'float', bool: 'bool', str: 'str', tuple[int, ...]: 'int,int,...'}  # type names for users
 
+BOOLS = {'true': True, '1': True, 'yes': True, 'on': True, 'false': False, '0': False, 'no': False, 'off': False}
+
 
 class UserError(Exception):
     """A mistake of the user or in an input: UserError('one problem', 'another'). str() gives one line per problem."""
@@ -59,6 +61,9 @@ class Config:
         """An instance of one of the dataclasses, with the values of this config."""
         return cls(**{field.name: getattr(self, field.name) for field in fields(cls)})
 
+    def copy(self):
+        return Config({key: getattr(self, key) for key in self.origin}, dict(self.origin), self.files)
+
     def as_dict(self):
         """Plain values in field order. Tuples become lists, so the dict is unchanged by a round trip through JSON."""
         values = {key: getattr(self, key) for key in self.origin}
@@ -75,15 +80,19 @@ class Config:
                          for line in lines) or 'every option has its default (--help lists them)'
 
 
-def load(argv, *classes, positional=(), usage='', check=None):
+def load(argv, *classes, positional=(), usage='', check=None, folder='', bare=None, spellings=None, aliases=None):
     """
     Resolve the command line against dataclasses -> Config. Raises UserError with all problems at once.
 
     positional: fields that are filled, in order, by words that are neither --key=value nor a .py file.
     Invalid combinations are found by a class's own `problems(self) -> list[str]`, and across classes by
     `check(config) -> list[str]`.
+    folder: where config files are looked for. `trix_tiny` then means `<folder>/trix_tiny.py`.
+    bare: {key: what a bare --key means}. spellings: {key: {another spelling of a value: the value}}.
+    aliases: {key of another program: the key here, or a sentence that says what to do}, for errors.
     """
     kinds, values = schema(classes)
+    aliases, spellings = aliases or {}, spellings or {}
     assert set(positional) <= set(kinds), f'positional={positional}: name fields of the classes'
     if '--help' in argv or '-h' in argv:
         print('\n\n'.join([(usage or '').strip(), *map(describe, classes)]).strip(), flush=True)
@@ -94,14 +103,18 @@ def load(argv, *classes, positional=(), usage='', check=None):
 
     def assign(where, key, value, written):
         if key not in kinds:
-            unknown.append(f'{where}: unknown key {key!r}{nearest(key, kinds)}')
+            unknown.append(f'{where}: unknown key {key!r}{hint(key, kinds, aliases)}')
             return
+        if isinstance(value, str):
+            value = spellings.get(key, {}).get(value.lower(), value)
         try:
             values[key], origin[key] = typed(value, kinds[key]), where
         except (ValueError, OverflowError):
             unreadable.append(f'{written}: expected {KINDS[kinds[key]]}')
 
-    paths = [item for item in argv if item.endswith('.py') and not item.startswith('--')]
+    pairs = split(argv, kinds, bare or {}, positional)
+    files = [None if key else config_file(word, folder) for key, word in pairs]
+    paths = [path for path in files if path]
     for path in paths:
         try:
             assigned = run_file(path, values)
@@ -112,23 +125,20 @@ def load(argv, *classes, positional=(), usage='', check=None):
             assign(path, key, value, f'{path}: {key} = {value!r}')
 
     slots = iter(positional)
-    for item in argv:
-        if item.startswith('--'):
-            key, equals, text = item[2:].partition('=')
-            key = key.replace('-', '_')
-            if not equals and kinds.get(key, bool) is not bool:
-                unreadable.append(f'--{key} needs a value: --{key}=...')
-                continue
-            text = text if equals else 'true'
-        elif item in paths:
+    for (key, text), path in zip(pairs, files):
+        if path:
             continue
-        elif key := next(slots, None):
-            text = item
+        if text is None:
+            unreadable.append(f'--{key} needs a value: --{key}=...')
+            continue
+        if not key:
+            key = next(slots, None)
+        if key:
+            assign('command line', key, parse(text, kinds.get(key)), f'--{key}={text!r}')
+        elif positional:
+            unknown.append(f'unexpected argument {text!r}')
         else:
-            unknown.append(f'unexpected argument {item!r}' if positional else
-                             f'{item}: not a config file (they end in .py) and not --key=value')
-            continue
-        assign('command line', key, parse(text, kinds.get(key)), f'--{key}={text!r}')
+            unknown.append(f'{text}: not a config file (they end in .py) and not --key=value{meant(text, kinds, folder)}')
 
     config = Config(values, origin, paths)
     problems = unreadable + unknown
@@ -138,6 +148,52 @@ def load(argv, *classes, positional=(), usage='', check=None):
     if problems:
         raise UserError(*problems)
     return config
+
+
+def split(argv, kinds, bare, positional):
+    """
+    The command line as pairs (key, text): ('n_layer', '3') for --n_layer=3 and for --n_layer 3, (None, word) for another
+    word. The text is None if a value is missing.
+    """
+    pairs, words = [], list(argv)
+    while words:
+        item = words.pop(0)
+        if not item.startswith('--'):
+            pairs.append((None, item))
+            continue
+        key, equals, text = item[2:].partition('=')
+        key = key.replace('-', '_')
+        kind = kinds.get(key)
+        follows = bool(words) and not words[0].startswith('--') and not words[0].endswith('.py')
+        if not equals and follows and (kind not in (bool, None) or not positional and (kind is None or words[0].lower() in BOOLS)):
+            text = words.pop(0)
+        elif not equals:
+            text = 'true' if kind in (bool, None) else bare.get(key)
+        pairs.append((key, text))
+    return pairs
+
+
+def config_file(word, folder):
+    """The config file that a word of the command line names, with or without the folder and '.py'. None: no file."""
+    candidates = [word, f'{word}.py', f'{folder}/{word}', f'{folder}/{word}.py'] if folder else [word]
+    found = [path for path in candidates if path.endswith('.py') and Path(path).is_file()]
+    return found[0] if found else word if word.endswith('.py') else None
+
+
+def hint(key, kinds, aliases):
+    """What to write instead of an unknown key."""
+    meaning = aliases.get(key)
+    if not meaning:
+        return nearest(key, kinds)
+    return f', did you mean {meaning!r}?' if meaning in kinds else f': {meaning}'
+
+
+def meant(word, kinds, folder):
+    """What a stray word of the command line may mean."""
+    if word.lstrip('-').partition('=')[0].replace('-', '_') in kinds:
+        return f", did you mean '--{word.lstrip('-')}'?"
+    files = {file.stem: str(file) for file in Path(folder).glob('*.py')} if folder else {}
+    return nearest(Path(word).stem, files, files.get)
 
 
 def schema(classes):
@@ -182,7 +238,7 @@ def run_file(path, values):
 def parse(text, kind):
     """The Python value in `text`. Invalid text is returned unchanged, and `typed` then rejects it."""
     if kind is bool:
-        return {'true': True, '1': True, 'false': False, '0': False}.get(text.lower(), text)
+        return BOOLS.get(text.lower(), text)
     if kind == tuple[int, ...]:
         return [parse(part, int) for part in text.split(',')] if text else []
     if kind in (int, float):

@@ -174,12 +174,12 @@ def test_text_that_is_no_tuple_of_ints_is_refused(text):
     assert problems_of(f'--mandatory_steps={text}') == [f"--mandatory_steps='{text}': expected int,int,..."]
 
 
-@pytest.mark.parametrize('text, value', [('true', True), ('FALSE', False), ('1', True), ('0', False)])
-def test_a_bool_is_written_true_false_1_or_0(text, value):
+@pytest.mark.parametrize('text, value', [('true', True), ('FALSE', False), ('1', True), ('0', False), ('yes', True), ('no', False), ('on', True), ('Off', False)])
+def test_a_bool_is_written_true_false_yes_no_on_off_1_or_0(text, value):
     assert config_of(f'--bias={text}').bias is value
 
 
-@pytest.mark.parametrize('text', ['yes', '', '2', 'none'])
+@pytest.mark.parametrize('text', ['ja', '', '2', 'none'])
 def test_text_that_is_no_bool_is_refused(text):
     assert problems_of(f'--bias={text}') == [f"--bias='{text}': expected bool"]
 
@@ -217,7 +217,51 @@ def test_words_fill_the_positional_fields_in_turn_and_one_too_many_is_named():
 
 
 def test_a_stray_word_is_told_what_it_could_be():
-    assert problems_of('n_layer=3') == ['n_layer=3: not a config file (they end in .py) and not --key=value']
+    stray = 'not a config file (they end in .py) and not --key=value'
+    assert problems_of('n_layer=3', '-n-head=3', 'word') == [f"n_layer=3: {stray}, did you mean '--n_layer=3'?",
+                                                             f"-n-head=3: {stray}, did you mean '--n-head=3'?", f'word: {stray}']
+
+
+def test_a_value_may_follow_after_a_blank_where_only_a_value_can_stand(write):
+    path = write('n_layer = 7')
+    config = config_of('--n_head', '8', '--bias', 'no', '--dataset', 'a b', path, '--warmup-steps', '-3')
+    assert (config.n_layer, config.n_head, config.bias, config.dataset, config.warmup_steps) == (7, 8, False, 'a b', -3)
+    assert problems_of('--n_head', path) == ['--n_head needs a value: --n_head=...']
+    assert problems_of('--n_head', '--bias') == ['--n_head needs a value: --n_head=...']
+    assert config_of('--bias', path).bias is True
+    config = config_of('--bias', 'no', '--n_head', '8', positional=('dataset',))  # a word could be the dataset
+    assert (config.bias, config.dataset, config.n_head) == (True, 'no', 8)
+
+
+def test_a_bare_key_can_have_a_meaning_of_its_own(write):
+    bare = {'dataset': 'auto'}
+    assert config_of('--dataset', write(''), bare=bare).dataset == 'auto'
+    assert config_of('--dataset', 'other', bare=bare).dataset == 'other' and config_of('--dataset=', bare=bare).dataset == ''
+
+
+def test_other_spellings_of_a_value_are_accepted_in_files_too(write):
+    spellings = {'dataset': {'wiki-text': 'wikitext'}}
+    assert config_of('--dataset=Wiki-Text', spellings=spellings).dataset == 'wikitext'
+    assert config_of(write("dataset = 'wiki-text'"), spellings=spellings).dataset == 'wikitext'
+    assert config_of('--dataset=Other', spellings=spellings).dataset == 'Other'
+
+
+def test_a_key_of_another_program_is_answered_with_ours_or_with_what_to_do(write):
+    aliases = {'lr': 'learning_rate', 'no_eval': 'use --eval_interval=0'}
+    assert problems_of('--lr', '1e-3', '--no-eval', write('lr = 1'), aliases=aliases) == [
+        "config/x.py: unknown key 'lr', did you mean 'learning_rate'?",
+        "command line: unknown key 'lr', did you mean 'learning_rate'?",
+        "command line: unknown key 'no_eval': use --eval_interval=0"]
+
+
+def test_a_config_file_may_be_named_without_its_folder_and_ending(write):
+    path = write('n_layer = 6')
+    for word in ('x', 'x.py', 'config/x', path):
+        config = config_of(word, folder='config')
+        assert config.n_layer == 6 and config.files == (path,) and config.origin['n_layer'] == path
+    assert problems_of('xx', folder='config') == [
+        "xx: not a config file (they end in .py) and not --key=value, did you mean 'config/x.py'?"]
+    assert problems_of('x') == ['x: not a config file (they end in .py) and not --key=value']  # only where a folder is given
 
 
 # ----------------------------------------------------------------------------------------------------------------------

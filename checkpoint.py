@@ -24,6 +24,7 @@ from configurator import UserError, typed
 from files import replacing
 from model import GPT, GPTConfig
 from schedule import schedule, top_k
+from settings import fit_steps, resolve_steps
 
 VERSION = 1
 # Every checkpoint has these keys. The tokenizer is None if the training shards had none.
@@ -114,15 +115,19 @@ def resume(config, data, world, say=print):
     if path == source and own and path.name < there[-1].name:
         raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
                         f'or from here in another directory by --out_dir={out}-2')
-    saved = {**vars(GPTConfig()), 'packing': 'stream', 'document_starts': 0.0, **state['config']}  # older checkpoints lack newer options
+    theirs, ours = state['data'].get('fingerprint'), data.fingerprint
+    state.setdefault('windows', state['tokens'] // config.block_size)  # older checkpoints don't count windows
+    resolve_steps(config, data.n_windows, state['step'], state['windows'] if theirs == ours else 0)
+    if config.max_hours and state.get('fitted_steps'):
+        fit_steps(config, config.copy(), state['fitted_steps'])
+    older = {'packing': 'stream', 'document_starts': 0.0, 'max_windows': 0}  # older checkpoints lack these options
+    saved = {**vars(GPTConfig()), **older, **state['config']}
     changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
     # chunk_size does not change the result. eot_id comes from the tokenizer.
     model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | {'optimizer'}
     if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: that can\'t change on the way'
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)
-    theirs, ours = state['data'].get('fingerprint'), data.fingerprint
-    state.setdefault('windows', state['tokens'] // config.block_size)  # older checkpoints don't count windows
     same_tokenizer(state, data, path)
     if theirs != ours and not config.other_data:
         raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {theirs}, here {ours}): use that again '
@@ -153,6 +158,8 @@ def consequences(changed, saved, config, state):
                f'(at {old:,} tokens a step: {state["tokens"] + left * old:,})')
     if 'seed' in changed and state['windows']:
         yield 'another seed is another order of the data: windows of this epoch may come twice or not at all'
+    if 'max_windows' in changed and state['windows']:
+        yield 'another max_windows is another order of the data: this run may read a window of this epoch twice or not at all'
     if ('packing' in changed or 'document_starts' in changed) and state['windows']:
         yield 'another packing or document_starts makes other rows: this run may read a text of this epoch twice or not at all'
     try:

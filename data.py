@@ -238,6 +238,10 @@ class TokenData:
                             f'is outside the vocabulary of {self.n_vocab}: {self.again}')
         return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
+    def limit(self, windows):
+        """Train on only the first windows of the data from now on."""
+        self.n_windows = min(windows, self.n_windows)
+
     def repeats(self, tokens):
         """A line that says how often a run of so many tokens reads the training data. None if it repeats nothing."""
         times = tokens / (self.n_windows * self.block_size)

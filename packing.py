@@ -47,15 +47,22 @@ class DocumentStarts(TokenData):
         self.plain_windows = data.n_windows
         self.extra_windows = round(data.n_windows * share / (1 - share))
         self.n_windows += self.extra_windows
+        self.last = self.train_tokens - self.block_size - 1  # the last position where a window can begin
+
+    def limit(self, windows):
+        """Train on only the first windows of the data from now on. The share of those that begin with a document stays."""
+        windows = min(windows, self.n_windows)
+        self.extra_windows = round(windows * self.extra_windows / self.n_windows)
+        self.n_windows, self.plain_windows = windows, windows - self.extra_windows
+        self.last = min(self.last, self.plain_windows * self.block_size)
 
     def position(self, split, window):
         """The position of a window's first token in its split."""
         if split != 'train' or window < self.plain_windows:
             return super().position(split, window)
-        last = self.train_tokens - self.block_size - 1  # the last position where a window can begin
-        target = (window - self.plain_windows) * last // self.extra_windows
-        for start in range(target, last + 1, SEARCHED):
-            found = np.flatnonzero(self.read('train', start, min(start + SEARCHED, last + 1)) == self.eot)
+        target = (window - self.plain_windows) * self.last // self.extra_windows
+        for start in range(target, self.last + 1, SEARCHED):
+            found = np.flatnonzero(self.read('train', start, min(start + SEARCHED, self.last + 1)) == self.eot)
             if len(found):
                 return start + int(found[0])
         return target  # no document begins after it: a window like any other
@@ -166,6 +173,12 @@ class PackedRows(TokenData):
                                   for begin, size in zip(self.begin[part].tolist(), self.size[part].tolist())])
             x[i, :len(ids)], y[i, :len(ids) - 1] = ids[:T], ids[1:]
         return x, y
+
+    def limit(self, windows):
+        """Train on only the first rows of the data from now on, in the order of their first documents."""
+        order = np.argsort(self.begin[self.first[self.used_rows]], kind='stable')
+        self.used_rows = self.used_rows[order[:windows]]
+        self.n_windows = len(self.used_rows)
 
     def summary(self):
         """One line: the share of text in the rows and the share of cut documents."""

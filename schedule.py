@@ -108,6 +108,12 @@ def boundary(config):
     return (config.boundary_step or config.max_steps // 2) if config.schedule == 'two_stage' else None
 
 
+def both_sides(config):
+    """two_stage: the steps whose checkpoints lie on both sides of the boundary. Empty for other schedules."""
+    edge = boundary(config)
+    return set() if edge is None else {edge, edge + 1}
+
+
 def decay(config):
     """wsd: the length of the decay in steps."""
     return config.decay_steps or max(1, config.max_steps // 5)

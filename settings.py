@@ -14,7 +14,28 @@ from configurator import UserError
 from model import GPTConfig
 from optim import OPTIMIZERS
 
+AUTOMATIC = {'warmup_steps': -1, 'restart_steps': 0, 'decay_steps': 0, 'boundary_step': 0}  # values that mean: automatic
 INTERVALS = ('eval_interval', 'save_interval', 'keep_every', 'archive_every')  # in steps; each has a twin in tokens
+
+SPELLINGS = {  # of values: what others write -> what is written here
+    'dtype': {'bf16': 'bfloat16', 'fp16': 'float16', 'half': 'float16', 'fp32': 'float32', 'float': 'float32'},
+    'dataset': {'wikitext-2': 'wikitext2', 'wikitext-103': 'wikitext103', 'wikitext_2': 'wikitext2',
+                'wikitext_103': 'wikitext103', 'fineweb-edu': 'fineweb_edu'},
+    'compile': {'yes': 'true', 'on': 'true', '1': 'true', 'no': 'false', 'off': 'false', '0': 'false'},
+}
+ACCUMULATION = 'set --batch_tokens = batch_size * block_size * accumulation steps'
+ALIASES = {  # keys of other training programs -> the key here, or what to do
+    'lr': 'learning_rate', 'max_lr': 'learning_rate', 'min_lr': 'use --min_lr_ratio, a fraction of learning_rate',
+    'd_model': 'n_embd', 'hidden_size': 'n_embd', 'dim': 'n_embd', 'num_layers': 'n_layer', 'n_layers': 'n_layer', 'num_heads': 'n_head', 'n_heads': 'n_head',
+    'num_kv_heads': 'n_kv_head', 'n_kv_heads': 'n_kv_head', 'dim_feedforward': 'd_ff', 'max_seq_len': 'block_size',
+    'seq_len': 'block_size', 'context_length': 'block_size', 'num_epochs': 'epochs', 'max_samples': 'max_windows',
+    'max_iters': 'max_steps', 'num_steps': 'max_steps', 'warmup_iters': 'warmup_steps', 'eval_every': 'eval_interval',
+    'save_every': 'save_interval', 'log_every': 'log_interval', 'gradient_checkpointing': 'activation_checkpointing',
+    'gradient_accumulation': ACCUMULATION, 'gradient_accumulation_steps': ACCUMULATION, 'grad_accum': ACCUMULATION,
+    'no_eval': 'use --eval_interval=0', 'run_id': 'use --out_dir=runs/NAME', 'output_dir': 'out_dir',
+    'resume_from': 'use --resume=PATH', 'amp': 'use --dtype=float16 or --dtype=bfloat16',
+    'fp16': 'use --dtype=float16', 'bf16': 'use --dtype=bfloat16',
+}
 
 
 @dataclass
@@ -129,7 +150,8 @@ class TrainConfig:
 
 def load(argv, usage=__doc__):
     """Command line -> checked config. A pure function. UserError with one line per problem."""
-    config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage, check=problems)
+    config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage, check=problems, folder='config', bare={'resume': 'auto'},
+                               spellings=SPELLINGS, aliases=ALIASES)
     names = [Path(file).stem for file in config.files]
     config.out_dir = os.path.expanduser(config.out_dir) or f'runs/{"-".join(names) or "default"}'
     return config
@@ -162,8 +184,8 @@ def choose_one_of_two(config):
         if first == second:
             found.append(f'{config.origin[other]}: {steps} and {other} are both set: leave one of them out')
             continue
-        winner, loser = (steps, other) if first > second else (other, steps)
-        config.origin[loser] = f'not used, because {config.origin[winner]} sets {winner}'
+        loser = steps if first < second else other
+        config.origin[loser] = 'default'
         setattr(config, loser, TrainConfig.__dataclass_fields__[loser].default)
     return found
 
@@ -186,6 +208,35 @@ def resolve_steps(config, n_windows, step=0, windows=0):
         raise UserError(*(f'epochs={config.epochs:g} is {config.max_steps:,} steps here: {problem}' for problem in found))
 
 
+def epoch_lines(config, n_windows):
+    """What max_windows and epochs mean for data with n_windows windows: one line each."""
+    lines = []
+    if config.max_windows:
+        lines.append(f'max_windows={config.max_windows:,}: training reads only the first {n_windows:,} windows of the data')
+    if config.epochs:
+        more = config.max_steps * config.batch_tokens // config.block_size - round(config.epochs * n_windows)
+        lines.append(f'epochs={config.epochs:g}: {config.max_steps:,} steps of {config.batch_tokens:,} tokens'
+                     + (f'; the last step also reads {more:,} windows of the next pass' if more > 0 else ''))
+    return lines
+
+
+def fit_steps(config, asked, max_steps):
+    """
+    Let the run of `config` end at max_steps, because max_hours asks for it. The schedule then ends there, too.
+
+    asked: the config before any such change. Step counts of the schedule that don't fit any longer become automatic.
+    """
+    for key in AUTOMATIC:
+        setattr(config, key, getattr(asked, key))
+        config.origin[key] = asked.origin[key]
+    config.max_steps = min(asked.max_steps, max_steps)
+    if schedule_problems(config):
+        for key, value in AUTOMATIC.items():
+            setattr(config, key, value)
+            config.origin[key] = f'automatic, for the {config.max_steps:,} steps of max_hours'
+        schedule_problems(config)
+
+
 def step_problems(config):
     """The problems of options that count steps, one string each. Also sets the automatic warm-up."""
     found = schedule_problems(config)
@@ -202,19 +253,18 @@ def schedule_problems(config):
     command line shortens the run of a config file and the file's step counts no longer fit, it sets the automatic step
     counts.
     """
-    parts = {'warmup_steps': -1, 'restart_steps': 0, 'decay_steps': 0, 'boundary_step': 0}
     if config.warmup_steps == -1:
         config.origin['warmup_steps'] = 'default'
     for _ in range(2):
         if config.origin['warmup_steps'].startswith(('default', 'automatic')):
             config.warmup_steps = max(0, config.max_steps // (10 if config.schedule == 'onecycle' else 20))
         found = schedules.problems(config) if config.max_steps >= 1 else []
-        short = [key for key in parts if config.origin[key] not in ('default', 'command line')]
+        short = [key for key in AUTOMATIC if config.origin[key] not in ('default', 'command line')]
         shortened = 'command line' in (config.origin[key] for key in ('max_steps', 'epochs', 'max_windows'))
         if not found or not shortened or not short:
             break
         for key in short:
-            setattr(config, key, parts[key])
+            setattr(config, key, AUTOMATIC[key])
             config.origin[key] = f'automatic, for a run shorter than that of {config.origin[key]}'
     return found
 

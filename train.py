@@ -9,6 +9,7 @@ Exit codes: 0 finished, 2 a mistake in the call or an input, 3 diverged, 75 inte
 """
 import configurator  # before torch, so Ctrl-C can interrupt torch's import
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -23,7 +24,7 @@ import torch
 import checkpoint
 import schedule as schedules
 import settings
-from configurator import UserError
+from configurator import UserError, read_json
 from corpora.preparation import open_dataset
 from data import Prefetcher
 from deploy import packed
@@ -34,9 +35,10 @@ from packing import DocumentStarts, PackedRows, eot_id_of
 from runtime import compiler, parallel, plan, profiling, runlog
 from runtime import device as hardware
 from runtime.generation import sample_grid
-from runtime.hints import hints
+from runtime.hints import LEAST_GAIN, hints
 from runtime.interrupt import Interrupt, Overdue, wanted_signals
-from settings import TrainConfig, micro_batches
+from runtime.limits import TimeLimit, note_loss, on_plateau, smooth
+from settings import TrainConfig, epoch_lines, fit_steps, is_on, micro_batches, resolve_steps
 from tokenizer import load_tokenizer, token_bytes
 from training import WATCHED_STEPS, Progress, TrainStep, validate
 
@@ -57,13 +59,17 @@ def main(argv):
     say = runlog.speak if group.main else (lambda text: None)
     with before_the_loop(say):
         say(config.changes())
+        if not config.files and config.origin['out_dir'] == 'default':
+            say(f'no config file: this run trains with the defaults, into {config.out_dir}')
         if config.plan:
             if group.main:
-                say(plan.page(config, *micro_batches(config, group.world), open_dataset(config, prepare=False), group.world))
+                data = open_data(config, prepare=False)
+                say(plan.page(config, *micro_batches(config, group.world), data, group.world))
             return
         runlog.check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
         if (config.tensorboard or config.profile) and configurator.utf8_path(config.out_dir) is None:
-            raise UserError(f'out_dir={config.out_dir}: not UTF-8, and the libraries behind --tensorboard and --profile open no other path')
+            raise UserError(f'out_dir={config.out_dir}: not UTF-8. The libraries behind --tensorboard and --profile '
+                            'cannot open such a path')
         device, dtype, reason = hardware.resolve(config.device, config.dtype, group.local_rank if group.world > 1 else None)
         micro_batches(config, group.world)  # fails early if the processes can't split a step
         group.connect(device)
@@ -97,19 +103,22 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     exit_stack: closes everything that the run opens when the caller leaves it
     """
     # ---- data, and the checkpoint to resume from
-    use_compile, compile_line = compiler.choose(config.compile, device, config.max_steps * config.batch_tokens)
+    start = time.monotonic()
     # With --verify one process per machine reads all data. The others open data that was already verified.
     verify = 'always' if config.verify and group.local_rank == 0 else 'once'
-    data = group.first(lambda: open_dataset(config, verify=verify))
-    find_eot(config, data)
-    if config.packing == 'best_fit':
-        data = PackedRows(data)
-    elif config.document_starts:
-        data = DocumentStarts(data, config.document_starts)
+    data = open_data(config, verify=verify, first=group.first)
+    asked = config.copy()
     origin, state = checkpoint.resume(config, data, group.world, say)
     group.same('data', data.fingerprint)
     group.same('checkpoint', str(origin))
     progress = Progress.load(state) if state else Progress()
+    resolve_steps(asked, data.n_windows, progress.step, progress.windows)
+    if group.any(line := is_finished(config, progress, origin)):
+        say(line)
+        return 0
+    if group.main:
+        plan.check_disk(config)
+    use_compile, compile_line = compiler.choose(config.compile, device, asked.max_steps * config.batch_tokens)
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)
@@ -129,7 +138,8 @@ def train(config, group, device, dtype, reason, say, exit_stack):
             group.shard(model, device)
         optimizers |= make_optimizers(model, config, device)
     train_step = TrainStep(model, optimizers, config, device, dtype, group, teacher)
-    run = Run(config, group, device, dtype, data, train_step, progress)
+    run = Run(config, group, device, dtype, data, train_step, progress, asked)
+    run.time_limit = TimeLimit(config.max_hours, progress.spent + time.monotonic() - start)
 
     # ---- compilation
     interrupt = Interrupt()
@@ -184,6 +194,8 @@ class Run:
     data: object  # TokenData or ShardData
     train_step: TrainStep
     progress: Progress
+    asked: configurator.Config  # the config before max_hours shortened the run
+    time_limit: TimeLimit = None
     log: runlog.RunLog = None
     saved: Path = None  # the newest checkpoint
     evals: list = field(default_factory=list)  # lines of metrics.jsonl, also those before a resume
@@ -201,10 +213,12 @@ class Run:
         self.encoding = load_tokenizer(self.data.tokenizer) if self.data.tokenizer else None
         self.token_bytes = token_bytes(self.encoding) if self.encoding else None
         self.val_windows = self.data.val_windows(config.eval_tokens)
-        boundary = schedules.boundary(config)
-        both_sides = {boundary, boundary + 1} if boundary is not None else set()
-        self.pinned_steps = {*config.mandatory_steps, *both_sides}  # their checkpoints are never deleted
         self.out = Path(config.out_dir)
+
+    @property
+    def pinned_steps(self):
+        """Steps with a checkpoint that is never deleted."""
+        return {*self.config.mandatory_steps, *schedules.both_sides(self.config), *self.progress.kept_steps}
 
     @property
     def total_tokens(self):
@@ -213,7 +227,15 @@ class Run:
 
     def windows(self, step, micro, rank):
         """(micro_batch_size,) int64: the training windows of a micro-batch."""
-        return self.data.rows(step, micro, self.micro_batch_size, self.rows_per_step, rank, self.group.world, self.config.seed, self.offset)
+        return self.data.rows(step, micro, self.micro_batch_size, self.rows_per_step, rank, self.group.world,
+                              self.config.seed, self.offset)
+
+    def todo(self):
+        """(step, micro) of the steps that remain. max_steps may change on the way."""
+        for step in itertools.count(self.progress.step):
+            if step >= self.config.max_steps:
+                return
+            yield from ((step, micro) for micro in range(self.micro_steps))
 
     def batch(self, step, micro):
         """x, y (micro_batch_size, T) of this process, on the CPU."""
@@ -227,11 +249,10 @@ class Run:
 # The loop
 
 def loop(run, interrupt):
-    """Train until max_steps, or until the run is interrupted or has diverged -> exit code."""
+    """Train until max_steps, or until the run is on a plateau, interrupted or diverged -> exit code."""
     config, progress, train_step, model, log = run.config, run.progress, run.train_step, run.model, run.log
     last_step_here = min(WATCHED_STEPS, config.max_steps - progress.step)
-    todo = ((step, micro) for step in range(progress.step, config.max_steps) for micro in range(run.micro_steps))
-    batches = Prefetcher(run.batch, todo)
+    batches = Prefetcher(run.batch, run.todo())
     profile = profiling.Profile(run.out, run.device, say=log.say) if config.profile and run.group.main else None
     run.evals += [line for line in runlog.read_lines(run.out / 'metrics.jsonl') if line.get('kind') == 'eval']
     run.samples += runlog.read_lines(run.out / 'samples.jsonl')
@@ -246,22 +267,25 @@ def loop(run, interrupt):
     model.statistics()  # resets the counters, so flip rates start here
     while True:
         # ---- progress.step steps are done: validate, sample, save
-        last = progress.step >= config.max_steps
         model.set_top_k(schedules.top_k(progress.step, config))
         with meter.paused():
-            better = is_due(run, config.eval_interval) and run_validation(run, stopping)
-            if run.encoding and progress.step and is_due(run, config.sample_interval) and not run.stopped:
+            better = is_due(run, 'eval_interval') and run_validation(run, stopping)
+            if run.encoding and progress.step and is_due(run, 'sample_interval') and not run.stopped:
                 run_samples(run, stopping)
             give_hints(run)
-            if stopping() or should_save(run, better):
+            last = progress.step >= config.max_steps or on_plateau(config, progress)
+            if stopping() or should_save(run, better, last):
                 save(run)
+            if progress.step and settings.is_due(config, 'archive_every', progress.step, progress.tokens):
+                archive(run)
         if last or run.stopped:
             break
 
         # ---- one optimizer step
         lr, wd = schedules.schedule(progress.step, config)
         for kind, optimizer in train_step.optimizers.items():
-            set_rates(optimizer, lr * (config.matrix_lr or config.learning_rate) / config.learning_rate if kind == 'muon' else lr, wd)
+            ratio = config.matrix_lr / config.learning_rate if kind == 'muon' and config.matrix_lr else 1
+            set_rates(optimizer, lr * ratio, wd)
         losses = train_step.backward(progress.step, batches, run.micro_steps, stopping)
         if losses is None:
             continue  # the step is incomplete, so the resumed run repeats it
@@ -282,8 +306,10 @@ def loop(run, interrupt):
         if config.profile and train_step.steps == 1:
             table = profiling.memory_breakdown(model, list(train_step.optimizers.values()), run.micro_batch_size, run.device, run.dtype)
             log.say(profiling.breakdown_table(table, run.device))
-        if config.log_interval and (progress.step % config.log_interval == 0 or progress.step == config.max_steps):
+        if is_due(run, 'log_interval'):
             log_step(run, meter, result, lr, wd)
+        if config.max_hours and run.time_limit.is_due(train_step.steps, config.max_steps):
+            fit_to_time(run)
 
     if profile:
         profile.close()
@@ -300,12 +326,33 @@ def advance(run, result):
     if run.config.spike_z and not result.skip:
         progress.recent = [*progress.recent, result.loss][-run.config.spike_window:]
     run.last_loss = result.loss
+    if run.config.stop_on and not is_on(run.config, 'eval_interval') and not result.skip:
+        note_loss(progress, smooth(progress, result.loss, run.config))
 
 
-def is_due(run, interval):
-    """Whether an action is due that happens every `interval` steps (0: never) and at the end of the run."""
-    step = run.progress.step
-    return bool(interval) and (step % interval == 0 or step >= run.config.max_steps)
+def is_due(run, key):
+    """Whether the action with the interval `key` is due after this step. Every action that is on is due at the end."""
+    config, progress = run.config, run.progress
+    at_the_end = progress.step >= config.max_steps and is_on(config, key)
+    return at_the_end or settings.is_due(config, key, progress.step, progress.tokens)
+
+
+def fit_to_time(run):
+    """Let the run end at the step that max_hours allows. All processes must call this."""
+    config, progress, limit, before = run.config, run.progress, run.time_limit, run.config.max_steps
+    if progress.step >= before:
+        return
+    max_steps = limit.fitting_steps(progress.step, run.train_step.steps, before, run.asked.max_steps,
+                                    lambda seconds: run.group.gather([seconds])[0][0])
+    progress.fitted_steps = max_steps
+    if max_steps == before:
+        return
+    fit_steps(config, run.asked, max_steps)
+    run.log.config({**config.as_dict(), 'data_fingerprint': run.data.fingerprint})
+    run.log.line('metrics.jsonl', kind='event', event='max_hours', step=progress.step, max_steps=max_steps, before=before,
+                 step_seconds=limit.step_seconds)
+    run.log.say(f'max_hours={config.max_hours:g}: at {limit.step_seconds:.3g} s a step, the run ends at step {max_steps:,} '
+                f'(before: {before:,})')
 
 
 class Meter:
@@ -336,13 +383,15 @@ class Meter:
 def run_validation(run, stopping):
     """Validate and log the result -> whether it is the best so far."""
     progress = run.progress
-    result = validate(run.model, run.data, run.token_bytes, run.val_windows, run.micro_batch_size, run.device, run.dtype, stopping, run.group)
+    result = validate(run.model, run.data, run.token_bytes, run.val_windows, run.micro_batch_size, run.device, run.dtype,
+                      stopping, run.group)
     if not result:
         return False
     run.evals.append({'kind': 'eval', 'step': progress.step, **result, 'tokens': progress.tokens})
     run.log.line('metrics.jsonl', **run.evals[-1])
     run.log.say(f'step {progress.step:,}: validation loss {result["loss"]:.4f}, perplexity {result["perplexity"]:.1f}'
                 + (f', {result["bits_per_byte"]:.4f} bits per byte' if run.encoding else ''))
+    note_loss(progress, result['loss'])
     if result['loss'] >= progress.best:
         return False
     progress.best, progress.best_step = result['loss'], progress.step
@@ -368,7 +417,7 @@ def run_samples(run, stopping):
 
 def give_hints(run):
     """Print hints from the losses and samples so far, each kind of hint once."""
-    if not is_due(run, run.config.eval_interval) and not is_due(run, run.config.sample_interval):
+    if not is_due(run, 'eval_interval') and not is_due(run, 'sample_interval'):
         return
     # Training losses are judged only without validation. They are read back, because the run keeps none of them.
     train = [] if run.evals else runlog.read_lines(run.out / 'metrics.jsonl')
@@ -379,13 +428,15 @@ def give_hints(run):
             run.log.say(f'  hint: {hint}')
 
 
-def should_save(run, better):
-    """Whether this step gets a checkpoint: it is due, validation improved, or the step is pinned."""
+def should_save(run, better, last):
+    """Whether this step gets a checkpoint: it is due, the last one, validation improved, or the step is pinned."""
     config, progress = run.config, run.progress
-    if not progress.step or not config.save_interval:
+    if not progress.step or not is_on(config, 'save_interval'):
         return False
-    regular = is_due(run, config.save_interval) and not progress.skipped
-    return regular or better or progress.step in run.pinned_steps
+    if settings.is_due(config, 'keep_every', progress.step, progress.tokens):
+        progress.kept_steps = sorted({*progress.kept_steps, progress.step})
+    regular = (last or is_due(run, 'save_interval')) and not progress.skipped
+    return regular or better and config.save_on_best or progress.step in run.pinned_steps
 
 
 def save(run):
@@ -394,16 +445,32 @@ def save(run):
     if run.saved == path:
         return
     train_step, group = run.train_step, run.group
+    run.progress.spent = run.time_limit.spent()
     content = {
         'model': parallel.whole(run.model.state_dict(), group.main),
         **{name: parallel.whole(optimizer.state_dict(), group.main) for name, optimizer in train_step.optimizers.items()},
-        'scaler': train_step.scaler.state_dict(), **run.progress.state_dict(), 'config': run.config.as_dict(),
-        'tokenizer': run.data.tokenizer, 'data': {'path': str(run.data.path), 'fingerprint': run.data.fingerprint},
+        'scaler': train_step.scaler.state_dict(), **run.progress.state_dict(), **origin_of(run),
         'rng': random_state(run.device), 'processes': group.world}
     if group.main:
         checkpoint.save(path, content)
         checkpoint.retain(path, run.config.keep, {run.progress.best_step, *run.pinned_steps})
     run.saved = path
+
+
+def archive(run):
+    """Write the weights of this step, without the state of the optimizer. All processes must call this."""
+    weights = parallel.whole(run.model.state_dict(), run.group.main)
+    if run.group.main:
+        (run.out / 'archives').mkdir(exist_ok=True)
+        checkpoint.save(run.out / 'archives' / f'step_{run.progress.step:07d}.pt', {
+            'model': weights, 'optimizer': {}, 'step': run.progress.step, 'tokens': run.progress.tokens,
+            **origin_of(run)})
+
+
+def origin_of(run):
+    """What a file needs beside its weights: the config, the tokenizer and the data that they come from."""
+    return {'config': run.config.as_dict(), 'tokenizer': run.data.tokenizer,
+            'data': {'path': str(run.data.path), 'fingerprint': run.data.fingerprint}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,10 +492,12 @@ def say_first_lines(run, first):
     log.say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP a token; '
             f'{run.data.train_tokens:,} training tokens in {run.data.path}; {config.max_steps:,} steps of {config.batch_tokens:,} tokens '
             f'= {processes}{micro_steps} of {run.micro_batch_size} x {config.block_size}: '
-            f'{run.total_tokens / run.data.train_tokens:.2f} epochs')
+            f'{run.total_tokens / (run.data.n_windows * config.block_size):.2f} epochs')
+    for line in epoch_lines(config, run.data.n_windows):
+        log.say(line)
     if config.packing == 'best_fit':
         log.say(run.data.summary())
-    if line := run.data.repeats(run.total_tokens):
+    if not config.epochs and (line := run.data.repeats(run.total_tokens)):
         log.say(line)
     if not run.encoding:
         log.say('no tokenizer.json beside the shards: no samples and no bits per byte')
@@ -498,11 +567,16 @@ def diverged(run):
 
 def ended(run, finished):
     """Print the last lines of a finished or interrupted run -> exit code."""
-    progress, log = run.progress, run.log
+    config, progress, log = run.config, run.progress, run.log
     if not finished:
         write_status(run, 'interrupted', loss=run.last_loss)
         log.say(f'interrupted at step {progress.step:,}, saved {run.saved}: go on with the same command and --resume=auto')
         return 75
+    if progress.step < config.max_steps:
+        log.line('metrics.jsonl', kind='event', event='plateau', step=progress.step, loss=progress.plateau_loss,
+                 since=progress.plateau_step)
+        log.say(f'stop_on=plateau: the loss has not improved by {100 * LEAST_GAIN:g} % since step {progress.plateau_step:,} '
+                f'({progress.plateau_loss:.4f}): stopping at step {progress.step:,} of {config.max_steps:,}')
     write_status(run, 'finished', loss=run.last_loss)
     best = f'best validation loss {progress.best:.4f} at step {progress.best_step:,}'
     log.say(f'finished: {progress.step:,} steps, {progress.tokens / 1e6:.1f}M tokens in {progress.seconds / 60:.1f} minutes of training; '
@@ -514,6 +588,44 @@ def ended(run, finished):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the loop
+
+def open_data(config, prepare=True, verify='once', first=lambda work: work()):
+    """
+    The training data as the config asks for it, and the number of steps that follows from it. None if nothing is
+    prepared and prepare=False. first: runs a function in one process before the others.
+    """
+    data = first(lambda: open_dataset(config, prepare, verify))
+    if data is None:
+        return None
+    find_eot(config, data)
+    if config.packing == 'best_fit':
+        data = PackedRows(data)
+    elif config.document_starts:
+        data = DocumentStarts(data, config.document_starts)
+    if config.max_windows:
+        data.limit(config.max_windows)
+    resolve_steps(config, data.n_windows)
+    return data
+
+
+def is_finished(config, progress, origin):
+    """A line for a run that is resumed although it has finished. Empty if it has not, or goes on elsewhere."""
+    if origin is None or Path(config.out_dir).resolve() not in origin.resolve().parents:
+        return ''
+    try:
+        state = read_json(Path(config.out_dir) / 'status.json').get('state')
+    except UserError:
+        return ''
+    if state != 'finished':  # killed before its last lines were written
+        return ''
+    if progress.step >= config.max_steps:
+        longer = f'--epochs={2 * config.epochs:g}' if config.epochs else f'--max_steps={2 * progress.step}'
+        return f'{config.out_dir} is finished: {progress.step:,} steps are done. Nothing to do; train longer with {longer}'
+    if on_plateau(config, progress):
+        return (f'{config.out_dir} has stopped on a plateau at step {progress.step:,}. Nothing to do; '
+                f'train on with --stop_on= or --plateau_steps={2 * config.plateau_steps}')
+    return ''
+
 
 def initial_model(config, data, origin, state, say):
     """A GPT on the CPU with its initial weights: random, from the resumed checkpoint, or from --init_from."""

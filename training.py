@@ -32,6 +32,12 @@ class Progress:
     skipped: int = 0  # steps in a row without an update
     recent: list[float] = field(default_factory=list)  # losses that a spike is measured against
     seconds: float = 0.0  # of training, without validation, samples and saving
+    spent: float = 0.0  # seconds of everything, for max_hours
+    fitted_steps: int = 0  # max_steps that max_hours allows, 0: not measured yet
+    kept_steps: list[int] = field(default_factory=list)  # steps whose checkpoints keep_every protects
+    smoothed: float | None = None  # stop_on=plateau: running mean of the training loss
+    plateau_loss: float = math.inf  # stop_on=plateau: the last loss that was an improvement
+    plateau_step: int = 0  # stop_on=plateau: its step
 
     def state_dict(self):
         return asdict(self)

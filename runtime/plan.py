@@ -24,11 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime import device as hardware
 import schedule as schedules
-from configurator import columns
+from configurator import UserError, columns
 from model import GPT, GPTConfig
 from optim import make_optimizers
 from runtime.parallel import Group
 from runtime.profiling import counted, has_bfloat16, is_out_of_memory, logit_bytes, measured, readable
+from settings import due_steps, epoch_lines, is_on
 from tokenizer import id_dtype
 from training import TrainStep
 
@@ -192,28 +193,51 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
 # Disk
 
 def checkpoint_bytes(config):
-    """Bytes of one checkpoint: the model's state dict and the optimizers' moments, in fp32."""
+    """(bytes of one checkpoint, bytes of one archive). Both hold the model's state dict in fp32. A checkpoint also holds
+    the optimizers' moments."""
     with torch.device('meta'):
         model = GPT(shape_of(config))
         optimizers = make_optimizers(model, config, torch.device('cpu')).values()
     tensors = {id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}  # a tied matrix counts once
-    return sum(tensors.values()) + next(size for kind, size, _ in counted(model, optimizers) if kind == 'optimizer')
+    weights = sum(tensors.values())
+    return weights + next(size for kind, size, _ in counted(model, optimizers) if kind == 'optimizer'), weights
 
 
-def checkpoints_at_most(config):
-    """(largest number of checkpoints on disk at once, a text that explains it).
+def checkpoints_at_most(config, best=True):
+    """
+    (largest number of checkpoints on disk at once, a text that explains it).
 
-    Counts the newest, the best, the permanent checkpoints, and a checkpoint that is being written."""
-    edge, last = schedules.boundary(config), config.max_steps
-    forever = {*config.mandatory_steps, *((edge, edge + 1) if edge is not None else ())}
-    if not config.save_interval:
+    Counts the newest, the best, the permanent checkpoints, and a checkpoint that is being written. best=False: count no
+    checkpoints for better validations, because their number is unknown.
+    """
+    if not is_on(config, 'save_interval'):
         return 1, 'only if the run is interrupted (--save_interval=0)'
-    regular = (set(range(interval, last + 1, interval)) for interval in (config.save_interval, config.eval_interval) if interval)
-    saves = len({last, *forever}.union(*regular))  # a better validation also saves a checkpoint
+    best = best and config.save_on_best and is_on(config, 'eval_interval')
+    permanent = {*config.mandatory_steps, *schedules.both_sides(config), *due_steps(config, 'keep_every')}
+    # A better validation also saves a checkpoint.
+    regular = due_steps(config, 'save_interval') | (due_steps(config, 'eval_interval') if best else set())
+    saves = len({config.max_steps} | permanent | regular)
     if not config.keep:
-        return saves, 'all are kept (--keep=0), if every validation is better than those before'
-    words = [f'keep={config.keep}'] + ['the best'] * bool(config.eval_interval) + [f'{len(forever)} mandatory'] * bool(forever)
-    return min(saves, config.keep + bool(config.eval_interval) + len(forever)) + 1, ', '.join([*words, 'one in the making'])
+        return saves, 'all are kept (--keep=0)' + (', if every validation is better than those before' if best else '')
+    words = [f'keep={config.keep}']
+    if best:
+        words.append('the best')
+    if permanent:
+        words.append(f'{len(permanent)} permanent')
+    return min(saves, config.keep + best + len(permanent)) + 1, ', '.join([*words, 'one being written'])
+
+
+def check_disk(config):
+    """UserError if the disk has no room for the checkpoints and archives that the run will keep."""
+    (n, reason), (each, weights) = checkpoints_at_most(config, best=False), checkpoint_bytes(config)
+    archives = len(due_steps(config, 'archive_every'))
+    out = Path(config.out_dir)
+    present = sum(file.stat().st_size for folder in ('checkpoints', 'archives') for file in (out / folder).glob('*.pt'))
+    needed, free = n * each + archives * weights, free_bytes(out) + present
+    if needed > free and (archives or is_on(config, 'save_interval')):
+        more = f' and {archives:,} archives of {readable(weights)}' if archives else ''
+        raise UserError(f'{out}: no room for {n:,} checkpoints ({reason}) of {readable(each)}{more} = {readable(needed)}: '
+                        f'{readable(free)} are free. Use a smaller --keep, longer intervals, or another --out_dir')
 
 
 def free_bytes(path):
@@ -259,8 +283,10 @@ def page(config, rows, micro_steps, data=None, world=1):
              memory_lines(config, memory, total, seen, rows, base, size, whose),
              ['the teacher of --distill_from is not in these figures: its weights, and a forward of it a micro-step'] * bool(config.distill_from),
              [] if base + total(rows) <= size else changes(config, device, dtype, rows, world, size - base, total, memory),
-             run_lines(config, data), time_lines(config, model, seen, speed, how, rows, micro_steps, world),
-             disk_lines(config, data), [schedules.picture(config)])
+             *([[f'epochs={config.epochs:g}: {config.dataset} is not prepared yet, so the number of steps, the time, the disk '
+                 'and the schedule are unknown']] if config.epochs and not data else [
+                 run_lines(config, data), time_lines(config, model, seen, speed, how, rows, micro_steps, world),
+                 disk_lines(config, data), [schedules.picture(config)]]))
     return '\n\n'.join('\n'.join(lines) for lines in parts if lines)
 
 
@@ -344,9 +370,10 @@ def run_lines(config, data):
     text = f'{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {tokens:,} tokens'
     if not data:
         return [f'{text}; {config.dataset} is not prepared yet, so the epochs are unknown']
-    epochs = f'{text}: {tokens / data.train_tokens:.2f} epochs of the {data.train_tokens:,} in {data.path}'
-    repeats = data.repeats(tokens)
-    return [epochs, repeats] if repeats else [epochs]
+    passes = tokens / (data.n_windows * config.block_size)
+    lines = [f'{text}: {passes:.2f} epochs of the {data.train_tokens:,} in {data.path}', *epoch_lines(config, data.n_windows)]
+    repeats = None if config.epochs else data.repeats(tokens)
+    return [*lines, repeats] if repeats else lines
 
 
 def time_lines(config, model, seen, speed, how, rows, micro_steps, world):
@@ -354,7 +381,7 @@ def time_lines(config, model, seen, speed, how, rows, micro_steps, world):
 
     A validation token takes a third of the time of a training token, because it needs no backward."""
     work = model.flops_per_token() * config.max_steps * config.batch_tokens
-    evals = config.max_steps // config.eval_interval + 1 if config.eval_interval else 0
+    evals = len(due_steps(config, 'eval_interval')) + 1 if is_on(config, 'eval_interval') else 0
     part = 1 + evals * config.eval_tokens / 3 / (config.max_steps * config.batch_tokens)
     note = (f', with {evals} validations' if part > 1 else '') + '; samples, checkpoints and the preparation of data come on top'
     if not speed:
@@ -371,7 +398,9 @@ def time_lines(config, model, seen, speed, how, rows, micro_steps, world):
 
 
 def disk_lines(config, data):
-    (n, why), each, free = checkpoints_at_most(config), checkpoint_bytes(config), free_bytes(config.out_dir)
+    (n, why), (each, weights), free = checkpoints_at_most(config), checkpoint_bytes(config), free_bytes(config.out_dir)
+    archives = len(due_steps(config, 'archive_every'))
+    more = f'; {archives:,} archives of {readable(weights)} = {readable(archives * weights)}' if archives else ''
     width = id_dtype(config.vocab_size).itemsize  # bytes per token
     size = width * config.max_steps * config.batch_tokens
     if data:
@@ -381,8 +410,8 @@ def disk_lines(config, data):
         text = f'{readable(size)} of data are to be prepared'
     else:
         text = f'{config.dataset} is not prepared yet: {width} bytes a token'
-    needed = n * each + (size if not data and config.dataset == 'fineweb_edu' else 0)
-    return [f'disk: {n:,} checkpoints at most ({why}) of {readable(each)} = {readable(n * each)} in {config.out_dir}; {text}; '
+    needed = n * each + archives * weights + (size if not data and config.dataset == 'fineweb_edu' else 0)
+    return [f'disk: {n:,} checkpoints at most ({why}) of {readable(each)} = {readable(n * each)} in {config.out_dir}{more}; {text}; '
             f'{readable(free)} are free: ' + ('enough' if needed <= free else 'NOT ENOUGH: a smaller --keep, or another --out_dir')]
 
 

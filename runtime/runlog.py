@@ -155,8 +155,9 @@ class RunLog:
                         and (at < step or at == step and line.get('kind') in ('train', 'event'))]
                 with self.writing(name), replacing(self.out / name) as file:
                     file.write(''.join(json.dumps(plain(line)) + '\n' for line in kept).encode())
-        for stale in [*self.out.glob('*.tmp'), *(self.out / 'checkpoints').glob('*.tmp')]:
-            stale.unlink()
+        for folder in (self.out, self.out / 'checkpoints', self.out / 'archives'):
+            for stale in folder.glob('*.tmp'):
+                stale.unlink()
 
 
 def locked(file):

@@ -118,7 +118,7 @@ def test_a_checkpoint_is_as_large_as_planned(tmp_path, words):
     for optimizer in optimizers.values():
         optimizer.step()
     checkpoint.save(tmp_path / 'x.pt', {'model': model.state_dict(), **{name: o.state_dict() for name, o in optimizers.items()}})
-    assert plan.checkpoint_bytes(config) == pytest.approx((tmp_path / 'x.pt').stat().st_size, rel=0.03)
+    assert plan.checkpoint_bytes(config)[0] == pytest.approx((tmp_path / 'x.pt').stat().st_size, rel=0.03)
 
 
 @pytest.mark.parametrize('words, number', [

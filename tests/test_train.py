@@ -645,13 +645,6 @@ def test_a_lost_terminal_does_not_end_a_run_under_nohup(corpus, tmp_path):
     assert process.exitcode == 0
 
 
-def test_a_finished_run_compiles_nothing_when_it_is_resumed(corpus, tmp_path):
-    words = arguments(corpus, tmp_path / 'run', '--max_steps=4', '--sample_interval=0')
-    assert finish(words)[0] == 0
-    code, said = finish([*words, '--resume=auto', '--compile=true'], lambda: setattr(train, 'checked', None))
-    assert code == 0 and 'compile off: no step is left to do' in said and 'finished: 4 steps' in said, said
-
-
 def train_in_a_shell(words, command, **environment):
     return subprocess.run(['bash', '-c', command], cwd=Path(train.__file__).parent, capture_output=True, text=True, timeout=120,
                           env={**os.environ, 'RUN': ' '.join([sys.executable, 'train.py', *words]), **environment})

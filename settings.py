@@ -1,7 +1,8 @@
 """All options of a training run, with defaults and descriptions. Model options are in model.py.
 
     config = load(['config/trix_tiny.py', '--max_steps=100'])     # config files and --key=value words, checked
-    rows, micro_steps = micro_batches(config, world=4)            # how four processes split the tokens of a step
+    rows, micro_steps = micro_batches(config, world=4)            # how four processes divide the tokens of a step
+    resolve_steps(config, data.n_windows)                         # epochs -> max_steps, when the data are open
 """
 import math
 import os
@@ -14,7 +15,7 @@ from configurator import UserError
 from model import GPTConfig
 from optim import OPTIMIZERS
 
-AUTOMATIC = {'warmup_steps': -1, 'restart_steps': 0, 'decay_steps': 0, 'boundary_step': 0}  # values that mean: automatic
+AUTOMATIC = {'warmup_steps': -1, 'restart_steps': 0, 'decay_steps': 0, 'boundary_step': 0}  # values for: automatic
 INTERVALS = ('eval_interval', 'save_interval', 'keep_every', 'archive_every')  # in steps; each has a twin in tokens
 
 SPELLINGS = {  # of values: what others write -> what is written here
@@ -26,7 +27,8 @@ SPELLINGS = {  # of values: what others write -> what is written here
 ACCUMULATION = 'set --batch_tokens = batch_size * block_size * accumulation steps'
 ALIASES = {  # keys of other training programs -> the key here, or what to do
     'lr': 'learning_rate', 'max_lr': 'learning_rate', 'min_lr': 'use --min_lr_ratio, a fraction of learning_rate',
-    'd_model': 'n_embd', 'hidden_size': 'n_embd', 'dim': 'n_embd', 'num_layers': 'n_layer', 'n_layers': 'n_layer', 'num_heads': 'n_head', 'n_heads': 'n_head',
+    'd_model': 'n_embd', 'hidden_size': 'n_embd', 'dim': 'n_embd', 'num_layers': 'n_layer',
+    'n_layers': 'n_layer', 'num_heads': 'n_head', 'n_heads': 'n_head',
     'num_kv_heads': 'n_kv_head', 'n_kv_heads': 'n_kv_head', 'dim_feedforward': 'd_ff', 'max_seq_len': 'block_size',
     'seq_len': 'block_size', 'context_length': 'block_size', 'num_epochs': 'epochs', 'max_samples': 'max_windows',
     'max_iters': 'max_steps', 'num_steps': 'max_steps', 'warmup_iters': 'warmup_steps', 'eval_every': 'eval_interval',
@@ -40,83 +42,92 @@ ALIASES = {  # keys of other training programs -> the key here, or what to do
 
 @dataclass
 class TrainConfig:
-    out_dir: str = ''  # directory of the run (empty: runs/<names of the config files, with - between>)
-    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, bins:PATH, or what prepare.py made
-    tokenizer: str = 'bpe'  # of a dataset that has yet to be prepared: bpe (trained on it, of vocab_size), gpt2, or a tokenizer.json
-    document_starts: float = 0.0  # share of the training windows that begin with an end-of-text token and a document, as samples do
-    packing: str = 'stream'  # training rows: stream (windows of the token stream) or best_fit (documents, cut only if too long)
+    out_dir: str = ''  # directory of the run (empty: runs/<names of the config files, joined with hyphens>)
+    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, bins:PATH,
+    # or a directory that prepare.py has made
+    tokenizer: str = 'bpe'  # for a dataset that is not prepared yet: bpe (trained on it, with vocab_size tokens), gpt2,
+    # or a tokenizer.json
+    document_starts: float = 0.0  # share of the training windows that begin with an end-of-text token and a document,
+    # as samples do
+    packing: str = 'stream'  # training rows: stream (windows of the token stream), or best_fit (whole documents)
     max_steps: int = 1000  # optimizer steps
     epochs: float = 0.0  # passes over the training data, instead of max_steps (0: max_steps decides)
-    max_windows: int = 0  # train on only the first windows (sequences of block_size tokens) of the data (0: all of them)
-    max_hours: float = 0.0  # shorten the run, schedule included, to end in this time; speed is measured on the way (0: no limit)
+    max_windows: int = 0  # train on only the first windows of the data, block_size tokens each (0: on all)
+    max_hours: float = 0.0  # shorten the run and its schedule to end in this time, which includes the time before a
+    # resume. The speed is measured during the run (0: no limit)
     stop_on: str = ''  # plateau: stop when the loss has not improved for plateau_steps steps (empty: train to the end)
-    plateau_steps: int = 0  # stop_on=plateau: steps without an improvement
-    batch_size: int = 16  # sequences in a micro-step of each process, at most
-    batch_tokens: int = 0  # tokens in an optimizer step over all processes, a multiple of batch_size * block_size (0: just that)
+    plateau_steps: int = 0  # stop_on=plateau: the number of steps; an improvement is 0.1 % of the validation loss, or
+    # of the mean training loss if there is no validation
+    batch_size: int = 16  # largest number of sequences in a micro-step of one process
+    batch_tokens: int = 0  # tokens in an optimizer step, over all processes: a multiple of batch_size * block_size
+    # (0: batch_size * block_size)
     learning_rate: float = 1e-3  # peak, after the warm-up
-    matrix_lr: float = 0.0  # that of the matrices that Muon has, 0: learning_rate
-    min_lr_ratio: float = 0.1  # learning rate at the end, as a part of the peak
+    matrix_lr: float = 0.0  # optimizer=muon: peak learning rate of the matrices that Muon trains (0: learning_rate)
+    min_lr_ratio: float = 0.1  # learning rate at the end, as a fraction of the peak
     warmup_steps: int = -1  # steps of linear warm-up (-1: a twentieth of the run, a tenth for onecycle)
     schedule: str = 'cosine'  # after the warm-up: cosine, restarts, onecycle, wsd, linear, constant or two_stage
     restart_steps: int = 0  # restarts: steps of the first cycle (0: the whole run)
-    restart_factor: int = 2  # restarts: each cycle is this many times as long as the one before
-    decay_steps: int = 0  # wsd: steps of the last, falling part (0: a fifth of the run)
-    boundary_step: int = 0  # two_stage: where the second stage, without weight decay, begins (0: half of the run)
-    mid_lr_ratio: float = 2 / 3  # two_stage: learning rate at the boundary, as a part of the peak
-    optimizer: str = 'adamw'  # adamw, or muon for the matrices of the blocks and adamw for the rest
-    weight_decay: float = 0.1  # on matrices; norms, biases and other vectors have none
+    restart_factor: int = 2  # restarts: each cycle is this many times as long as the cycle before
+    decay_steps: int = 0  # wsd: steps of the decay at the end (0: a fifth of the run)
+    boundary_step: int = 0  # two_stage: the first step of the second stage, without weight decay (0: half of the run)
+    mid_lr_ratio: float = 2 / 3  # two_stage: learning rate at the boundary, as a fraction of the peak
+    optimizer: str = 'adamw'  # adamw, or muon (Muon for the matrices of the blocks, AdamW for the rest)
+    weight_decay: float = 0.1  # of matrices; norms, biases and other vectors have none
     beta1: float = 0.9  # AdamW: decay of the mean of the gradients
-    beta2: float = 0.95  # AdamW: decay of the mean of their squares
+    beta2: float = 0.95  # AdamW: decay of the mean of the squared gradients
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
-    eval_interval: int = 100  # steps between validations; like every interval, 0 switches it off
-    eval_interval_tokens: int = 0  # the same in tokens, instead of steps: at the first step that passes a multiple (0: not used)
-    eval_tokens: int = 65_536  # tokens of a validation, always the same windows (0: all of the split)
+    eval_interval: int = 100  # steps between validations (every interval: 0 switches it off)
+    eval_interval_tokens: int = 0  # the same in tokens: due at the first step that passes a multiple (0: not used)
+    eval_tokens: int = 65_536  # tokens of a validation, always the same windows (0: the whole split)
     log_interval: int = 10  # steps between lines on the console and in metrics.jsonl
-    sample_interval: int = 100  # steps between samples, none at step 0: every prompt, greedy, typical and wild
-    sample_prompts: str = '|The|In this|def|import'  # prompts of those samples, '|' between them (empty: the start of a document)
-    sample_tokens: int = 64  # tokens of each
+    sample_interval: int = 100  # steps between samples, from every prompt in three modes: greedy, typical, stress
+    sample_prompts: str = '|The|In this|def|import'  # prompts of the samples, separated by | (empty: a new document)
+    sample_tokens: int = 64  # tokens of a sample
     save_interval: int = 100  # steps between checkpoints; there is one at the end, too (0: no checkpoints)
-    save_interval_tokens: int = 0  # the same in tokens, instead of steps (0: not used)
+    save_interval_tokens: int = 0  # the same in tokens (0: not used)
     save_on_best: bool = True  # also save a checkpoint whenever the validation loss improves
-    keep: int = 3  # number of newest checkpoints to keep, beside the best one and those that are never deleted (0: all)
+    keep: int = 3  # newest checkpoints to keep, in addition to the best one and those that are never deleted (0: all)
     keep_every: int = 0  # steps between checkpoints that are never deleted (0: none)
-    keep_every_tokens: int = 0  # the same in tokens, instead of steps (0: not used)
-    archive_every: int = 0  # steps between archives: weights without optimizer state, never deleted, in archives/ (0: none)
-    archive_every_tokens: int = 0  # the same in tokens, instead of steps (0: not used)
-    mandatory_steps: tuple[int, ...] = ()  # steps with a checkpoint that is never deleted (two_stage adds both sides of its boundary)
-    max_skipped: int = 5  # steps in a row with a non-finite loss or gradient, or a spike, that end the run
-    spike_z: float = 0.0  # skip a step whose loss is this many standard deviations above the mean of the last spike_window (0: never)
-    spike_window: int = 100  # steps that a spike is measured against; there are none before half of them are done
-    seed: int = 1337  # of the initialisation, the order of the data and dropout
+    keep_every_tokens: int = 0  # the same in tokens (0: not used)
+    archive_every: int = 0  # steps between archives in archives/: only weights, never deleted (0: none)
+    archive_every_tokens: int = 0  # the same in tokens (0: not used)
+    mandatory_steps: tuple[int, ...] = ()  # steps with a checkpoint that is never deleted (two_stage adds the two steps
+    # at its boundary)
+    max_skipped: int = 5  # this many skipped steps in a row end the run: loss or gradient not finite, or a spike
+    spike_z: float = 0.0  # skip a step whose loss is this many standard deviations above the mean (0: never)
+    spike_window: int = 100  # steps that the mean covers; no step counts as a spike before half of them are done
+    seed: int = 1337  # for the initialisation, the order of the data, and dropout
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
-    compile: str = 'auto'  # torch.compile: auto (on a GPU, and on a CPU in runs of 10M tokens and more), true or false
-    compile_timeout: int = 600  # seconds that compilation may take before the run goes on without it
+    compile: str = 'auto'  # torch.compile: true, false, or auto (on a GPU; on a CPU in runs of at least 10M tokens)
+    compile_timeout: int = 600  # seconds for the compilation; after that, the run goes on without it
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time
-    parallel: str = 'ddp'  # several processes: ddp, or fsdp, which shares out weights, gradients and optimizer
+    parallel: str = 'ddp'  # several processes: ddp, or fsdp, which shards weights, gradients and optimizer state
     dist_timeout: int = 600  # seconds that a process waits for the others
-    init_from: str = ''  # start with the weights of this run or checkpoint, which export.py convert made or which is to be tuned further
-    distill_from: str = ''  # learn from the distribution of this run's model, too: its tokenizer must be the same
-    distill_weight: float = 0.5  # the part of the loss that this is: (1 - w) cross-entropy + w KL(teacher || model)
-    anneal_steps: int = 0  # ffn=trix: steps over which a token's tiles come down from all of them to trix_top_k
-    resume: str = ''  # auto: go on from the newest good checkpoint in out_dir, if any; or a checkpoint or run to go on from
-    other_data: bool = False  # let --resume go on with other data than the checkpoint's
-    verify: bool = False  # read all tokens again and compare their sha256, even if no file has changed since the last time
-    plan: bool = False  # show what the run takes (parameters, memory, time, disk) and its schedule, and end
-    card_gb: float = 0.0  # --plan: for a GPU with so much memory, whether or not one is here (0: for this machine)
-    profile: bool = False  # record three early steps with torch.profiler, and where the memory goes
-    tensorboard: bool = False  # scalars and samples for TensorBoard, too, in out_dir/tensorboard
-    wandb: bool = False  # scalars for Weights & Biases, too (WANDB_MODE=offline needs no network)
+    init_from: str = ''  # start with the weights of this run or checkpoint, to recover a conversion or to fine-tune
+    distill_from: str = ''  # also learn from the predictions of this run's model, which must have the same tokenizer
+    distill_weight: float = 0.5  # w in the loss (1 - w) cross-entropy + w KL(teacher || model)
+    anneal_steps: int = 0  # ffn=trix: steps in which the tiles of a token decrease from trix_tiles to trix_top_k
+    resume: str = ''  # auto (or no value): continue from the newest good checkpoint in out_dir, if there is one;
+    # or the path of a checkpoint or run to continue from
+    other_data: bool = False  # let --resume continue with other data than before
+    verify: bool = False  # read all tokens and compare their sha256, even if no file has changed since the last time
+    plan: bool = False  # show parameters, memory, time, disk and schedule of the run, and exit
+    card_gb: float = 0.0  # --plan: for a GPU with this much memory, whether or not there is one (0: this machine)
+    profile: bool = False  # record three early steps with torch.profiler, and show the memory by kind
+    tensorboard: bool = False  # also write scalars and samples for TensorBoard, in out_dir/tensorboard
+    wandb: bool = False  # also send scalars to Weights & Biases (WANDB_MODE=offline needs no network)
 
     def problems(self):
         found = [f'{key}={getattr(self, key)} must be at least 1' for key in
                  ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'compile_timeout',
                   'dist_timeout') if getattr(self, key) < 1]
         found += [f'{key}={getattr(self, key)} must not be negative' for key in
-                  ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_tokens', 'log_interval', 'sample_interval', 'keep', 'spike_z',
-                   'seed', 'anneal_steps', 'max_windows', 'plateau_steps', *INTERVALS, *(f'{key}_tokens' for key in INTERVALS))
-                  if getattr(self, key) < 0]
-        found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2') if not 0 <= getattr(self, key) < 1]
+                  ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_tokens', 'log_interval', 'sample_interval', 'keep',
+                   'spike_z', 'seed', 'anneal_steps', 'max_windows', 'plateau_steps', *INTERVALS,
+                   *(f'{key}_tokens' for key in INTERVALS)) if getattr(self, key) < 0]
+        found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2')
+                  if not 0 <= getattr(self, key) < 1]
         if not 0 <= self.document_starts < 1:
             found.append(f'document_starts={self.document_starts} must lie in [0, 1)')
         elif self.document_starts and self.packing == 'best_fit':
@@ -138,7 +149,8 @@ class TrainConfig:
         if self.stop_on not in ('', 'plateau'):
             found.append(f'stop_on={self.stop_on!r}: expected plateau, or nothing')
         elif bool(self.stop_on) != (self.plateau_steps > 0):
-            found.append('--stop_on=plateau and --plateau_steps=N need each other: N is the number of steps without an improvement')
+            found.append('--stop_on=plateau and --plateau_steps=N need each other: '
+                         'N is the number of steps without an improvement')
         if self.matrix_lr and self.optimizer != 'muon':
             found.append(f'matrix_lr={self.matrix_lr} is for --optimizer=muon')
         if self.parallel == 'fsdp' and self.optimizer == 'muon':
@@ -150,8 +162,8 @@ class TrainConfig:
 
 def load(argv, usage=__doc__):
     """Command line -> checked config. A pure function. UserError with one line per problem."""
-    config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage, check=problems, folder='config', bare={'resume': 'auto'},
-                               spellings=SPELLINGS, aliases=ALIASES)
+    config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage, check=problems, folder='config',
+                               bare={'resume': 'auto'}, spellings=SPELLINGS, aliases=ALIASES)
     names = [Path(file).stem for file in config.files]
     config.out_dir = os.path.expanduser(config.out_dir) or f'runs/{"-".join(names) or "default"}'
     return config
@@ -205,14 +217,16 @@ def resolve_steps(config, n_windows, step=0, windows=0):
     left = max(0, round(config.epochs * n_windows) - windows)
     config.max_steps = max(1, step + -(-left // per_step))
     if found := step_problems(config):
-        raise UserError(*(f'epochs={config.epochs:g} is {config.max_steps:,} steps here: {problem}' for problem in found))
+        raise UserError(*(f'epochs={config.epochs:g} is {config.max_steps:,} steps here: {problem}'
+                          for problem in found))
 
 
 def epoch_lines(config, n_windows):
     """What max_windows and epochs mean for data with n_windows windows: one line each."""
     lines = []
     if config.max_windows:
-        lines.append(f'max_windows={config.max_windows:,}: training reads only the first {n_windows:,} windows of the data')
+        lines.append(f'max_windows={config.max_windows:,}: training reads only the first {n_windows:,} windows '
+                     'of the data')
     if config.epochs:
         more = config.max_steps * config.batch_tokens // config.block_size - round(config.epochs * n_windows)
         lines.append(f'epochs={config.epochs:g}: {config.max_steps:,} steps of {config.batch_tokens:,} tokens'
@@ -274,8 +288,9 @@ def batch_problems(config):
     if micro < 1 or config.batch_tokens % micro == 0:
         return []
     below = config.batch_tokens // micro * micro
-    nearest = ' or '.join(f'{n}' for n in (below, below + micro) if n)
-    return [f'batch_tokens={config.batch_tokens} is no multiple of batch_size * block_size = {micro}; the nearest are {nearest}']
+    nearest = ' or '.join(str(tokens) for tokens in (below, below + micro) if tokens)
+    return [f'batch_tokens={config.batch_tokens} is not a multiple of batch_size * block_size = {micro}; '
+            f'the nearest are {nearest}']
 
 
 def micro_batches(config, world):
@@ -285,9 +300,10 @@ def micro_batches(config, world):
     if rows % (world * size):
         unit = world * size * config.block_size
         below = config.batch_tokens // unit * unit
-        nearest = ' or '.join(f'{n}' for n in (below, below + unit) if n)
-        raise UserError(f'batch_tokens={config.batch_tokens} is {rows} sequences, which {world} processes can\'t share in micro-steps '
-                        f'of {size}; the nearest batch_tokens that they can are {nearest} (or change batch_size or the processes)')
+        nearest = ' or '.join(str(tokens) for tokens in (below, below + unit) if tokens)
+        raise UserError(f'batch_tokens={config.batch_tokens} is {rows} sequences. {world} processes cannot divide them '
+                        f'into micro-steps of {size}; the nearest batch_tokens that divide are {nearest} '
+                        '(or change batch_size, or the number of processes)')
     return size, rows // (world * size)
 
 

@@ -1,11 +1,12 @@
 """Train a language model, from corpus to checkpoint.
 
-    python train.py config/trix_tiny.py                                  # a 2M-parameter TriX model on Python's own library
-    python train.py config/trix_tiny.py --ffn=gelu --out_dir=runs/dense  # any option on the command line; --help lists them
-    python train.py config/trix_tiny.py --resume=auto                    # go on from the newest good checkpoint, exactly
-    torchrun --standalone --nproc_per_node=8 train.py config/trix_medium.py  # the same batches on 8 GPUs (--device=cpu: processes)
+    python train.py config/trix_tiny.py                                  # a 2M-parameter TriX model on Python's library
+    python train.py config/trix_tiny.py --ffn=gelu --out_dir=runs/dense  # change any option; --help lists them
+    python train.py config/trix_tiny.py --resume=auto                    # continue from the newest good checkpoint
+    torchrun --standalone --nproc_per_node=8 train.py config/trix_medium.py  # the same batches on 8 GPUs
 
-Exit codes: 0 finished, 2 a mistake in the call or an input, 3 diverged, 75 interrupted (saved; try again with --resume=auto).
+Exit codes: 0 finished, 2 a mistake in the call or an input, 3 diverged, 75 interrupted and saved (--resume=auto
+continues).
 """
 import configurator  # before torch, so Ctrl-C can interrupt torch's import
 import contextlib
@@ -70,8 +71,9 @@ def main(argv):
         if (config.tensorboard or config.profile) and configurator.utf8_path(config.out_dir) is None:
             raise UserError(f'out_dir={config.out_dir}: not UTF-8. The libraries behind --tensorboard and --profile '
                             'cannot open such a path')
-        device, dtype, reason = hardware.resolve(config.device, config.dtype, group.local_rank if group.world > 1 else None)
-        micro_batches(config, group.world)  # fails early if the processes can't split a step
+        local_rank = group.local_rank if group.world > 1 else None
+        device, dtype, reason = hardware.resolve(config.device, config.dtype, local_rank)
+        micro_batches(config, group.world)  # fails early if the processes can't divide a step
         group.connect(device)
         with group.together(), contextlib.ExitStack() as exit_stack:
             code = train(config, group, device, dtype, reason, say, exit_stack)
@@ -191,7 +193,7 @@ class Run:
     group: parallel.Group
     device: torch.device
     dtype: torch.dtype
-    data: object  # TokenData or ShardData
+    data: object  # TokenData, PackedRows or ShardData
     train_step: TrainStep
     progress: Progress
     asked: configurator.Config  # the config before max_hours shortened the run
@@ -239,8 +241,8 @@ class Run:
 
     def batch(self, step, micro):
         """x, y (micro_batch_size, T) of this process, on the CPU."""
-        x, y = self.data.batch(step, micro, self.micro_batch_size, self.rows_per_step, self.group.rank, self.group.world,
-                               self.config.seed, self.offset)
+        x, y = self.data.batch(step, micro, self.micro_batch_size, self.rows_per_step, self.group.rank,
+                               self.group.world, self.config.seed, self.offset)
         x, y = torch.from_numpy(x), torch.from_numpy(y)
         return (x.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' else (x, y)
 
@@ -304,7 +306,8 @@ def loop(run, interrupt):
         if profile:
             profile.step()
         if config.profile and train_step.steps == 1:
-            table = profiling.memory_breakdown(model, list(train_step.optimizers.values()), run.micro_batch_size, run.device, run.dtype)
+            table = profiling.memory_breakdown(model, list(train_step.optimizers.values()), run.micro_batch_size,
+                                               run.device, run.dtype)
             log.say(profiling.breakdown_table(table, run.device))
         if is_due(run, 'log_interval'):
             log_step(run, meter, result, lr, wd)
@@ -349,10 +352,10 @@ def fit_to_time(run):
         return
     fit_steps(config, run.asked, max_steps)
     run.log.config({**config.as_dict(), 'data_fingerprint': run.data.fingerprint})
-    run.log.line('metrics.jsonl', kind='event', event='max_hours', step=progress.step, max_steps=max_steps, before=before,
-                 step_seconds=limit.step_seconds)
-    run.log.say(f'max_hours={config.max_hours:g}: at {limit.step_seconds:.3g} s a step, the run ends at step {max_steps:,} '
-                f'(before: {before:,})')
+    run.log.line('metrics.jsonl', kind='event', event='max_hours', step=progress.step, max_steps=max_steps,
+                 before=before, step_seconds=limit.step_seconds)
+    run.log.say(f'max_hours={config.max_hours:g}: at {limit.step_seconds:.3g} s a step, the run ends at step '
+                f'{max_steps:,} (before: {before:,})')
 
 
 class Meter:
@@ -383,8 +386,8 @@ class Meter:
 def run_validation(run, stopping):
     """Validate and log the result -> whether it is the best so far."""
     progress = run.progress
-    result = validate(run.model, run.data, run.token_bytes, run.val_windows, run.micro_batch_size, run.device, run.dtype,
-                      stopping, run.group)
+    result = validate(run.model, run.data, run.token_bytes, run.val_windows, run.micro_batch_size, run.device,
+                      run.dtype, stopping, run.group)
     if not result:
         return False
     run.evals.append({'kind': 'eval', 'step': progress.step, **result, 'tokens': progress.tokens})
@@ -446,9 +449,10 @@ def save(run):
         return
     train_step, group = run.train_step, run.group
     run.progress.spent = run.time_limit.spent()
+    optimizers = {name: parallel.whole(optimizer.state_dict(), group.main)
+                  for name, optimizer in train_step.optimizers.items()}
     content = {
-        'model': parallel.whole(run.model.state_dict(), group.main),
-        **{name: parallel.whole(optimizer.state_dict(), group.main) for name, optimizer in train_step.optimizers.items()},
+        'model': parallel.whole(run.model.state_dict(), group.main), **optimizers,
         'scaler': train_step.scaler.state_dict(), **run.progress.state_dict(), **origin_of(run),
         'rng': random_state(run.device), 'processes': group.world}
     if group.main:
@@ -480,8 +484,8 @@ def say_first_lines(run, first):
     """Print device, processes, model, data and steps."""
     config, group, model, log = run.config, run.group, run.model, run.log
     log.say(first + (f'; {group.world} processes, {config.parallel}' if group.world > 1 else ''))
-    for kind, total, used in model.parameter_table():
-        log.say(f'  {kind:10s} {total:12,} parameters' + (f', of which a token uses {used:,}' if used != total else ''))
+    for kind, total, active in model.parameter_table():
+        log.say(f'  {kind:10s} {total:12,} parameters' + (f', {active:,} active a token' if active != total else ''))
     for name, optimizer in run.train_step.optimizers.items():
         count = sum(len(group['params']) for group in optimizer.param_groups)
         matrices = sum(len(group['params']) for group in optimizer.param_groups if group['decays'])
@@ -489,8 +493,10 @@ def say_first_lines(run, first):
         log.say(f'  {type(optimizer).__name__}: {matrices} matrices{vectors}')
     processes = f'{group.world} processes x ' if group.world > 1 else ''
     micro_steps = f'{run.micro_steps} micro-step' + ('s' if run.micro_steps > 1 else '')
-    log.say(f'{sum(p.numel() for p in model.parameters()):,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP a token; '
-            f'{run.data.train_tokens:,} training tokens in {run.data.path}; {config.max_steps:,} steps of {config.batch_tokens:,} tokens '
+    parameters = sum(p.numel() for p in model.parameters())
+    log.say(f'{parameters:,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP a token; '
+            f'{run.data.train_tokens:,} training tokens in {run.data.path}; '
+            f'{config.max_steps:,} steps of {config.batch_tokens:,} tokens '
             f'= {processes}{micro_steps} of {run.micro_batch_size} x {config.block_size}: '
             f'{run.total_tokens / (run.data.n_windows * config.block_size):.2f} epochs')
     for line in epoch_lines(config, run.data.n_windows):
@@ -518,11 +524,12 @@ def log_step(run, meter, result, lr, wd):
     mfu = run.model.flops_per_token() * speed / (peak * run.group.world) if peak else None
     eta = (config.max_steps - progress.step) * config.batch_tokens / speed
     log.line('metrics.jsonl', kind='train', step=progress.step, tokens=progress.tokens, loss=result.loss, lr=lr, wd=wd,
-             grad_norm=result.norm, tokens_per_s=speed, mfu=mfu, mem_gb=memory, loader_wait=loader_wait, **run.model.statistics())
-    percent = 100 * progress.step / config.max_steps
+             grad_norm=result.norm, tokens_per_s=speed, mfu=mfu, mem_gb=memory, loader_wait=loader_wait,
+             **run.model.statistics())
+    percent, minutes = 100 * progress.step / config.max_steps, f'{int(eta // 60)}:{int(eta % 60):02d}'
     log.say(f'step {progress.step:,}/{config.max_steps:,} ({percent:.0f} %)  loss {result.loss:.4f}  lr {lr:.2e}  '
             f'wd {wd:g}  {schedules.stage(progress.step - 1, config)[0]}  norm {result.norm:.2f}  {speed:,.0f} tokens/s  '
-            f'{memory:.2f} GB  {int(eta // 60)}:{int(eta % 60):02d} left', progress=True)
+            f'{memory:.2f} GB  {minutes} left', progress=True)
     write_status(run, 'running', loss=result.loss, tokens_per_s=speed, eta=eta, mem_gb=memory)
 
 
@@ -530,11 +537,15 @@ def record_skipped(run, result, lr):
     """Log a step without an update, before its gradients are freed. All processes must call this."""
     config, progress, log = run.config, run.progress, run.log
     micro_losses = run.group.gather([loss.item() * run.micro_steps for loss in result.losses])
-    names = [name for name, p in run.model.named_parameters() if p.grad is not None and not local_tensor(p.grad).isfinite().all()]
-    ranks = range(run.group.world)
-    windows = [[w for rank in ranks for w in run.windows(progress.step, micro, rank).tolist()] for micro in range(run.micro_steps)]
-    log.line('metrics.jsonl', kind='event', event=result.skip, step=progress.step + 1, loss=result.loss, grad_norm=result.norm, lr=lr,
-             windows=windows, micro_losses=micro_losses, nonfinite_gradients=len(names), first_of_them=names[:5],
+    names = [name for name, p in run.model.named_parameters()
+             if p.grad is not None and not local_tensor(p.grad).isfinite().all()]
+    windows = [[] for _ in range(run.micro_steps)]
+    for micro in range(run.micro_steps):
+        for rank in range(run.group.world):
+            windows[micro] += run.windows(progress.step, micro, rank).tolist()
+    log.line('metrics.jsonl', kind='event', event=result.skip, step=progress.step + 1, loss=result.loss,
+             grad_norm=result.norm, lr=lr, windows=windows, micro_losses=micro_losses,
+             nonfinite_gradients=len(names), first_of_them=names[:5],
              recent_mean=statistics.fmean(progress.recent) if progress.recent else None)
     reason = {'spike': ', a spike', 'zero_gradient': ', exactly zero'}.get(result.skip, '')
     if names:
@@ -548,18 +559,22 @@ def warn_of_silent_parameters(run):
     names, steps = run.train_step.silent, run.train_step.steps
     if not names or run.train_step.zero_steps:  # if all gradients are exactly zero, the run ends anyway
         return
-    run.log.line('metrics.jsonl', kind='event', event='no_gradient', step=run.progress.step, parameters=len(names), first_of_them=names[:5])
+    run.log.line('metrics.jsonl', kind='event', event='no_gradient', step=run.progress.step, parameters=len(names),
+                 first_of_them=names[:5])
     more = f' and {len(names) - 5} more parameters' if len(names) > 5 else ''
-    run.log.say(f'no gradient in any of the first {steps} steps, so nothing is learnt there: {", ".join(names[:5])}{more}')
+    run.log.say(f'no gradient in any of the first {steps} steps, so nothing is learnt there: '
+                f'{", ".join(names[:5])}{more}')
 
 
 def diverged(run):
     """Print the last lines of a run that can't continue -> exit code."""
     write_status(run, 'diverged', loss=run.last_loss)
     if zeros := run.train_step.zero_steps:
-        run.log.say(f'the gradient was exactly zero in {zeros} steps: nothing is learnt (if the model is compiled, try --compile=false)')
+        run.log.say(f'the gradient was exactly zero in {zeros} steps: nothing is learnt '
+                    '(if the model is compiled, try --compile=false)')
     elif run.saved:
-        run.log.say(f'diverged; the last good checkpoint is {run.saved}: lower the learning rate, and --resume={run.saved}')
+        run.log.say('diverged: lower the learning rate and continue from the last good checkpoint with '
+                    f'--resume={run.saved}')
     else:
         run.log.say('diverged before the first checkpoint: lower the learning rate')
     return 3
@@ -570,17 +585,21 @@ def ended(run, finished):
     config, progress, log = run.config, run.progress, run.log
     if not finished:
         write_status(run, 'interrupted', loss=run.last_loss)
-        log.say(f'interrupted at step {progress.step:,}, saved {run.saved}: go on with the same command and --resume=auto')
+        log.say(f'interrupted at step {progress.step:,}, saved {run.saved}: '
+                'continue with the same command and --resume=auto')
         return 75
     if progress.step < config.max_steps:
         log.line('metrics.jsonl', kind='event', event='plateau', step=progress.step, loss=progress.plateau_loss,
                  since=progress.plateau_step)
-        log.say(f'stop_on=plateau: the loss has not improved by {100 * LEAST_GAIN:g} % since step {progress.plateau_step:,} '
-                f'({progress.plateau_loss:.4f}): stopping at step {progress.step:,} of {config.max_steps:,}')
+        log.say(f'stop_on=plateau: the loss has not improved by {100 * LEAST_GAIN:g} % since step '
+                f'{progress.plateau_step:,} ({progress.plateau_loss:.4f}): '
+                f'stopping at step {progress.step:,} of {config.max_steps:,}')
     write_status(run, 'finished', loss=run.last_loss)
-    best = f'best validation loss {progress.best:.4f} at step {progress.best_step:,}'
-    log.say(f'finished: {progress.step:,} steps, {progress.tokens / 1e6:.1f}M tokens in {progress.seconds / 60:.1f} minutes of training; '
-            + (best if math.isfinite(progress.best) else f'last loss {run.last_loss}'))
+    result = f'last loss {run.last_loss}'
+    if math.isfinite(progress.best):
+        result = f'best validation loss {progress.best:.4f} at step {progress.best_step:,}'
+    log.say(f'finished: {progress.step:,} steps, {progress.tokens / 1e6:.1f}M tokens '
+            f'in {progress.seconds / 60:.1f} minutes of training; {result}')
     if run.saved and run.encoding:
         log.say(f'sample from it: {Path(sys.executable).name} sample.py {run.out} --num=3')
     return 0
@@ -620,7 +639,8 @@ def is_finished(config, progress, origin):
         return ''
     if progress.step >= config.max_steps:
         longer = f'--epochs={2 * config.epochs:g}' if config.epochs else f'--max_steps={2 * progress.step}'
-        return f'{config.out_dir} is finished: {progress.step:,} steps are done. Nothing to do; train longer with {longer}'
+        return (f'{config.out_dir} is finished: {progress.step:,} steps are done. '
+                f'Nothing to do; train longer with {longer}')
     if on_plateau(config, progress):
         return (f'{config.out_dir} has stopped on a plateau at step {progress.step:,}. Nothing to do; '
                 f'train on with --stop_on= or --plateau_steps={2 * config.plateau_steps}')
@@ -644,13 +664,13 @@ def find_eot(config, data):
     """Set config.eot_id from the data, for document_mask. UserError if it is unknown or the config has another one."""
     if not config.document_mask:
         return
-    found = eot_id_of(data)
-    if found is None:
-        raise UserError(f'document_mask=true: nothing in {data.path} says which id ends a document (it has no tokenizer.json): '
-                        'use --document_mask=false')
-    if config.eot_id not in (-1, found):
-        raise UserError(f'eot_id={config.eot_id}: in {data.path} a document ends with {found}: leave eot_id out')
-    config.eot_id = found
+    eot = eot_id_of(data)
+    if eot is None:
+        raise UserError(f'document_mask=true: {data.path} has no tokenizer.json, so it is unknown which id ends a '
+                        'document: use --document_mask=false')
+    if config.eot_id not in (-1, eot):
+        raise UserError(f'eot_id={config.eot_id}: in {data.path} a document ends with {eot}: leave eot_id out')
+    config.eot_id = eot
 
 
 def find_teacher(config, data, device):
@@ -661,7 +681,7 @@ def find_teacher(config, data, device):
     checkpoint.same_tokenizer(state, data, config.distill_from, '--distill_from')
     if model.config.vocab_size != config.vocab_size:
         raise UserError(f'--distill_from={config.distill_from}: its vocabulary has {model.config.vocab_size} entries, '
-                        f'this model\'s {config.vocab_size}')
+                        f'the vocabulary of this model has {config.vocab_size}')
     return model.requires_grad_(False)
 
 
@@ -681,7 +701,8 @@ def compiled_model(run, interrupt, sharded):
 
     fast, overdue = compiler.compiled(model), False
     try:
-        problem, note = compiler.check(model, fast, compute, run.device, run.dtype, interrupt.limit(config.compile_timeout),
+        problem, note = compiler.check(model, fast, compute, run.device, run.dtype,
+                                       interrupt.limit(config.compile_timeout),
                                        group.sum if sharded else lambda *numbers: numbers, group.lost)
     except Overdue:
         overdue, problem, note = True, f'it took over {config.compile_timeout} s (--compile_timeout)', ''
@@ -689,7 +710,7 @@ def compiled_model(run, interrupt, sharded):
     if overdue and sharded:  # the other processes may be in the middle of this collective step
         if interrupt.signals:
             return None
-        raise UserError(f'rank {group.rank}: {problem}: use --compile=false, or give it longer')
+        raise UserError(f'rank {group.rank}: {problem}: use --compile=false, or a longer --compile_timeout')
     if group.any(interrupt.signals):
         return None
     if group.any(problem):
@@ -702,14 +723,14 @@ def compiled_model(run, interrupt, sharded):
 @contextlib.contextmanager
 def memory_guard(advice):
     """Turns out-of-memory into a UserError with advice(). advice() runs after the failed block's memory is freed."""
-    out = False
+    failed = False
     try:
         yield
     except Exception as error:
         if not profiling.is_out_of_memory(error):
             raise
-        out = True
-    if out:
+        failed = True
+    if failed:
         raise UserError(advice())
 
 

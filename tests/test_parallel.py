@@ -233,7 +233,8 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(corpus, tmp_
 def test_a_batch_that_the_processes_cannot_share_names_the_nearest(corpus, tmp_path):
     codes, said = finish_ranks(arguments(corpus, tmp_path / 'run'), 3)
     assert codes == [2] * 3 and 'Traceback' not in ''.join(said)
-    assert 'batch_tokens=128 is 8 sequences, which 3 processes can\'t share in micro-steps of 2; the nearest batch_tokens that they can are 96 or 192' in said[0]
+    assert 'batch_tokens=128 is 8 sequences. ' in said[0]
+    assert '3 processes cannot divide them into micro-steps of 2; the nearest batch_tokens that divide are 96 or 192' in said[0]
 
 
 @pytest.mark.parametrize('environment, message', [

@@ -170,7 +170,7 @@ def test_the_page_for_another_card_has_the_figures_computed_by_hand(quick, tmp_p
     seconds = flops * 128_000 * (1 + 11 * 1280 / 128_000) / (0.35 * 65e12)
     assert f'T4 {plan.duration(seconds)}' in text and 'as agreed' not in text
     size = 12 * total  # weights and two moments
-    assert f'5 checkpoints at most (keep=3, the best, one in the making) of {readable(size)} = {readable(5 * size)} in runs/default' in text
+    assert f'5 checkpoints at most (keep=3, the best, one being written) of {readable(size)} = {readable(5 * size)} in runs/default' in text
     assert 'learning rate, schedule=cosine' in text and not list(tmp_path.iterdir())
 
 

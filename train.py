@@ -28,7 +28,6 @@ import settings
 from configurator import UserError, read_json
 from corpora.preparation import open_dataset
 from data import Prefetcher
-from deploy import packed
 from kernels import autocast
 from model import GPT, GPTConfig
 from optim import local_tensor, make_optimizers, set_rates
@@ -677,6 +676,7 @@ def find_teacher(config, data, device):
     """The model of --distill_from, or None. UserError if its tokenizer or its vocabulary size doesn't match."""
     if not config.distill_from:
         return None
+    from deploy import packed  # a plain run does not need it
     model, state = packed.load_model(config.distill_from, device, config.block_size)
     checkpoint.same_tokenizer(state, data, config.distill_from, '--distill_from')
     if model.config.vocab_size != config.vocab_size:

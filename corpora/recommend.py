@@ -43,6 +43,7 @@ class Plan:
     batch_tokens: int
     max_steps: int
     memory: float  # bytes of a training step
+    epochs: float = 0.0  # passes over the data, instead of max_steps (0: max_steps)
 
 
 def recommend(path, device='auto', card_gb=0.0, say=print):
@@ -151,7 +152,8 @@ def plan(name, config, kind, dtype):
         model = GPT(shape_of(config))
     parameters = sum(p.numel() for p in model.parameters())
     memory = sum(estimate(config, kind, dtype)(config.batch_size, config.activation_checkpointing).values())
-    return Plan(name, parameters, model.flops_per_token(), config.batch_tokens, config.max_steps, memory)
+    return Plan(name, parameters, model.flops_per_token(), config.batch_tokens, config.max_steps, memory,
+                config.epochs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def plan(name, config, kind, dtype):
 def plan_rows(plans, corpus, speed, size):
     rows = [('preset', 'parameters', 'tokens/parameter', 'epochs', 'FLOPs', 'time', 'memory', 'fits')]
     for p in plans:
-        tokens = p.max_steps * p.batch_tokens
+        tokens = p.epochs * corpus.tokens or p.max_steps * p.batch_tokens
         rows.append((p.name, f'{p.parameters:,}', number(corpus.tokens / p.parameters), number(tokens / corpus.tokens),
                      f'{p.flops * tokens:.2e}', duration(p.flops * tokens / speed), readable(p.memory),
                      'yes' if p.memory <= size else 'no'))

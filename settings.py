@@ -231,6 +231,8 @@ def epoch_lines(config, n_windows):
         more = config.max_steps * config.batch_tokens // config.block_size - round(config.epochs * n_windows)
         lines.append(f'epochs={config.epochs:g}: {config.max_steps:,} steps of {config.batch_tokens:,} tokens'
                      + (f'; the last step also reads {more:,} windows of the next pass' if more > 0 else ''))
+        lines += [f'{key}={getattr(config, key)}: {config.origin[key]}' for key in (*AUTOMATIC, 'mandatory_steps')
+                  if config.origin[key].startswith('automatic')]
     return lines
 
 
@@ -257,8 +259,20 @@ def step_problems(config):
     if config.anneal_steps > max(1, config.max_steps):
         found.append(f'anneal_steps={config.anneal_steps} is longer than the run of max_steps={config.max_steps}')
     if wrong := [step for step in config.mandatory_steps if not 0 < step <= config.max_steps]:
-        found.append(f'mandatory_steps={",".join(map(str, wrong))}: the run ends at max_steps={config.max_steps}')
+        if is_shortened(config) and config.origin['mandatory_steps'] != 'command line':
+            config.mandatory_steps = tuple(step for step in config.mandatory_steps if step not in wrong)
+            config.origin['mandatory_steps'] = f'automatic, for a run shorter than that of {config.origin["mandatory_steps"]}'
+        else:
+            found.append(f'mandatory_steps={",".join(map(str, wrong))}: the run ends at max_steps={config.max_steps}')
     return found
+
+
+def is_shortened(config):
+    """
+    Whether the run may be shorter than a config file expects: the command line sets its length, or the data do, which
+    the file cannot know.
+    """
+    return bool(config.epochs) or 'command line' in (config.origin[key] for key in ('max_steps', 'max_windows'))
 
 
 def schedule_problems(config):
@@ -274,8 +288,7 @@ def schedule_problems(config):
             config.warmup_steps = max(0, config.max_steps // (10 if config.schedule == 'onecycle' else 20))
         found = schedules.problems(config) if config.max_steps >= 1 else []
         short = [key for key in AUTOMATIC if config.origin[key] not in ('default', 'command line')]
-        shortened = 'command line' in (config.origin[key] for key in ('max_steps', 'epochs', 'max_windows'))
-        if not found or not shortened or not short:
+        if not found or not is_shortened(config) or not short:
             break
         for key in short:
             setattr(config, key, AUTOMATIC[key])

@@ -10,10 +10,12 @@ block_size, vocab_size = 32_768, 50_257  # GPT-2's vocabulary
 dataset = 'shards:data/shards'
 batch_size = 4
 batch_tokens = 4 * batch_size * block_size  # 4 micro-steps
-max_steps = 3_100_000_000 // batch_tokens  # our choice: about 20 tokens a parameter (arXiv:2203.15556)
+max_steps = 100_000_000 // batch_tokens  # under an hour at the original's 35,000 tokens a second
 learning_rate = 3e-4  # our choice: GPT-3's rate at this width (arXiv:2005.14165)
 schedule = 'onecycle'  # the warm-up is a tenth of the run, as in the original trainer
+grad_clip = 1.0
 activation_checkpointing = True
 
-eval_interval = save_interval = sample_interval = 250
+eval_interval = save_interval = sample_interval = 19  # our choice: ten times in the run
 eval_tokens = 16 * block_size
+sample_prompts = '|The|In this|Once upon a time|It is important to'

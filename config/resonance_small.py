@@ -8,16 +8,17 @@ n_layer, n_head, n_embd = 6, 12, 768  # n_head is for the attention twin: heads 
 num_frequencies = 64
 block_size, vocab_size = 32_768, 50_257  # GPT-2's vocabulary
 
+
 dataset = 'shards:data/shards'
+epochs = 3
 batch_size = 4
 batch_tokens = 8 * batch_size * block_size  # 8 micro-steps
-max_steps = 1_600_000_000 // batch_tokens  # our choice: about 20 tokens a parameter (arXiv:2203.15556)
 learning_rate = 6e-4  # our choice: GPT-3's rate at this width (arXiv:2005.14165)
-schedule, restart_steps = 'restarts', max_steps // 7  # our choice: cosine cycles of 1, 2 and 4 sevenths of the run
-warmup_steps = 50
-beta1, beta2 = 0.9, 0.95
-grad_clip = 1.0
+schedule, restart_steps = 'restarts', 100  # our choice: cosine cycles of 100, 200, 400 ... steps
+beta1, beta2, grad_clip = 0.9, 0.95, 1.0
 activation_checkpointing = True
 
-eval_interval = save_interval = sample_interval = 100
+save_interval = keep_every = 1000  # every checkpoint is kept
+eval_interval = sample_interval = 100  # our choice
 eval_tokens = 16 * block_size
+sample_prompts = '|The|In this|Once upon a time|It is important to'

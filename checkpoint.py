@@ -23,6 +23,7 @@ import torch
 from configurator import UserError, typed
 from files import replacing
 from model import GPT, GPTConfig
+from tokenizer import equivalent
 from schedule import schedule, top_k
 from settings import fit_steps, resolve_steps
 
@@ -174,7 +175,9 @@ def consequences(changed, saved, config, state):
 
 
 def same_tokenizer(state, data, path, option='--resume'):
-    if data.tokenizer != state['tokenizer']:
+    if data.tokenizer and not state['tokenizer']:
+        raise UserError(f'{option}: {path} has no tokenizer.json, so nothing shows that {data.path} has its tokens')
+    if not equivalent(data.tokenizer, state['tokenizer']):
         raise UserError(f'{option}: {path}: trained with another tokenizer than that of {data.path} '
                         f'(data {state["data"].get("fingerprint")}, here {data.fingerprint})')
 
@@ -224,6 +227,11 @@ def load_model(run, device, context=0):
 
     context: tokens of a window, if more than block_size. UserError if learned positions end before it."""
     path, state = find(run, device)
+    return build_model(state, path, device, context)
+
+
+def build_model(state, path, device, context=0):
+    """The dict of a checkpoint -> (GPT in eval mode on the device, the dict). Otherwise as load_model."""
     model = GPT(model_config(state, path, context)).to(device)
     load_weights(model, state, path)
     return model.eval(), state

@@ -80,7 +80,21 @@ class Config:
                          for line in lines) or 'every option has its default (--help lists them)'
 
 
-def load(argv, *classes, positional=(), usage='', check=None, folder='', bare=None, spellings=None, aliases=None):
+def peek(argv, key, *classes, folder='', bare=None):
+    """The value of one key of type str, before load() checks anything. Errors in the words or files are left to load()."""
+    kinds, values = schema(classes)
+    pairs = split(argv, kinds, bare or {}, ())
+    for name, word in pairs:
+        path = None if name else config_file(word, folder)
+        if path:
+            with suppress(UserError):
+                values.update((k, value) for k, value in run_file(path, values).items() if k in values)
+    given = [text for name, text in pairs if name == key and text is not None]
+    return given[-1] if given else values[key]
+
+
+def load(argv, *classes, positional=(), usage='', check=None, folder='', bare=None, spellings=None, aliases=None,
+         defaults=None, source=''):
     """
     Resolve the command line against dataclasses -> Config. Raises UserError with all problems at once.
 
@@ -90,15 +104,17 @@ def load(argv, *classes, positional=(), usage='', check=None, folder='', bare=No
     folder: where config files are looked for. `trix_tiny` then means `<folder>/trix_tiny.py`.
     bare: {key: what a bare --key means}. spellings: {key: {another spelling of a value: the value}}.
     aliases: {key of another program: the key here, or a sentence that says what to do}, for errors.
+    defaults: {key: value} in place of defaults of the classes; `source` is the origin of those that differ.
     """
     kinds, values = schema(classes)
+    origin = {key: source if (defaults or {}).get(key, value) != value else 'default' for key, value in values.items()}
+    values |= defaults or {}
     aliases, spellings = aliases or {}, spellings or {}
     assert set(positional) <= set(kinds), f'positional={positional}: name fields of the classes'
     if '--help' in argv or '-h' in argv:
         print('\n\n'.join([(usage or '').strip(), *map(describe, classes)]).strip(), flush=True)
         raise SystemExit(0)
 
-    origin = dict.fromkeys(values, 'default')
     unreadable, unknown = [], []  # separate, because combinations can't be checked while a value is missing
 
     def assign(where, key, value, written):

@@ -30,7 +30,7 @@ from runtime.choice import choose_checkpoint
 from runtime.profiling import is_out_of_memory
 from runtime.runlog import plain, read_lines
 from corpora.shards import ShardData, holds_rows, open_data
-from tokenizer import encode, load_tokenizer, token_bytes
+from tokenizer import encode, equivalent, load_tokenizer, token_bytes
 from training import validate
 
 
@@ -247,7 +247,7 @@ def open_validation(config, model, state):
             data = open_data(path, options.block_size, options.vocab_size, verify)
     except UserError as error:
         raise UserError(*(problem.replace('--block_size', '--context') for problem in error.args))
-    if data.tokenizer != state['tokenizer']:
+    if not equivalent(data.tokenizer, state['tokenizer']):
         raise UserError(f'{path}: this data has another tokenizer than {config.run} was trained with')
     if config.stride > data.block_size:
         raise UserError(f'--stride={config.stride} is more than the context of {data.block_size}: '

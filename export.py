@@ -20,7 +20,7 @@ from pathlib import Path
 
 from configurator import UserError, load, run, utf8_path  # before torch, whose import Ctrl-C may interrupt
 
-from deploy import convert, gguf, huggingface, packed, parity
+from deploy import convert, gguf, huggingface, packed, parity, pretrained
 from files import named_at_last
 from runtime import device as hardware
 from runtime.choice import choose_checkpoint
@@ -66,6 +66,11 @@ class ExportConfig:
 def load_run(config, name):
     """(model, dict of its checkpoint, path of the export). name: what the export is called in a run directory.
     UserError if the model can't be exported to that path."""
+    if pretrained.is_pretrained(config.run) and config.command == 'convert':
+        raise UserError(f'{config.run}: finetune it first, with train.py --init_from={config.run}, and convert that run: '
+                        'the training that recovers the loss continues it')
+    if pretrained.is_pretrained(config.run) and not config.out:
+        raise UserError(f'{config.run}: name the export, too: python export.py {config.command} {config.run} OUT')
     source = choose_checkpoint(config.run, config.checkpoint)
     model, state = packed.load_model(source, hardware.resolve(config.device, 'float32')[0])
     folder = Path(config.run) if Path(config.run).is_dir() else Path(config.run).parent

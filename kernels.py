@@ -400,10 +400,10 @@ def dense_tiles(x, up, down, tiles, gates, hidden):
     """Every tile multiplies every token. A gate of 0 removes the tiles that a token does not use.
 
     x (N, C), up (E, h, C), down (E, C, h), tiles and gates (N, k) -> (N, C).
-    hidden: a function of pre-activations (..., h) and gates (..., 1) -> (..., h)."""
+    hidden: a function of pre-activations (..., h), gates (..., 1) and the index of each row's tile -> (..., h)."""
     weight = torch.zeros(len(x), len(up), device=x.device).scatter(1, tiles, gates)  # (N, E)
     z = F.linear(x, up.flatten(0, 1)).view(len(x), len(up), -1)  # (N, E, h)
-    h = hidden(z, weight.unsqueeze(-1))
+    h = hidden(z, weight.unsqueeze(-1), slice(None))
     return F.linear(h.flatten(1), down.transpose(0, 1).flatten(1))
 
 
@@ -418,7 +418,7 @@ def sparse_tiles(x, up, down, tiles, gates, hidden, grouped):
     elif not traced():
         sizes = sizes.tolist()  # one transfer to the host for all tiles
     z = grouped_linear(Spread.apply(x, order, back, k), up, sizes)  # (N k, h), sorted by tile
-    h = hidden(z, Spread.apply(gates.view(-1, 1), order, back, 1))
+    h = hidden(z, Spread.apply(gates.view(-1, 1), order, back, 1), tiles[order])
     return Gather.apply(grouped_linear(h, down, sizes), order, back, k)
 
 

@@ -41,6 +41,7 @@ class GPTConfig:
     linear: str = 'dense'  # dense; bitnet: every matrix of the blocks is ternary; bitnet_ffn: those of the FFNs
     norm: str = 'rmsnorm'  # rmsnorm or layernorm
     positions: str = 'rotary'  # rotary, learned or none
+    rope_theta: float = 10_000.0  # rotary positions: the base of the frequencies; larger for long contexts
     qk_norm: bool = False  # RMS-normalise queries and keys, where there is attention: it bounds the attention logits
     zero_init: bool = False  # the last matrix of every branch starts at 0, so that every block starts as the identity
     embed_norm: bool = False  # RMSNorm behind the embedding, without weights
@@ -85,6 +86,8 @@ class GPTConfig:
             found.append(f'dropout={self.dropout} must lie in [0, 1)')
         if not 0 <= self.logit_softcap < math.inf:
             found.append(f'logit_softcap={self.logit_softcap} must not be negative')
+        if not 1 < self.rope_theta < math.inf:
+            found.append(f'rope_theta={self.rope_theta} must be greater than 1')
         if self.act_bits not in (0, 8):
             found.append(f'act_bits={self.act_bits} must be 0 or 8')
         if found:
@@ -161,7 +164,7 @@ def linear(config, n_in, n_out, last=False):
 def rotary_tables(config, device=None):
     """Cosines and sines of the rotary angles of every position, (block_size, hs / 2) each."""
     hs = config.n_embd // config.n_head
-    frequency = 10_000.0 ** (-torch.arange(0, hs, 2, device=device) / hs)
+    frequency = config.rope_theta ** (-torch.arange(0, hs, 2, device=device) / hs)
     angle = torch.outer(torch.arange(config.block_size, device=device).float(), frequency)
     return angle.cos(), angle.sin()
 
@@ -347,6 +350,7 @@ class TriX(nn.Module):
 
     With trix_cut, each tile adds 2 sigmoid(slope_e s_e) * down_e(act(up_e x)). The slope starts at 0, so all tiles
     together equal the dense FFN that they were cut from. For swiglu, up is (2h, C): h gates, then h units.
+    With bias, the biases of the dense FFN stay: those of up in their tiles, that of down for the whole layer.
 
     Three executions compute the same function:
       'dense'    every tile, masked, in two matrix products
@@ -366,6 +370,9 @@ class TriX(nn.Module):
         # A shared tile is the last tile.
         self.up = nn.Parameter(torch.empty(E + self.shared, h * (1 + (self.act is swiglu)), config.n_embd))
         self.down = nn.Parameter(torch.empty(E + self.shared, config.n_embd, h))
+        has_bias = self.act is not None and config.bias
+        self.up_bias = nn.Parameter(torch.empty(self.up.shape[:2].numel())) if has_bias else None  # (E h,)
+        self.down_bias = nn.Parameter(torch.empty(config.n_embd)) if has_bias else None
         self.codes = CachedCodes(tile_codes)
         self.logged = {}  # int8 codes of up and down at the latest statistics()
         self.router, self.idx = config.trix_router, None  # idx (B, T): tokens, only for the hash baseline
@@ -416,8 +423,10 @@ class TriX(nn.Module):
         x = int8(x) if self.int8 else x
         how = self.execution if self.execution != 'auto' else self.fastest(x)
         if how == 'dense':
-            return dense_tiles(x, up, down, tiles, gates, self.hidden).view(shape)
-        return sparse_tiles(x, up, down, tiles, gates, self.hidden, grouped=how == 'grouped').view(shape)
+            y = dense_tiles(x, up, down, tiles, gates, self.hidden)
+        else:
+            y = sparse_tiles(x, up, down, tiles, gates, self.hidden, grouped=how == 'grouped')
+        return (y if self.down_bias is None else y + self.down_bias.type_as(y)).view(shape)
 
     def fastest(self, x):
         if x.device.type == 'cpu':
@@ -431,7 +440,10 @@ class TriX(nn.Module):
     def flops_per_token(self, T):  # forward FLOPs, without the matrices: the scores
         return 2 * self.n_routed * self.n_embd
 
-    def hidden(self, z, gates):  # pre-activations (..., h), gates (..., 1) -> (..., h)
+    def hidden(self, z, gates, tiles=None):
+        """Pre-activations z (..., h), gates (..., 1) -> (..., h). tiles: the tile of each row of z, for its biases."""
+        if self.up_bias is not None:
+            z = z + self.up_bias.view(-1, z.size(-1))[tiles].type_as(z)
         h = self.act(z) * gates.type_as(z) if self.act else gated_hidden(z, gates)
         return int8(h) if self.int8 else h
 
@@ -755,8 +767,9 @@ class GPT(nn.Module):
 
     def active_params(self, name, p):
         """The number of weights in parameter p that one token uses."""
-        if name.endswith(('.up', '.down')):  # (tiles, ., .)
-            return p.numel() // p.size(0) * (self.config.trix_top_k + self.config.trix_shared)
+        if name.endswith(('.up', '.down', '.up_bias')):
+            shared = self.config.trix_shared
+            return p.numel() // (self.config.trix_tiles + shared) * (self.config.trix_top_k + shared)
         return p.numel()
 
     def flops_per_token(self, T=None):

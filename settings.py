@@ -104,8 +104,9 @@ class TrainConfig:
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time
     parallel: str = 'ddp'  # several processes: ddp, or fsdp, which shards weights, gradients and optimizer state
     dist_timeout: int = 600  # seconds that a process waits for the others
-    init_from: str = ''  # start with the weights of this run or checkpoint, to recover a conversion or to fine-tune
-    distill_from: str = ''  # also learn from the predictions of this run's model, which must have the same tokenizer
+    init_from: str = ''  # start with the weights of a run or checkpoint, or of a pretrained model, which sets the shape:
+    # gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, hf:DIRECTORY or hf:NAME on the Hugging Face Hub
+    distill_from: str = ''  # also learn from the predictions of this run or pretrained model; needs the same tokenizer
     distill_weight: float = 0.5  # w in the loss (1 - w) cross-entropy + w KL(teacher || model)
     anneal_steps: int = 0  # ffn=trix: steps in which the tiles of a token decrease from trix_tiles to trix_top_k
     resume: str = ''  # auto (or no value): continue from the newest good checkpoint in out_dir, if there is one;
@@ -160,10 +161,23 @@ class TrainConfig:
         return found
 
 
-def load(argv, usage=__doc__):
-    """Command line -> checked config. A pure function. UserError with one line per problem."""
-    config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage, check=problems, folder='config',
-                               bare={'resume': 'auto'}, spellings=SPELLINGS, aliases=ALIASES)
+def load(argv, usage=__doc__, pretrained=None):
+    """
+    Command line -> checked config. A pure function. UserError with one line per problem.
+
+    pretrained: the module deploy.pretrained, for runs that may start from a pretrained model: the model that --init_from
+    names then decides the shape. Without it, --init_from is only an option like any other.
+    """
+    words = dict(folder='config', bare={'resume': 'auto'})
+    source = configurator.peek(argv, 'init_from', GPTConfig, TrainConfig, **words) if pretrained else ''
+    shape = {} if {'--help', '-h'} & {*argv} or not source else pretrained.options(source)
+
+    def check(config):
+        conflicts = pretrained.conflicts(config, source, shape) if shape else []
+        return conflicts + problems(config)
+
+    config = configurator.load(argv, GPTConfig, TrainConfig, usage=usage, check=check, spellings=SPELLINGS,
+                               aliases=ALIASES, defaults=shape, source=source, **words)
     names = [Path(file).stem for file in config.files]
     config.out_dir = os.path.expanduser(config.out_dir) or f'runs/{"-".join(names) or "default"}'
     return config

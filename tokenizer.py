@@ -168,6 +168,22 @@ def load_tokenizer(source):
     return checked(file, read_json(file), build)
 
 
+def equivalent(a, b):
+    """
+    Whether two contents stand for the same tokenizer. GPT-2's, for example, has two contents: tiktoken's and Hugging
+    Face's. a, b: contents, or None for no tokenizer.
+    """
+    if a == b or a is None or b is None:
+        return a == b
+    first, second = load_tokenizer(a), load_tokenizer(b)
+    if (first.n_vocab, first.eot_token) != (second.n_vocab, second.eot_token):
+        return False
+    tokens = range(first.n_vocab)
+    return (np.array_equal(token_bytes(first), token_bytes(second))
+            and all(map(lambda i: first.decode_single_token_bytes(i) == second.decode_single_token_bytes(i), tokens))
+            and all(first.encode_ordinary(text) == second.encode_ordinary(text) for text in (HARD, __doc__)))
+
+
 def label(content):
     """The name of a tokenizer for meta.json. content: from tokenizer.json."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]

@@ -28,6 +28,7 @@ import settings
 from configurator import UserError, read_json
 from corpora.preparation import open_dataset
 from data import Prefetcher
+from deploy import pretrained
 from kernels import autocast
 from model import GPT, GPTConfig
 from optim import local_tensor, make_optimizers, set_rates
@@ -45,7 +46,7 @@ from training import WATCHED_STEPS, Progress, TrainStep, validate
 
 def load(argv):
     """Command line -> checked config. A pure function."""
-    return settings.load(argv, usage=__doc__)
+    return settings.load(argv, usage=__doc__, pretrained=pretrained)
 
 
 def main(argv):
@@ -648,11 +649,16 @@ def is_finished(config, progress, origin):
 
 def initial_model(config, data, origin, state, say):
     """A GPT on the CPU with its initial weights: random, from the resumed checkpoint, or from --init_from."""
+    path, other = config.init_from, None
+    if path and not state:  # before the model: files that don't fit may make it huge
+        if pretrained.is_pretrained(path):
+            other = pretrained.load(path, config.block_size, say)
+        else:
+            path, other = checkpoint.find(path, say=say)
     model = GPT(config.pick(GPTConfig))
     if state:
         checkpoint.load_weights(model, state, origin)
-    elif config.init_from:
-        path, other = checkpoint.find(config.init_from, say=say)
+    elif other:
         checkpoint.same_tokenizer(other, data, path, '--init_from')
         checkpoint.load_weights(model, other, path)
         say(f'weights from {path}')

@@ -117,6 +117,8 @@ def suited(path, corpus):
             config = settings.load([str(file)])
             shortest = min(shortest, config.block_size)
             reason = unsuited(config, corpus)
+            if config.init_from:
+                reason = f'it finetunes {config.init_from}, which has a tokenizer of its own'
         except UserError as error:
             reason = ' '.join(str(error).splitlines())
         if reason:

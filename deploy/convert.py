@@ -68,8 +68,6 @@ def split(model, tiles, top_k):
     shape, weights = model.config, dict(model.state_dict())
     if shape.ffn not in ACTS:
         raise UserError(f'ffn={shape.ffn}: only {", ".join(ACTS)} can be cut into tiles')
-    if shape.bias:
-        raise UserError('bias=True: tiles have no biases; train the dense model with bias=False')
     hidden = model.blocks[0].ffn.up_proj.out_features
     if hidden % tiles:
         raise UserError(f'--tiles={tiles} does not divide the {hidden} hidden units of an FFN')
@@ -80,6 +78,10 @@ def split(model, tiles, top_k):
         units = balanced_kmeans(dense['up'], tiles).to(dense['up'].device)  # (E, h)
         weights |= {f'{name}.up': torch.cat([dense[key][units] for key in keys if key != 'down'], 1),  # (E, h or 2h, C)
                     f'{name}.down': dense['down'].T[units].transpose(1, 2).contiguous()}  # (E, C, h)
+        if shape.bias:
+            dense_bias = {key: weights.pop(f'{name}.{key}_proj.bias') for key in keys}
+            tile_biases = torch.cat([dense_bias[key][units] for key in keys if key != 'down'], 1)  # (E, h or 2h)
+            weights |= {f'{name}.up_bias': tile_biases.flatten(), f'{name}.down_bias': dense_bias['down']}
         weights |= {f'{name}.{key}': torch.zeros(tiles) for key in ('slope', 'balance', 'pace')}
     shape = replace(shape, ffn='trix', trix_cut=shape.ffn, trix_tiles=tiles, trix_top_k=top_k,
                     trix_hidden=hidden // tiles, d_ff=0)

@@ -154,7 +154,7 @@ def metadata(path, model, tokenizer, token_types):
         'block_count': config.n_layer, 'feed_forward_length': model.blocks[0].ffn.up_proj.out_features,
         'head_count': config.n_head, 'head_count_kv': config.n_kv_head or config.n_head,
         'vocab_size': config.vocab_size,
-        'rope_dimension_count': config.n_embd // config.n_head, 'rope_freq_base': 10_000.0, 'layer_norm_rms_eps': 1e-6,
+        'rope_dimension_count': config.n_embd // config.n_head, 'rope_freq_base': config.rope_theta, 'layer_norm_rms_eps': 1e-6,
         'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'token_list': tokens,
         'token_types': [token_types[kind] for kind in kinds],
         'token_merges': pairs or [NO_MERGE], 'bos_token_id': end, 'eos_token_id': end,

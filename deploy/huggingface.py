@@ -81,7 +81,7 @@ def to_llama(model, transformers, special_ids):
         vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=hidden, hidden_act='silu',
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
         num_key_value_heads=config.n_kv_head or config.n_head, max_position_embeddings=config.block_size,
-        rms_norm_eps=1e-6, tie_word_embeddings=config.tie_embeddings, rope_theta=10_000.0, **special_ids)
+        rms_norm_eps=1e-6, tie_word_embeddings=config.tie_embeddings, rope_theta=config.rope_theta, **special_ids)
     other = getattr(transformers, f'{kind}ForCausalLM')(shape)
     weights = {'model.embed_tokens': model.wte.weight, 'model.norm': model.norm.weight, 'lm_head': model.lm_head.weight}
     for i, block in enumerate(model.blocks):

@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 import checkpoint
 from configurator import UserError
+from deploy import pretrained
 from files import replacing
 from kernels import bit_product, int8, int8_codes, rms, ternary_codes
 from model import GPT, Attention, BitLinear, TriX, rotary_tables
@@ -134,7 +135,7 @@ def c_ints(names):
 
 Matrix = c_struct('Matrix', 'data bias', c_ints('rows cols sub_norm') + [('scale', ctypes.c_float)])
 Head = c_struct('Head', 'norm norm_bias data scale', c_ints('rows cols layer_norm') + [('softcap', ctypes.c_float)])
-Tiles = c_struct('Tiles', 'up down up_scale down_scale signatures balance slope', c_ints('tiles shared k h digits act'))
+Tiles = c_struct('Tiles', 'up down up_scale down_scale signatures balance slope up_bias down_bias', c_ints('tiles shared k h digits act'))
 Layer = c_struct('Layer', 'mixer_norm mixer_bias ffn_norm ffn_bias', [
     *[(key, Matrix) for key in 'q k v o gate up down'.split()],
     ('tiles', Tiles), ('keys', ctypes.c_void_p), ('values', ctypes.c_void_p),
@@ -223,16 +224,17 @@ class PackedTriX(TriX):
         tiles, gates = (part.contiguous() for part in self.route(x, self.signatures, self.signatures))
         if is_small_batch(x):
             z = self.chosen(x.float(), self.up_codes, self.up_scale, tiles)
-            h = self.hidden(z, gates.view(-1, 1))
-            return self.chosen(h, self.down_codes, self.down_scale, tiles).view(*tiles.shape, -1).sum(1).view(shape)
+            h = self.hidden(z, gates.view(-1, 1), tiles.flatten())
+            y = self.chosen(h, self.down_codes, self.down_scale, tiles).view(*tiles.shape, -1).sum(1)
+            return (y if self.down_bias is None else y + self.down_bias).view(shape)
         y, own = torch.zeros_like(x), self.tiles()
         if len(x) > ROWS or not can_use_cpp(x):
             for e in range(len(self.up_codes)):
                 rows, place = (tiles == e).nonzero(as_tuple=True)
                 z = self.product(x[rows], self.up_codes[e], self.up_scale[e], self.n_embd)
-                h = self.hidden(z, gates[rows, place][:, None])
+                h = self.hidden(z, gates[rows, place][:, None], e)
                 y.index_add_(0, rows, self.product(h, self.down_codes[e], self.down_scale[e], self.h).type_as(y))
-            return y.view(shape)
+            return (y if self.down_bias is None else y + self.down_bias).view(shape)
         for i in range(len(x)):
             library().tiles(ctypes.byref(own), pointer(x[i]), self.n_embd, tiles.size(1), pointer(tiles[i]),
                             pointer(gates[i]), pointer(y[i]), torch.get_num_threads())
@@ -251,7 +253,7 @@ class PackedTriX(TriX):
 
     def tiles(self):
         tensors = (self.up_codes, self.down_codes, self.up_scale, self.down_scale, self.signatures, self.balance,
-                   self.slope)
+                   self.slope, self.up_bias, self.down_bias)
         return Tiles(*map(data_ptr, tensors), self.n_routed, self.shared, self.k, self.h, 1 if self.int8 else 3,
                      ACT_CODES.get(self.cut, -1))
 
@@ -657,9 +659,14 @@ def in_memory(model):
 
 
 def load_model(run, device, context=0):
-    """A run directory, checkpoint or packed file -> (GPT in eval mode on the device, the checkpoint's dict); for
-    windows of `context` tokens, if given. The dict of a packed file is that of read(). UserError if learned positions
+    """A run directory, checkpoint, packed file or pretrained model -> (GPT in eval mode on the device, the checkpoint's
+    dict); for windows of `context` tokens, if given. The dict of a packed file is that of read(). UserError if learned positions
     end before `context`."""
+    def note(line):
+        print(line, file=sys.stderr)
+
+    if pretrained.is_pretrained(run):
+        return checkpoint.build_model(pretrained.load(run, say=note), run, device, context)
     if not str(run).endswith('.safetensors'):
         return checkpoint.load_model(run, device, context)
     state = read(run)

@@ -154,7 +154,7 @@ struct Matrix {  // (rows, cols); rows = 0: none
 
 struct Trix {  // tiles = 0: none. act: -1 relu2 and a norm; tiles cut from a dense FFN: 0 gelu, 1 relu2, 2 silu with a gate
     const uint8_t *up, *down;
-    const float *up_scale, *down_scale, *signatures, *balance, *slope;
+    const float *up_scale, *down_scale, *signatures, *balance, *slope, *up_bias, *down_bias;  // biases: null for none
     int tiles, shared, k, h, digits, act;
 };
 
@@ -232,7 +232,9 @@ void trix(const Trix& t, const float* x, int n, float* y, int k, const int64_t* 
 #pragma omp for schedule(static)
     for (int r = 0; r < k * rows; r++) {
         const int64_t e = tiles[r / rows];
-        const float z = dot(t.up + (e * rows + r % rows) * n_bytes, s.in.codes, n_bytes) * (t.up_scale[e] / s.in.codes.scale);
+        const int64_t at = e * rows + r % rows;
+        const float product = dot(t.up + at * n_bytes, s.in.codes, n_bytes) * (t.up_scale[e] / s.in.codes.scale);
+        const float z = t.up_bias ? product + t.up_bias[at] : product;
         s.hidden[r] = r % rows < t.h ? activated(z, t.act < 0 ? 1 : t.act) : z;
     }
 #pragma omp for schedule(static)
@@ -249,7 +251,7 @@ void trix(const Trix& t, const float* x, int n, float* y, int k, const int64_t* 
         float sum = 0;
         for (int i = 0; i < k; i++)
             sum += dot(t.down + (tiles[i] * n + c) * h_bytes, s.tiles[i], h_bytes) * (t.down_scale[tiles[i]] / s.tiles[i].scale);
-        y[c] += sum;
+        y[c] += t.down_bias ? sum + t.down_bias[c] : sum;
     }
 }
 

@@ -26,7 +26,7 @@ VARIANTS = {
     'trix_top1': dict(ffn='trix', trix_top_k=1, trix_tiles=4),
     'trix_all': dict(ffn='trix', trix_shared=True, act_bits=8, bias=True),
     'bitnet_ffn': dict(ffn='gelu', linear='bitnet_ffn'),
-    'trix_cut': dict(ffn='trix', trix_cut='swiglu', trix_hidden=16),
+    'trix_cut': dict(ffn='trix', trix_cut='swiglu', trix_hidden=16, bias=True),
     'trix_hash': dict(ffn='trix', trix_router='hash'),
     'bitnet': dict(ffn='bitnet', n_kv_head=2),
     'bitnet_all': dict(ffn='swiglu', linear='bitnet', n_kv_head=2),
@@ -356,7 +356,8 @@ def test_parameter_table_adds_up(name):
     model = build(name)
     table = model.parameter_table()
     assert sum(total for _, total, _ in table) == sum(p.numel() for p in model.parameters())
-    unused = sum((len(t.up) - t.k - t.shared) * (t.up[0].numel() + t.down[0].numel()) for t in model.trix_layers())
+    biases = {t: t.up[0].size(0) if t.up_bias is not None else 0 for t in model.trix_layers()}  # of a tile
+    unused = sum((len(t.up) - t.k - t.shared) * (t.up[0].numel() + t.down[0].numel() + biases[t]) for t in biases)
     assert sum(total - used for _, total, used in table) == unused
 
 

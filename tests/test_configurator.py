@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from configurator import UserError, load
+from configurator import UserError, load, peek
 
 
 @dataclass
@@ -535,3 +535,13 @@ def test_a_misspelt_key_that_the_file_itself_reads_is_no_helper(tmp_path):
     assert refused.value.args == (f"{path}: unknown key 'n_layers', did you mean 'n_layer'?", f"{path}: unknown key 'n_heads', did you mean 'n_head'?")
     path.write_text('_n_layers = 2\nwidth = 128 * _n_layers\nn_embd = width\n')
     assert train.load([str(path)]).n_embd == 256
+
+
+def test_a_value_can_be_read_before_the_checks_and_defaults_replaced(write):
+    first, broken = write("dataset = 'a'\nn_layers = 3\n", 'a'), write('dataset = 1 / 0\n', 'b')
+    assert peek([first, broken, '--n_head=x'], 'dataset', Model, Train) == 'a'
+    assert peek([first, '--dataset=b=c'], 'dataset', Model, Train) == 'b=c' and peek([], 'dataset', Train) == '# ééééé'
+    file = write('warmup_steps = 10 * n_layer\n')
+    config = config_of(file, '--bias', defaults={'n_layer': 8, 'n_head': 4}, source='elsewhere')
+    assert (config.warmup_steps, config.n_layer, config.bias) == (80, 8, True)
+    assert config.origin['n_layer'] == 'elsewhere' and config.origin['n_head'] == 'default', 'only what differs'

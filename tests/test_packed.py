@@ -33,8 +33,8 @@ VARIANTS = {
     'trix': dict(ffn='trix', trix_hidden=19),
     'trix, int8, shared': dict(ffn='trix', trix_shared=True, act_bits=8, linear='bitnet'),
     'trix, hash': dict(ffn='trix', trix_router='hash'),
-    'trix, cut': dict(ffn='trix', trix_cut='gelu', trix_shared=True),
-    'trix, cut from a swiglu': dict(ffn='trix', trix_cut='swiglu', trix_hidden=13, act_bits=8),
+    'trix, cut': dict(ffn='trix', trix_cut='gelu', trix_shared=True, bias=True),
+    'trix, cut from a swiglu': dict(ffn='trix', trix_cut='swiglu', trix_hidden=13, act_bits=8, bias=True),
     'resonance': dict(mixer='resonance', ffn='trix', linear='bitnet'),
     'hybrid': dict(mixer='resonance', attention_every=2, ffn='bitnet', qk_norm=True),
 }
@@ -428,7 +428,7 @@ for K, M, E, N, k in ((24, 13, 1, 1, 1), (37, 9, 4, 2, 3), (300, 20, 2, 1, 2), (
     assert (ternary_triton.product(x, None, packed.pack_codes(codes), scale, chosen) - plain).abs().max() < 1e-5
 
 small, cpp = packed.is_small_batch, packed.can_use_cpp
-for keys in (dict(ffn='swiglu', linear='bitnet'), dict(ffn='trix', trix_shared=True), dict(ffn='trix', act_bits=8), dict(ffn='trix', trix_cut='swiglu')):
+for keys in (dict(ffn='swiglu', linear='bitnet'), dict(ffn='trix', trix_shared=True), dict(ffn='trix', act_bits=8), dict(ffn='trix', trix_cut='swiglu', bias=True)):
     model = packed.build(*opened(trained(**keys)))
     whole = model(ids())
     packed.is_small_batch, packed.can_use_cpp = (lambda x: True), (lambda x: False)

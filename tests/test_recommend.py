@@ -67,6 +67,7 @@ def test_a_preset_that_can_not_hold_the_data_is_left_out_with_the_reason(tmp_pat
     text, _ = said(recommend.recommend, path, 'cpu')
     reasons = dict(re.split(r' {2,}', line.strip(), maxsplit=1) for line in text.splitlines() if line.startswith('  '))
     assert sorted(reasons) == sorted(file.stem for file in recommend.CONFIGS.glob('*.py'))
+    assert reasons.pop('finetune_shakespeare') == 'it finetunes gpt2, which has a tokenizer of its own'
     assert all(re.match('its (vocabulary|block_size) of', reason) for reason in reasons.values()), reasons
     assert reasons['trix_tiny'] == 'its vocabulary of 8,192 is smaller than that of the data, 9,000'
     assert reasons['trix_small'] == 'its block_size of 256 divides neither rows of 300 tokens nor 299'

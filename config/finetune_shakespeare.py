@@ -1,0 +1,18 @@
+# Finetunes GPT-2 (124M parameters) on Shakespeare: 80 steps, about two passes over 1 MB of text. The shape comes from the
+# pretrained model. Get the text first:
+# curl -Lo data/shakespeare.txt https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+# `--init_from=hf:DIRECTORY --tokenizer=DIRECTORY/tokenizer.json` starts from another model, without a network.
+init_from = 'gpt2'
+dataset, tokenizer = 'text:data/shakespeare.txt', 'gpt2'
+
+block_size = 256  # of GPT-2's 1,024 positions
+batch_size = 8
+batch_tokens = 4 * batch_size * block_size
+max_steps = 80
+learning_rate, schedule = 3e-5, 'constant'
+warmup_steps = 0
+weight_decay = 0.1
+dropout = 0.1
+
+eval_interval = save_interval = sample_interval = 20
+sample_prompts = '|ROMEO:|To be'

@@ -23,6 +23,7 @@ import torch
 from configurator import UserError, typed
 from files import replacing
 from model import GPT, GPTConfig
+from optim import local_tensor, own_rows
 from tokenizer import equivalent
 from schedule import schedule, top_k
 from settings import fit_steps, resolve_steps
@@ -46,13 +47,17 @@ def save(path, state, advice='continue with --resume=auto'):
                         + f'; free some space and {advice}') from error
 
 
-def load(path, map_location='cpu'):
-    """The dict in a checkpoint file. Checks every record's CRC-32. UserError if the file is no valid checkpoint."""
+def load(path, map_location='cpu', verify=True, mmap=False):
+    """The dict in a checkpoint file. UserError if the file is no valid checkpoint.
+
+    verify: read the whole file first and check every record's CRC-32.
+    mmap: map the file into memory. A tensor is then read from the file when it is used."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise UserError(f'{path}: damaged (record {damaged} fails its checksum)')
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        if verify:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise UserError(f'{path}: damaged (record {damaged} fails its checksum)')
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except UserError:
         raise
     except zipfile.BadZipFile:
@@ -77,27 +82,27 @@ def steps(directory):
     return sorted(Path(directory).glob('step_*.pt'), key=lambda p: int(re.sub(r'\D', '', p.stem) or -1))
 
 
-def find(run, map_location='cpu', say=print):
+def find(run, map_location='cpu', say=print, mmap=False):
     """A checkpoint file, or a run directory (its newest good checkpoint) -> (path, state). UserError if there is none.
 
-    Damaged checkpoints of a run directory are reported and skipped."""
+    Damaged checkpoints of a run directory are reported and skipped. mmap: see load."""
     run = Path(run)
     if run.is_file():
-        return run, load(run, map_location)
+        return run, load(run, map_location, mmap=mmap)
     if not run.is_dir():
         raise UserError(f'{run}: no such run or checkpoint')
     for path in reversed(steps(run / 'checkpoints')):
         try:
-            return path, load(path, map_location)
+            return path, load(path, map_location, mmap=mmap)
         except UserError as error:
             say(f'skipped: {error}')
     raise UserError(f'{run}: no good checkpoint in {run / "checkpoints"}')
 
 
-def resume(config, data, world, say=print):
+def resume(config, data, world, say=print, find=find):
     """The checkpoint (path, state) that a run of train.py resumes, or (None, None) for a new run. Prints what changed.
 
-    UserError if the checkpoint doesn't fit this config or data, or if the run would overwrite another one in
+    find: finds and reads the checkpoint. UserError if the checkpoint doesn't fit this config or data, or if the run would overwrite another one in
     config.out_dir."""
     out, source = Path(config.out_dir), Path(config.out_dir if config.resume == 'auto' else config.resume)
     there = steps(out / 'checkpoints')
@@ -205,8 +210,11 @@ def model_config(state, path, context=0):
     return config
 
 
+@torch.no_grad()
 def load_weights(model, state, path):
-    """Copy a checkpoint's weights into the model. The UserError names weights that don't fit or are not finite."""
+    """Copy a checkpoint's weights into the model. The UserError names weights that don't fit or are not finite.
+
+    If FSDP has sharded the model, this process reads only its own rows of the weights."""
     try:
         saved, own = state['model'], model.state_dict()
         wrong = [name for name in sorted(saved.keys() | own.keys())
@@ -216,10 +224,12 @@ def load_weights(model, state, path):
     if wrong:
         raise UserError(f'{path}: of another architecture: {", ".join(wrong[:3])}'
                         + (f' and {len(wrong) - 3} more' if wrong[3:] else '') + ' do not fit the model')
+    saved = {name: own_rows(value, own[name]) for name, value in saved.items()}
     if broken := [name for name, value in saved.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise UserError(f'{path}: {len(broken)} of its {len(saved)} tensors hold numbers that are not finite, {broken[0]} first: '
                         'use an earlier checkpoint')
-    model.load_state_dict(saved)
+    for name, value in saved.items():
+        local_tensor(own[name]).copy_(value)
 
 
 def load_model(run, device, context=0):

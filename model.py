@@ -49,7 +49,7 @@ class GPTConfig:
     logit_softcap: float = 0.0  # logits become softcap * tanh(logits / softcap) (0: unchanged)
     tie_embeddings: bool = True  # one matrix for the token embedding and the head
     bias: bool = False  # biases in linear layers and LayerNorm
-    dropout: float = 0.0  # after the embedding, on attention weights and on both branches
+    dropout: float = 0.0  # after the embedding, on attention weights and on both branches; equal micro-batches have equal masks
     attention_every: int = 0  # attention in every n-th layer of a resonance model (0: in none)
     num_frequencies: int = 64  # damped oscillators of a resonance layer
     chunk_size: int = 2048  # positions that a resonance layer convolves at a time: speed and memory, not the function
@@ -601,26 +601,30 @@ class GPT(nn.Module):
         # Tokens are counted per process, so DDP must not copy rank 0's counts.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if name.endswith(('.load', '.seen'))]
-        self.init_weights()
+        if not self.wte.weight.is_meta:  # for FSDP, parallel.draw_weights draws the weights shard by shard
+            self.init_weights()
 
     def init_weights(self):
         for name, p in self.named_parameters():
-            if name == 'taps':
-                nn.init.zeros_(p.data)[0] = 1
-            elif p.dim() == 1:
-                (nn.init.zeros_ if name.endswith(('bias', 'slope')) else nn.init.ones_)(p)
-            elif name.startswith(('wte', 'wpe', 'lm_head')):
-                std = min(0.02, 0.6 / math.sqrt(self.config.n_embd))
-                if self.config.embed_norm and self.config.tie_embeddings:
-                    std = min(std, 2.56 / self.config.n_embd)
-                nn.init.normal_(p, std=std)
-            else:
-                last = name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight', '.down'))
-                scale = (0 if self.config.zero_init else 1 / math.sqrt(2 * self.config.n_layer)) if last else 1
-                nn.init.normal_(p, std=0.02 * scale)
+            self.init_weight(name, p)
         for module in self.modules():
-            if isinstance(module, Resonance):
+            if module is not self and hasattr(module, 'init_weights'):
                 module.init_weights()
+
+    def init_weight(self, name, p):
+        if name == 'taps':
+            nn.init.zeros_(p.data)[0] = 1
+        elif p.dim() == 1:
+            (nn.init.zeros_ if name.endswith(('bias', 'slope')) else nn.init.ones_)(p)
+        elif name.startswith(('wte', 'wpe', 'lm_head')):
+            std = min(0.02, 0.6 / math.sqrt(self.config.n_embd))
+            if self.config.embed_norm and self.config.tie_embeddings:
+                std = min(std, 2.56 / self.config.n_embd)
+            nn.init.normal_(p, std=std)
+        else:
+            last = name.endswith(('o_proj.weight', 'down_proj.weight', 'out_proj.weight', '.down'))
+            scale = (0 if self.config.zero_init else 1 / math.sqrt(2 * self.config.n_layer)) if last else 1
+            nn.init.normal_(p, std=0.02 * scale)
 
     def new_cache(self, B):
         """An empty cache to decode B sequences with `model(idx, cache=cache)`. Without gradients."""

@@ -3,10 +3,12 @@
     optimizers = make_optimizers(model, config, device)      # {'optimizer': AdamW, 'muon': Muon}, the checkpoint keys
     for optimizer in optimizers.values(): set_rates(optimizer, lr, wd); optimizer.step()
 """
+import itertools
 import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 
 OPTIMIZERS = ('adamw', 'muon')
 
@@ -50,6 +52,15 @@ def local_tensor(tensor):
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
+def own_rows(full, tensor):
+    """The rows of the tensor `full` that this process holds of `tensor`. All rows if FSDP has not sharded it."""
+    if not hasattr(tensor, 'device_mesh'):
+        return full
+    rank, world = tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
+    parts = full.chunk(world)  # FSDP2 shards the first dimension in the same way
+    return parts[rank] if rank < len(parts) else full[:0]
+
+
 class Muon(torch.optim.Optimizer):
     """Keller Jordan's Muon (2024) for matrices (m, n) and stacks of matrices (E, m, n).
 
@@ -64,28 +75,71 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = closure() if closure else None
         for group in self.param_groups:
-            batches = defaultdict(list)  # {key: [(parameter, update (K, m, n))]}
+            whole, rows = [], []  # parameters with whole matrices in this process, and matrices with sharded rows
             for p in group['params']:
-                if p.grad is None:
-                    continue
-                if 'momentum_buffer' not in self.state[p]:
-                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-                update = p.grad.lerp(mean, group['momentum'])  # Nesterov momentum
-                shape = p.shape[-2:]
-                key = shape, id(p) if p.numel() > LARGEST_IN_A_BATCH else 0
-                batches[key].append((p, update.reshape(-1, *shape)))
-            for (shape, _), batch in batches.items():
-                params, updates = zip(*batch)
-                directions = orthogonal(torch.cat(updates)).split([len(update) for update in updates])
-                for p, update in zip(params, directions):
-                    p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(update.reshape(p.shape), alpha=-group['lr'] * 0.2 * math.sqrt(max(shape)))
+                if p.grad is not None:
+                    (rows if hasattr(p, 'device_mesh') and p.dim() == 2 else whole).append(p)
+            updates = {p: self.momentum_update(p, group['momentum']) for p in whole + rows}
+            for p, update in itertools.chain(orthogonal_batches(whole, updates), orthogonal_shards(rows, updates)):
+                weight = local_tensor(p)
+                weight.mul_(1 - group['lr'] * group['weight_decay'])
+                weight.add_(update.reshape(weight.shape), alpha=-group['lr'] * 0.2 * math.sqrt(max(p.shape[-2:])))
         return loss
+
+    def momentum_update(self, p, momentum):
+        """Nesterov momentum of the gradient. If FSDP has sharded p: of the own rows."""
+        if 'momentum_buffer' not in self.state[p]:
+            self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        grad = local_tensor(p.grad)
+        mean = local_tensor(self.state[p]['momentum_buffer']).lerp_(grad, 1 - momentum)
+        return grad.lerp(mean, momentum)
 
 
 # A parameter with more weights than this is orthogonalized alone: a batch is no faster and takes more memory.
 LARGEST_IN_A_BATCH = 2**20
+
+
+def orthogonal_batches(params, updates):
+    """Yields (p, orthogonalized updates[p]). Matrices of equal shape are orthogonalized in one batch.
+
+    A stack of matrices may be sharded by FSDP: each process has some of its matrices, all of them whole."""
+    together = defaultdict(list)
+    for p in params:
+        together[p.shape[-2:], id(p) if p.numel() > LARGEST_IN_A_BATCH else 0].append(p)
+    for (shape, _), batch in together.items():
+        stacks = [updates.pop(p).reshape(-1, *shape) for p in batch]
+        yield from zip(batch, orthogonal(torch.cat(stacks)).split([len(stack) for stack in stacks]))
+
+
+def orthogonal_shards(params, updates):
+    """Yields (p, this process's rows of the orthogonalized update) for matrices p whose rows FSDP has sharded.
+
+    updates[p]: the own rows of the update. The processes share the work. In each round, every process collects the rows
+    of one matrix, orthogonalizes the matrix and sends the rows back."""
+    params = sorted(params, key=lambda p: p.shape)  # equal work for all processes in a round
+    world = params[0].device_mesh.size() if params else 1
+    for start in range(0, len(params), world):
+        batch = params[start:start + world]
+        yield from zip(batch, orthogonal_round([updates.pop(p) for p in batch], batch))
+
+
+def orthogonal_round(shards, params):
+    """One round of orthogonal_shards: shards (rows, n) of at most one matrix per process -> the same rows, orthogonalized."""
+    mesh = params[0].device_mesh
+    rank, world = mesh.get_local_rank(), mesh.size()
+    own = params[rank].shape if rank < len(params) else torch.Size((0, 0))  # of the matrix that this process collects
+    sent = [shard.numel() for shard in shards] + [0] * (world - len(shards))
+    most = -(-own[0] // world)  # rows of a shard
+    received = [max(0, min(most, own[0] - i * most)) * own[1] for i in range(world)]
+
+    def exchange(x, sizes_to, sizes_from):
+        result = x.new_empty(sum(sizes_from))
+        dist.all_to_all_single(result, x, sizes_from, sizes_to, group=mesh.get_group())
+        return result
+    matrix = exchange(torch.cat([shard.flatten() for shard in shards]), sent, received).view(own)
+    matrix = orthogonal(matrix[None]).to(matrix.dtype) if matrix.numel() else matrix
+    rows = exchange(matrix.flatten(), received, sent)
+    return [part.view_as(shard) for part, shard in zip(rows.split(sent[:len(shards)]), shards)]
 
 
 def orthogonal(x, coefficients=(3.4445, -4.7750, 2.0315), steps=5):

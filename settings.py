@@ -154,8 +154,6 @@ class TrainConfig:
                          'N is the number of steps without an improvement')
         if self.matrix_lr and self.optimizer != 'muon':
             found.append(f'matrix_lr={self.matrix_lr} is for --optimizer=muon')
-        if self.parallel == 'fsdp' and self.optimizer == 'muon':
-            found.append('optimizer=muon needs whole matrices: use --parallel=ddp, or --optimizer=adamw')
         if self.parallel == 'fsdp' and self.dtype == 'float16':
             found.append('dtype=float16 is not possible with sharded gradients: use --dtype=bfloat16 or --parallel=ddp')
         return found

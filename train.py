@@ -10,9 +10,9 @@ continues).
 """
 import configurator  # before torch, so Ctrl-C can interrupt torch's import
 import contextlib
+import functools
 import itertools
 import math
-import os
 import signal
 import statistics
 import sys
@@ -50,36 +50,39 @@ def load(argv):
 
 
 def main(argv):
-    try:
+    with parallel.once_per_machine():
         config = load(argv)
-    except UserError:
-        if os.environ.get('RANK', '0') != '0':
-            sys.exit(2)  # rank 0 prints the error
-        raise
     group = parallel.start(config.dist_timeout)
     say = runlog.speak if group.main else (lambda text: None)
     with before_the_loop(say):
-        say(config.changes())
-        if not config.files and config.origin['out_dir'] == 'default':
-            say(f'no config file: this run trains with the defaults, into {config.out_dir}')
-        if config.plan:
-            if group.main:
-                data = open_data(config, prepare=False)
-                say(plan.page(config, *micro_batches(config, group.world), data, group.world))
-            return
-        runlog.check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
-        if (config.tensorboard or config.profile) and configurator.utf8_path(config.out_dir) is None:
-            raise UserError(f'out_dir={config.out_dir}: not UTF-8. The libraries behind --tensorboard and --profile '
-                            'cannot open such a path')
+        with parallel.once_per_machine():
+            say(config.changes())
+            if not config.files and config.origin['out_dir'] == 'default':
+                say(f'no config file: this run trains with the defaults, into {config.out_dir}')
+            if config.plan:
+                if group.main:
+                    data = open_data(config, prepare=False)
+                    say(plan.page(config, *micro_batches(config, group.world), data, group.world))
+                return
+            check_call(config, group)
         local_rank = group.local_rank if group.world > 1 else None
         device, dtype, reason = hardware.resolve(config.device, config.dtype, local_rank)
-        micro_batches(config, group.world)  # fails early if the processes can't divide a step
         group.connect(device)
         with group.together(), contextlib.ExitStack() as exit_stack:
             code = train(config, group, device, dtype, reason, say, exit_stack)
         group.disconnect()
     if code:
         sys.exit(code)
+
+
+def check_call(config, group):
+    """Raises UserError for mistakes that can be found before the processes connect."""
+    runlog.check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
+    if (config.tensorboard or config.profile) and configurator.utf8_path(config.out_dir) is None:
+        raise UserError(f'out_dir={config.out_dir}: not UTF-8. The libraries behind --tensorboard and --profile '
+                        'cannot open such a path')
+    hardware.resolve(config.device, config.dtype, 0 if group.world > 1 else None)
+    micro_batches(config, group.world)  # fails if the processes can't split a step
 
 
 @contextlib.contextmanager
@@ -108,9 +111,11 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     start = time.monotonic()
     # With --verify one process per machine reads all data. The others open data that was already verified.
     verify = 'always' if config.verify and group.local_rank == 0 else 'once'
-    data = open_data(config, verify=verify, first=group.first)
+    data = open_data(config, verify=verify, first=group.first, say=say)
     asked = config.copy()
-    origin, state = checkpoint.resume(config, data, group.world, say)
+    sharded = group.world > 1 and config.parallel == 'fsdp'
+    find = find_and_map(group) if sharded else checkpoint.find
+    origin, state = checkpoint.resume(config, data, group.world, say, find)
     group.same('data', data.fingerprint)
     group.same('checkpoint', str(origin))
     progress = Progress.load(state) if state else Progress()
@@ -124,21 +129,27 @@ def train(config, group, device, dtype, reason, say, exit_stack):
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)
-    model = initial_model(config, data, origin, state, say)
-    teacher = find_teacher(config, data, device)
+    source, weights = (origin, state) if state else weights_to_start_from(config, data, find, say)
+    new_model = functools.partial(GPT, config.pick(GPTConfig))
+    model = parallel.meta_model(new_model, draw=not weights) if sharded else new_model()
     optimizers = {}
 
     def out_of_memory():
         return profiling.advice(model, list(optimizers.values()), config, device, dtype, group.world)
 
-    sharded = group.world > 1 and config.parallel == 'fsdp'
     with memory_guard(out_of_memory):
-        if not sharded:
-            model.to(device)
-        model.activation_checkpointing = config.activation_checkpointing
         if sharded:
             group.shard(model, device)
+        else:
+            model.to(device)
+        model.activation_checkpointing = config.activation_checkpointing
+        if weights:
+            checkpoint.load_weights(model, weights, source)
+        elif sharded:
+            parallel.draw_weights(model)
         optimizers |= make_optimizers(model, config, device)
+    del weights
+    teacher = find_teacher(config, data, device)
     train_step = TrainStep(model, optimizers, config, device, dtype, group, teacher)
     run = Run(config, group, device, dtype, data, train_step, progress, asked)
     run.time_limit = TimeLimit(config.max_hours, progress.spent + time.monotonic() - start)
@@ -455,9 +466,11 @@ def save(run):
         'model': parallel.whole(run.model.state_dict(), group.main), **optimizers,
         'scaler': train_step.scaler.state_dict(), **run.progress.state_dict(), **origin_of(run),
         'rng': random_state(run.device), 'processes': group.world}
-    if group.main:
+
+    def write():
         checkpoint.save(path, content)
         checkpoint.retain(path, run.config.keep, {run.progress.best_step, *run.pinned_steps})
+    group.in_main(path.name, write)  # a large checkpoint can take longer than dist_timeout
     run.saved = path
 
 
@@ -537,8 +550,10 @@ def record_skipped(run, result, lr):
     """Log a step without an update, before its gradients are freed. All processes must call this."""
     config, progress, log = run.config, run.progress, run.log
     micro_losses = run.group.gather([loss.item() * run.micro_steps for loss in result.losses])
-    names = [name for name, p in run.model.named_parameters()
-             if p.grad is not None and not local_tensor(p.grad).isfinite().all()]
+    broken = [(name, p.grad is not None and not local_tensor(p.grad).isfinite().all())
+              for name, p in run.model.named_parameters()]
+    counts = run.group.sum(*(flag for _, flag in broken))  # with FSDP, each process has a part of every gradient
+    names = [name for (name, _), count in zip(broken, counts) if count]
     windows = [[] for _ in range(run.micro_steps)]
     for micro in range(run.micro_steps):
         for rank in range(run.group.world):
@@ -608,12 +623,12 @@ def ended(run, finished):
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the loop
 
-def open_data(config, prepare=True, verify='once', first=lambda work: work()):
+def open_data(config, prepare=True, verify='once', first=lambda work: work(), say=runlog.speak):
     """
     The training data as the config asks for it, and the number of steps that follows from it. None if nothing is
     prepared and prepare=False. first: runs a function in one process before the others.
     """
-    data = first(lambda: open_dataset(config, prepare, verify))
+    data = first(lambda: open_dataset(config, prepare, verify, say))
     if data is None:
         return None
     find_eot(config, data)
@@ -647,22 +662,26 @@ def is_finished(config, progress, origin):
     return ''
 
 
-def initial_model(config, data, origin, state, say):
-    """A GPT on the CPU with its initial weights: random, from the resumed checkpoint, or from --init_from."""
-    path, other = config.init_from, None
-    if path and not state:  # before the model: files that don't fit may make it huge
-        if pretrained.is_pretrained(path):
-            other = pretrained.load(path, config.block_size, say)
-        else:
-            path, other = checkpoint.find(path, say=say)
-    model = GPT(config.pick(GPTConfig))
-    if state:
-        checkpoint.load_weights(model, state, origin)
-    elif other:
-        checkpoint.same_tokenizer(other, data, path, '--init_from')
-        checkpoint.load_weights(model, other, path)
-        say(f'weights from {path}')
-    return model
+def find_and_map(group):
+    """checkpoint.find for a sharded model: the main process finds and verifies the file, and all processes map it."""
+    def find(run, say):
+        path = group.in_main(f'the checkpoint of {run}', lambda: str(checkpoint.find(run, say=say, mmap=True)[0]))
+        return Path(path), checkpoint.load(path, verify=False, mmap=True)
+    return find
+
+
+def weights_to_start_from(config, data, find, say):
+    """The source of --init_from and a dict with its weights, or (None, None)."""
+    source = config.init_from
+    if not source:
+        return None, None
+    if pretrained.is_pretrained(source):
+        state = pretrained.load(source, config.block_size, say)
+    else:
+        source, state = find(source, say=say)
+    checkpoint.same_tokenizer(state, data, source, '--init_from')
+    say(f'weights from {source}')
+    return source, state
 
 
 def find_eot(config, data):

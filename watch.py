@@ -176,7 +176,7 @@ class Run:
 
 def gone(pid):
     """Whether no process with this id exists on this machine."""
-    if os.name == 'posix' and 0 < pid < 2**31:  # on other systems os.kill would end the process
+    if 0 < pid < 2**31:
         try:
             os.kill(int(pid), 0)
         except OSError as error:

@@ -121,7 +121,7 @@ def link(config, out):
 # ----------------------------------------------------------------------------------------------------------------------
 # For a training run
 
-def open_dataset(config, prepare=True, verify='once'):
+def open_dataset(config, prepare=True, verify='once', say=speak):
     """
     The loader of the tokens that config.dataset names. Prepares missing data, or returns None with prepare=False.
 
@@ -145,7 +145,7 @@ def open_dataset(config, prepare=True, verify='once'):
         if name == 'fineweb_edu':
             wanted.max_tokens = enough_tokens(config.max_steps * config.batch_tokens)
             words += [f'--max_tokens={wanted.max_tokens}']
-        path, check = directory(wanted), lambda: check_prepared(wanted, path)
+        path, check = directory(wanted), lambda: check_prepared(wanted, path, say)
     else:
         path = data_dir(name)
         if not prepare and not path.is_dir():
@@ -287,7 +287,7 @@ def make_request(config, corpus, known):
     return request | {'inputs': corpus.inputs} if corpus.inputs else request
 
 
-def check_prepared(config, path):
+def check_prepared(config, path, say=speak):
     """
     Raises UserError if the prepared directory at `path` does not match `config`: another corpus, changed source files,
     another tokenizer or other options. If the source files no longer exist, it prints a message and accepts the data.
@@ -296,7 +296,7 @@ def check_prepared(config, path):
     try:
         corpus = None if is_linked else open_corpus(config, check=False)
     except SourceMissing as error:
-        print(f'{error}. Using what was prepared from it in {path}', flush=True)
+        say(f'{error}. Using what was prepared from it in {path}')
         return
     if config.tokenizer == 'gpt2':  # known without the file, which may need a download
         known = {'tokenizer': 'gpt2', 'vocab_size': 50_257}

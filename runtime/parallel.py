@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/resonance_xlarge.py --parallel=fsdp  # FSDP2: sharded model
 
     group = start(timeout=600)                  # without torchrun: a group of one process, with the same calls
-    trained = group.wrap(model, device)         # or group.shard(model, device)
+    trained = group.wrap(model, device)         # or, for model = meta_model(make), group.shard(model, device)
     with group.micro_step(trained, last): loss.backward()
     total, = group.sum(loss)                    # every process must make these calls, in the same order
 
@@ -12,18 +12,23 @@ GPU tensors use NCCL. CPU tensors use gloo. A process that fails publishes its r
 read the reason and exit.
 """
 import contextlib
+import mmap
 import os
 import sys
+import threading
 import time
 import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configurator import UserError
-from optim import full_tensor
+from optim import full_tensor, local_tensor, own_rows
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  # torchrun sets all of them
 # Words that errors about a lost process contain.
@@ -31,7 +36,25 @@ LOST = ('gloo', 'connection', 'socket', 'timed out', 'timeout', 'nccl', 'broken 
 
 
 class Ended(SystemExit):
-    """Another process failed and has already reported the reason."""
+    """Another process failed and reports the reason."""
+
+
+def end_silently(code):
+    """End this process after another one has printed the reason: torchrun kills all processes when the first one ends."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ:  # set by torchrun
+        time.sleep(10)
+    raise Ended(code)
+
+
+@contextlib.contextmanager
+def once_per_machine():
+    """Context for checks that fail in all processes of a machine, if at all: only the first process prints the error."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get('LOCAL_RANK', '0') != '0':
+            end_silently(2)
+        raise
 
 
 class Group:
@@ -111,18 +134,57 @@ class Group:
             time.sleep(0.02)
 
     def first(self, work):
-        """Run work() in the main process first, then in the others. The others wait without a timeout."""
+        """Run work() in the main process first, then in the others. The others wait as long as in `in_main`."""
+        result = []
+        self.in_main('first', lambda: result.append(work()))
+        return result[0] if self.main else work()
+
+    def in_main(self, what, work):
+        """Run work() in the main process. All processes return its result, a text or None. Use each `what` only once.
+
+        The others wait however long it takes, while the main process shows that it is alive. After `timeout` seconds
+        without a sign of life, they raise a UserError."""
+        if not self.store:
+            return work()
         if self.main:
-            result = work()
-            if self.store:
-                self.store.set('first', 'done')
+            with self.heartbeat():
+                result = work()
+            self.store.set(what, result or '')
             return result
-        while not self.store.check(['first']):
-            # A failure that is reported after 'first' does not concern this wait.
-            if self.store.check(['failure']) and not self.store.check(['first']):
+        self.wait_for_main(what)
+        return self.store.get(what).decode()
+
+    @contextlib.contextmanager
+    def heartbeat(self):
+        """Context in which a thread shows the other processes that this one is alive."""
+        ended = threading.Event()
+
+        def beat():
+            with contextlib.suppress(RuntimeError):  # the store may be gone at the end of the program
+                while not ended.wait(min(1, self.timeout / 4)):
+                    self.store.add('heartbeat', 1)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def wait_for_main(self, what):
+        beats, last_change, pause = 0, time.monotonic(), 0.005
+        while not self.store.check([what]):
+            # A failure that is reported after `what` does not concern this wait.
+            if self.store.check(['failure']) and not self.store.check([what]):
                 self.failed_elsewhere()
-            time.sleep(0.2)
-        return work()
+            before, beats = beats, self.store.add('heartbeat', 0)
+            if beats != before:
+                last_change = time.monotonic()
+            if time.monotonic() - last_change > self.timeout:
+                raise UserError(f'rank {self.rank}: no sign of life from rank 0 for {self.timeout} s: see what rank 0 printed, '
+                                'and continue with --resume=auto')
+            time.sleep(pause)
+            pause = min(0.2, 1.5 * pause)
 
     def same(self, what, value):
         """Raises UserError unless all processes have the same `value`, a short text."""
@@ -135,12 +197,16 @@ class Group:
     # ---- the model
 
     def shard(self, model, device):
-        """FSDP2: shard the parameters over the processes, in place. A GPU never holds more than one block unsharded."""
+        """FSDP2: shard the parameters of a model on the meta device, in place. Its weights are not initialized."""
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(device.type, (self.world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        buffers = dict(model.named_buffers())
+        model.to_empty(device=device)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
 
     def wrap(self, model, device):
         """DDP: wrap the model for training, so that gradients are averaged over the processes."""
@@ -206,7 +272,7 @@ class Group:
             there = self.store.compare_set('failure', '', mine).decode()
             if there != mine and there.split(' ', 2)[2:] == [reason]:
                 self.store.add('heard', 1)
-                raise Ended(code)
+                end_silently(code)
             patience = time.monotonic() + 3
             while self.main and self.store.add('heard', 0) < self.world - 1 and time.monotonic() < patience:
                 time.sleep(0.05)  # without torchrun, the store dies with rank 0
@@ -235,6 +301,71 @@ def start(timeout):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Initial weights of a sharded model
+
+def meta_model(make, draw=True):
+    """make() -> a model for Group.shard: its parameters are on the meta device, without memory. Its buffers are ordinary tensors.
+
+    draw: its constructors draw as many random numbers as usual, so that draw_weights draws the usual weights."""
+    def to_meta(module, name, p):
+        return None if p is None or p.is_meta else nn.Parameter(p.to('meta'), p.requires_grad)
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        with UsualDraws() if draw else contextlib.nullcontext():
+            return make()
+    finally:
+        handle.remove()
+
+
+def full_empty(shape):
+    """An empty fp32 tensor on the CPU that is needed for a moment. Its memory then returns to the system.
+
+    malloc would keep most of it: after building a model, more than half of the size of the model."""
+    memory = mmap.mmap(-1, 4 * shape.numel())
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
+
+
+class UsualDraws(TorchDispatchMode):
+    """Mode in which a draw on the meta device, which takes no random numbers, takes as many as on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket in (torch.ops.aten.normal_, torch.ops.aten.uniform_) and args[0].is_meta:
+            func(full_empty(args[0].shape), *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def draw_weights(model):
+    """GPT.init_weights for a sharded model: the same weights, with one full parameter or module at a time in memory."""
+    def draw(name, p):
+        full = full_empty(p.shape)
+        model.init_weight(name, full)
+        local_tensor(p).copy_(own_rows(full, p))
+    for name, p in model.named_parameters():
+        draw(name, p)
+    for module in model.modules():
+        if module is not model and hasattr(module, 'init_weights'):
+            with full_parameters(module):
+                module.init_weights()
+
+
+@contextlib.contextmanager
+def full_parameters(module):
+    """Context in which a sharded module has full, empty parameters. Afterwards, each process keeps its own rows of those
+    that were written."""
+    shards = [(owner, name, p, nn.Parameter(full_empty(p.shape))) for owner in module.modules()
+              for name, p in owner.named_parameters(recurse=False)]
+    for owner, name, _, full in shards:
+        setattr(owner, name, full)
+    yield
+    for owner, name, p, full in shards:
+        setattr(owner, name, p)
+        if full._version:  # counts the writes
+            local_tensor(p).copy_(own_rows(full, p))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # State dicts, full and sharded
 
 def whole(state, main):
@@ -253,16 +384,21 @@ def whole(state, main):
 
 
 def load_optimizer(optimizer, state):
-    """optimizer.load_state_dict(state) for parameters that may be sharded. The group settings from the config stay."""
+    """optimizer.load_state_dict(state) for parameters that may be sharded. The group settings from the config stay.
+
+    If they are sharded, this process reads only its own rows of the state."""
     groups = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group['params']]
 
     def fitting(value, p):
-        if hasattr(p, 'full_tensor') and torch.is_tensor(value) and value.shape == p.shape:
-            from torch.distributed.tensor import distribute_tensor
-            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-        return value
+        if not hasattr(p, 'device_mesh') or not torch.is_tensor(value):
+            return value
+        if value.shape != p.shape:  # the step count
+            return value.clone()  # not a part of the mapped file
+        from torch.distributed.tensor import DTensor
+        rows = own_rows(value, p).to(p.device, copy=True)
+        return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
     moments = {i: {key: fitting(value, params[i]) for key, value in entry.items()} for i, entry in state['state'].items()}
     optimizer.load_state_dict({**state, 'state': moments})
-    for group, said in zip(optimizer.param_groups, groups):
-        group.update(said)
+    for group, settings in zip(optimizer.param_groups, groups):
+        group.update(settings)

@@ -356,7 +356,7 @@ def changes(config, device, dtype, rows, world, size, total, memory):
     if dtype == torch.float32 and has_bfloat16(device):
         half = estimate(config, device.type, torch.bfloat16)(rows, config.activation_checkpointing)
         found.append(('--dtype=bfloat16', sum(half.values())))
-    if config.parallel != 'fsdp' and config.optimizer != 'muon' and dtype != torch.float16:
+    if config.parallel != 'fsdp' and dtype != torch.float16:
         now = total(rows)
         found.append(('--parallel=fsdp on 8 devices (same results)', now - sum(memory.values()) + sum(share(memory, 8).values())))
     lines = [f'  {option}: {readable(then)}' + (', fits' if then <= size else ', not enough alone') for option, then in found]

@@ -204,7 +204,7 @@ def advice(model, optimizers, config, device, dtype, world=1):
         options['--activation_checkpointing=true (same results, slower)'] = lambda: forward() - forward(checkpointing=True)
     if dtype == torch.float32 and has_bfloat16(device):
         options['--dtype=bfloat16'] = lambda: forward() - forward(dtype=torch.bfloat16)
-    if world > 1 and config.parallel != 'fsdp' and dtype != torch.float16 and not any(isinstance(o, Muon) for o in optimizers):
+    if world > 1 and config.parallel != 'fsdp' and dtype != torch.float16:
         options['--parallel=fsdp (same results)'] = lambda: state - state // world
 
     text = 'out of memory: ' + ', '.join(f'{kind} {readable(size)}' for kind, size in sizes.items() if size and kind != 'buffers')

@@ -9,6 +9,7 @@
 JSON cannot represent nan and inf. They are written as strings, so that every JSON parser can read the line.
 """
 import contextlib
+import fcntl
 import importlib.util
 import json
 import math
@@ -22,11 +23,6 @@ from pathlib import Path
 
 from configurator import UserError, silence_stdout
 from files import replacing
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 
 def speak(text='', end='\n'):
@@ -74,7 +70,7 @@ class RunLog:
             with self.writing(''):
                 (self.out / 'checkpoints').mkdir(parents=True, exist_ok=True)
                 self.lock = open(self.out / 'lock', 'a+', encoding='utf-8', errors='replace')
-            if fcntl and not locked(self.lock):
+            if not locked(self.lock):
                 self.lock.seek(0)
                 raise UserError(f'{self.out}: another run is writing there ({self.lock.read().strip()}): stop it first, '
                                 f'or choose another --out_dir')

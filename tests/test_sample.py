@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 from types import SimpleNamespace
 import pytest

@@ -293,7 +293,6 @@ def test_blocks_log_their_statistics_and_go_on_exactly_after_a_resume(corpus, tm
     (['--min_lr_ratio=1.5'], 'min_lr_ratio=1.5 must lie in [0, 1]'),
     (['--min_lr_ratio=-0.1'], 'min_lr_ratio=-0.1 must not be negative'),
     (['--optimizer=sgd'], "optimizer='sgd' is not one of adamw, muon"),
-    (['--parallel=fsdp', '--optimizer=muon'], 'optimizer=muon needs whole matrices'),
     (['--dtype=tf32'], '--dtype=tf32 needs an NVIDIA GPU'),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(corpus, tmp_path, words, message):

@@ -64,7 +64,7 @@ def named(name):
     if name in FIXED:
         return gpt2() if name == 'gpt2' else byte()
     if not os.path.exists(name):
-        raise UserError(f'tokenizer={name}: No such file: expected {", ".join(FROM_TEXT + FIXED)}, or the path of a tokenizer.json')
+        raise UserError(f'{name}: No such file: expected {", ".join(FROM_TEXT + FIXED)}, or the path of a tokenizer.json')
     return from_file(name)
 
 

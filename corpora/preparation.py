@@ -22,7 +22,9 @@ import tokenizer
 from configurator import UserError, read_json
 from corpora import linked
 from corpora.building import build, hashes_of
-from corpora.corpus import DATASETS, SourceMissing, encoding_name, open_corpus
+from corpora.corpus import DATASETS, open_corpus
+from corpora.encodings import encoding_name
+from corpora.reading import SourceMissing
 from corpora.shards import advice_for, check_split, find_shards, open_data, tokenizer_beside
 from corpora.workspace import compare, is_prepared, publish, workspace
 from data import VERSION, data_dir

@@ -20,7 +20,8 @@ from datasets.exceptions import DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpora import corpus
+from corpora import corpus, reading
+from corpora import hub as hub_module
 from configurator import UserError
 from corpora.corpus import Document, count_words, open_corpus
 
@@ -148,7 +149,7 @@ def test_text_reads_files_directories_and_globs_in_order(tmp_path):
 
 
 def cut(path):
-    return [row['text'] for row, _, _ in corpus.pieces(path)]
+    return [row['text'] for row, _, _ in reading.pieces(path)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -156,7 +157,7 @@ def cut(path):
 def test_pieces_are_the_file_and_appending_changes_the_last_alone(tmp_path_factory, text, more, bom):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (('PIECE', 8), ('PATIENCE', 30), ('LONGEST', 60)):
-            patch.setattr(corpus, name, value)
+            patch.setattr(reading, name, value)
         file = tmp_path_factory.getbasetemp() / 'pieces.txt'
         file.write_bytes(b'\xef\xbb\xbf' * bom + text.encode())
         before = cut(file)
@@ -243,7 +244,7 @@ def test_seeking_and_skipping_read_no_more_than_they_must(tmp_path, monkeypatch)
     write_jsonl(tmp_path / 'a.jsonl', ['x' * 1000] * 1000)
     write_parquet(tmp_path / 'b.parquet', ['x'] * 1000, 100)
     parsed, groups, loads, batches = [], [], json.loads, pq.ParquetFile.iter_batches
-    monkeypatch.setattr(corpus.json, 'loads', lambda line: parsed.append(line) or loads(line))
+    monkeypatch.setattr(reading.json, 'loads', lambda line: parsed.append(line) or loads(line))
     monkeypatch.setattr(pq.ParquetFile, 'iter_batches', lambda self, *arguments, row_groups, **options:
                         groups.append(row_groups) or batches(self, *arguments, row_groups=row_groups, **options))
     assert len(list(opened(tmp_path).documents([0, [999 * 1013, 999]]))) == 1001 and len(parsed) == 2  # the check, and the last
@@ -358,7 +359,7 @@ def test_faults_in_the_middle_name_the_file_and_the_line_or_row(tmp_path, odd_fi
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, 'LONGEST_LINE', 2**20)
+    monkeypatch.setattr(reading, 'LONGEST_LINE', 2**20)
     (tmp_path / 'a.jsonl').write_bytes(b'{"text": "a"}\n[' + b'1, ' * 2**20)
     assert refused(f'text:{tmp_path}/a.jsonl').startswith(f'{tmp_path}/a.jsonl:2: longer than 1 MB: is this a file with')
 
@@ -508,7 +509,7 @@ def hub(fineweb, monkeypatch):
         return Rows(LOAD_DATASET(state.kind, data_files=state.files[split], split='train', streaming=True))
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    monkeypatch.setattr(corpus.time, 'sleep', state.waits.append)
+    monkeypatch.setattr(hub_module.time, 'sleep', state.waits.append)
     return state
 
 
@@ -564,13 +565,13 @@ def test_faults_of_the_network_are_waited_out_without_losing_or_repeating_a_docu
 def test_a_hub_that_stays_away_is_given_up_in_one_line_that_says_what_else_there_is(hub, capfd, monkeypatch):
     hub.faults = {call: ConnectionError("Couldn't reach it") for call in range(1, 99)}
     message = refused('fineweb_edu')
-    assert hub.waits == [1, 2, 4, 8, 16] and len(hub.asked) == 6 == corpus.RETRIES + 1
+    assert hub.waits == [1, 2, 4, 8, 16] and len(hub.asked) == 6 == hub_module.RETRIES + 1
     assert message.startswith("fineweb_edu: can't read HuggingFaceFW/fineweb-edu sample-10BT from the Hugging Face Hub "
                               "behind row 0, tried 6 times (ConnectionError: Couldn't reach it)")
     assert all(way in message for way in ('--source=PATH', '--dataset=text:PATH', '--dataset=pylib'))
     assert len(capfd.readouterr().err.splitlines()) == 5
     clock = iter([0, 23.3])  # as long as the library below tries by itself
-    monkeypatch.setattr(corpus.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(hub_module.time, 'monotonic', lambda: next(clock))
     assert 'tried 1 time (' in refused('fineweb_edu') and len(hub.waits) == 5
 
 

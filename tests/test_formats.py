@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from corpora import preparation
 from configurator import UserError
-from corpora import corpus
+from corpora import reading
 from corpora.corpus import open_corpus
 from test_corpus import compressed, goes_on_behind_every_document
 
@@ -106,7 +106,7 @@ def test_a_position_of_an_earlier_version_is_one_line(tmp_path, position):
 def test_listing_prints_nothing_and_opens_nothing(tmp_path, capsys, monkeypatch):
     written(tmp_path / 'a.jsonl', b'[1]')
     written(tmp_path / 'b.txt', b'\0')
-    monkeypatch.setattr(corpus, 'uncompressed', None)
+    monkeypatch.setattr(reading, 'uncompressed', None)
     assert opened(tmp_path, check=False).source['files'] == 2 and capsys.readouterr() == ('', '')
 
 
@@ -125,7 +125,7 @@ def test_json_over_several_lines_is_recognised_without_an_ending(tmp_path):
 
 
 def test_a_json_line_longer_than_what_is_looked_at_is_read(tmp_path):
-    text = 'x' * 3 * corpus.HEAD
+    text = 'x' * 3 * reading.HEAD
     for name in ('a', 'a.json'):
         assert texts(written(tmp_path / name, json.dumps({'text': text}).encode() + b'\n' + ROWS)) == [text, *TEXTS]
 
@@ -254,7 +254,7 @@ def test_what_the_named_encoding_cannot_decode_is_bad_text_with_its_place_in_the
 def test_named_encodings_are_read_exactly_and_go_on_behind_any_document(tmp_path_factory, text, encoding):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (('PIECE', 8), ('PATIENCE', 30), ('LONGEST', 60)):
-            patch.setattr(corpus, name, value)
+            patch.setattr(reading, name, value)
         path = written(tmp_path_factory.getbasetemp() / 'encoded.md', text.encode(encoding))
         documents = goes_on_behind_every_document(opened(path, encoding=encoding))
     assert ''.join(document.text for document in documents) == text

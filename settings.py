@@ -43,10 +43,10 @@ ALIASES = {  # keys of other training programs -> the key here, or what to do
 @dataclass
 class TrainConfig:
     out_dir: str = ''  # directory of the run (empty: runs/<names of the config files, joined with hyphens>)
-    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, bins:PATH,
+    dataset: str = 'pylib'  # pylib, shakespeare, wikitext2, wikitext103, fineweb_edu, text:PATH, shards:DIR, bins:PATH,
     # or a directory that prepare.py has made
-    tokenizer: str = 'bpe'  # for a dataset that is not prepared yet: bpe (trained on it, with vocab_size tokens), gpt2,
-    # or a tokenizer.json
+    tokenizer: str = 'bpe'  # for a dataset that is not prepared yet: bpe (trained on it, with vocab_size tokens), char,
+    # byte, gpt2, or a tokenizer.json; for token ids: the tokenizer that made them, or none (shards:DIR)
     document_starts: float = 0.0  # share of the training windows that begin with an end-of-text token and a document,
     # as samples do
     packing: str = 'stream'  # training rows: stream (windows of the token stream), or best_fit (whole documents)

@@ -1,13 +1,14 @@
 """
 The corpora by name. Each one is a stream of documents that can resume at any position. Imported by prepare.py:
 
-    corpus = open_corpus(config)                    # pylib, text:PATH, fineweb_edu, wikitext2, wikitext103
+    corpus = open_corpus(config)                    # pylib, text:PATH, shakespeare, fineweb_edu, wikitext2, wikitext103
     for document in corpus.documents(position):     # position of the last document used; None starts at the beginning
         document.text or document.dropped, corpus.progress(document.position)
 
 reading.py reads the files, hub.py the downloads.
 """
 import glob
+import hashlib
 import importlib
 import inspect
 import os
@@ -22,8 +23,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import urlopen
 
 from configurator import UserError
 from corpora.encodings import encoding_name
@@ -31,9 +34,14 @@ from corpora.hub import Stream
 from corpora.reading import (
     BadRows, Reading, check_files, contents, file_progress, file_rows, find_files, installed, kind,
     place, text_lines, text_of)
-from files import sizes, stamp
+from files import replacing, sizes, stamp
 
-DATASETS = ('pylib', 'wikitext2', 'wikitext103', 'fineweb_edu')  # and text:PATH
+DATASETS = ('pylib', 'shakespeare', 'wikitext2', 'wikitext103', 'fineweb_edu')  # and text:PATH
+# nanoGPT's data/shakespeare/input.txt
+SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHAKESPEARE_FILE = 'data/tinyshakespeare.txt'  # where the download is kept
+SHAKESPEARE_BYTES = 1_115_394
+SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 FINEWEB = 'HuggingFaceFW/fineweb-edu'
 WIKITEXT, SUBSETS = 'Salesforce/wikitext', {'wikitext2': 'wikitext-2-raw-v1', 'wikitext103': 'wikitext-103-raw-v1'}
 TITLE = re.compile(r' = [^=\s].* = \s*')  # title of an article; section titles have more than one =
@@ -78,6 +86,8 @@ def open_corpus(config, check=True):
         corpus = nanochat_corpus(config, path)
     elif config.dataset == 'pylib':
         corpus = pylib_corpus()
+    elif config.dataset == 'shakespeare':
+        corpus = shakespeare_corpus(config)
     elif config.dataset == 'fineweb_edu':
         corpus = fineweb_corpus(config)
     elif config.dataset in SUBSETS:
@@ -165,6 +175,65 @@ def c_docstrings(name):
             for member, method in public(thing):
                 lines += function(member, method, '    ') if isinstance(method, methods) else []
     return '\n'.join(lines) + '\n'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shakespeare, as nanoGPT has it
+
+def shakespeare_corpus(config):
+    """
+    The 1,115,394 characters of nanoGPT's Shakespeare. As there, the first 90 % are train and the last 10 % are val, each
+    one document (data/shakespeare_char/prepare.py in github.com/karpathy/nanoGPT).
+
+    The text is read from config.source, or from SHAKESPEARE_FILE, which is downloaded once.
+    """
+    file = Path(config.source or SHAKESPEARE_FILE).expanduser()
+
+    def check():
+        if not config.source and not file.exists():
+            download_shakespeare(file)
+        read_shakespeare(file)
+
+    def documents(position=None):
+        text = read_shakespeare(file).decode()
+        cut = int(0.9 * len(text))
+        for split, part in (('val', text[cut:]), ('train', text[:cut]))[0 if position is None else position + 1:]:
+            yield Document(part, '', split, 0 if split == 'val' else 1)
+
+    source = {'dataset': 'shakespeare', 'bytes': SHAKESPEARE_BYTES, 'sha256': SHAKESPEARE_SHA256}
+    return Corpus(source, '', documents, own_splits=True, check=check, contents=lambda: f'reading {file}')
+
+
+def read_shakespeare(file):
+    """The bytes of the text. Raises UserError if the file is missing, or if it is another text."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f'{file}: {error.strerror}: expected the file of {SHAKESPEARE}')
+    check_shakespeare(content, file)
+    return content
+
+
+def check_shakespeare(content, where):
+    if len(content) != SHAKESPEARE_BYTES:
+        raise UserError(f'{where}: {len(content):,} bytes, expected the {SHAKESPEARE_BYTES:,} of {SHAKESPEARE}')
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        raise UserError(f'{where}: another text, its sha256 is not that of {SHAKESPEARE}')
+
+
+def download_shakespeare(file):
+    """Download the text to `file`, which is only written if the right text has arrived."""
+    print(f'downloading {SHAKESPEARE} to {file}', flush=True)
+    try:
+        with urlopen(SHAKESPEARE, timeout=30) as response:
+            content = response.read(SHAKESPEARE_BYTES + 1)
+    except (OSError, HTTPException) as error:
+        raise UserError(f"shakespeare: can't download {SHAKESPEARE} ({error}): bring the file to {file}, or name it: "
+                        'python prepare.py --dataset=shakespeare --source=FILE')
+    check_shakespeare(content, SHAKESPEARE)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as target:
+        target.write(content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

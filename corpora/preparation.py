@@ -38,8 +38,10 @@ SCRIPT = Path(__file__).parent.parent / 'prepare.py'
 
 @dataclass
 class PrepareConfig:
-    dataset: str = 'pylib'  # pylib, wikitext2, wikitext103, fineweb_edu, text:PATH (file, directory, glob), shards:DIR or bins:PATH
+    dataset: str = 'pylib'  # pylib, shakespeare, wikitext2, wikitext103, fineweb_edu, or what follows
+    # text:PATH (file, directory, glob), or token ids: shards:DIR or bins:PATH
     source: str = ''  # fineweb_edu, wikitext*: .parquet or .jsonl files on this machine (directory, file, glob) instead of a download
+    # shakespeare: the file input.txt
     subset: str = 'sample-10BT'  # fineweb_edu: which part of it
     min_score: float = 3.0  # fineweb_edu: educational score (0 to 5) that a document needs
     text_field: str = 'text'  # of .jsonl and .parquet
@@ -66,7 +68,7 @@ class PrepareConfig:
             yield f'--tokenizer=char: made from a text, but {self.dataset} holds ids: expected gpt2, byte or a tokenizer.json'
         if self.tokenizer == 'none' and not self.dataset.startswith('shards:'):
             yield f'--tokenizer=none: only for --dataset=shards:DIR, but --dataset={self.dataset} needs a tokenizer'
-        if self.source and self.dataset not in ('fineweb_edu', 'wikitext2', 'wikitext103'):
+        if self.source and self.dataset not in DATASETS[1:]:
             yield f'--source={self.source}: --dataset={self.dataset} has none (files of your own: --dataset=text:{self.source})'
         if self.bad_text not in ('refuse', 'skip', 'replace'):
             yield f'--bad_text={self.bad_text}: expected refuse, skip or replace'
@@ -95,6 +97,8 @@ def directory(config):
     ignored = {'dataset', 'tokenizer', 'vocab_size', 'max_tokens', 'shard', 'out', 'num_proc', 'bad_rows'}
     options = {field.name: getattr(config, field.name) for field in fields(PrepareConfig)
                if field.name not in ignored and getattr(config, field.name) != field.default}
+    if config.dataset == 'shakespeare':  # its text is the same, wherever it comes from
+        options.pop('source', None)
     return data_dir(config.dataset, config.tokenizer, max_tokens=config.max_tokens, vocab_size=config.vocab_size, **options)
 
 

@@ -88,6 +88,9 @@ def vocabulary(tokenizer, size):
     """
     if tokenizer is None:
         raise UserError('the model has no tokenizer, and the export needs one: train on data with a tokenizer.json')
+    if 'characters' in tokenizer:
+        raise UserError('its tokenizer has one token for each character (--tokenizer=char), which the format does not know: '
+                        'train with --tokenizer=byte or bpe')
     if 'ranks' not in tokenizer:
         raise UserError(f'its tokenizer, {tokenizer["name"]}, came from Hugging Face: '
                         'only tokenizers of prepare.py and GPT-2 can be exported')

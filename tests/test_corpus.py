@@ -1,4 +1,6 @@
 import gzip
+import hashlib
+import io
 import json
 import os
 import random
@@ -716,3 +718,50 @@ def test_corpora_without_a_download_start_without_the_large_libraries():
             'corpus.open_corpus(types.SimpleNamespace(dataset="pylib"))\n'
             'print({"torch", "datasets", "pyarrow", "numpy"} & set(sys.modules))')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == 'set()\n'
+
+
+# Shakespeare
+
+@pytest.fixture
+def shakespeare(tmp_path, monkeypatch):
+    """A text of 1,000 characters stands for the real one. Returns the list of URLs that were asked for."""
+    monkeypatch.chdir(tmp_path)
+    content, asked = (b'First Citizen:\nWe are.\n' * 50)[:1000], []
+    monkeypatch.setattr(corpus, 'SHAKESPEARE_BYTES', 1000)
+    monkeypatch.setattr(corpus, 'SHAKESPEARE_SHA256', hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(corpus, 'urlopen', lambda url, timeout: asked.append(url) or io.BytesIO(content))
+    return asked
+
+
+def shakespeare_options(**more):
+    return SimpleNamespace(**{'dataset': 'shakespeare', 'source': '', **more})
+
+
+def test_shakespeare_is_downloaded_once_and_split_where_nanogpt_does(shakespeare):
+    for _ in range(2):
+        of = open_corpus(shakespeare_options())
+    assert shakespeare == [corpus.SHAKESPEARE]
+    text = Path('data/tinyshakespeare.txt').read_text()
+    assert [(document.split, document.text) for document in of.documents()] == [('val', text[900:]), ('train', text[:900])]
+    assert [document.split for document in of.documents(0)] == ['train'] and not [*of.documents(1)]
+    assert of.own_splits and of.source['bytes'] == 1000
+    Path('mine.txt').write_text(text)
+    assert open_corpus(shakespeare_options(source='mine.txt')).source == of.source
+
+
+def test_another_text_than_shakespeare_is_refused_and_not_kept(shakespeare, monkeypatch):
+    Path('short.txt').write_text('short')
+    Path('other.txt').write_text('x' * 1000)
+    for source, message in (('short.txt', '5 bytes, expected the 1,000 of'), ('other.txt', 'another text'), ('none.txt', 'No such file')):
+        with pytest.raises(UserError, match=f'{source}: {message}'):
+            open_corpus(shakespeare_options(source=source))
+    monkeypatch.setattr(corpus, 'urlopen', lambda url, timeout: io.BytesIO(b'<html>'))
+    with pytest.raises(UserError, match='input.txt: 6 bytes, expected the 1,000'):
+        open_corpus(shakespeare_options())
+
+    def offline(url, timeout):
+        raise OSError('no route')
+    monkeypatch.setattr(corpus, 'urlopen', offline)
+    with pytest.raises(UserError, match=r"can't download .*input.txt \(no route\): bring the file to data/tinyshakespeare.txt, or"):
+        open_corpus(shakespeare_options())
+    assert not Path('data').exists()

@@ -654,3 +654,31 @@ def test_pylib_of_another_python_is_refused(tmp_path):
     (tmp_path / 'meta.json').write_text(json.dumps(request | {'source': {'dataset': 'pylib', 'python': 'CPython 3.1.4'}}))
     with pytest.raises(UserError, match="was prepared with source {'python': 'CPython 3.1.4'}, not {'python': 'CPython 3"):
         preparation.check_prepared(asked(), tmp_path)
+
+
+@pytest.mark.parametrize('name, size', [('byte', 257), ('char', None)])
+def test_bytes_and_characters_are_tokenizers_of_any_text(tmp_path, name, size):
+    documents = [f'{text} é数\n' for text in texts(150)]
+    path = write_jsonl(tmp_path / 'c.jsonl', documents)
+    characters = sorted(set(''.join(documents)))
+    size = size or len(characters) + 1
+    words = [f'--dataset=text:{path}', f'--tokenizer={name}', f'--out={tmp_path}/out', '--num_proc=1']
+    with pytest.raises(UserError, match='--vocab_size=300: --tokenizer='):
+        prepare.main([*words, '--vocab_size=300'])
+    prepare.main(words)
+    prepare.main(words)  # nothing to do
+    data = TokenData(tmp_path / 'out', 16, 300)
+    encoding = load_tokenizer(data.tokenizer)
+    assert (data.n_vocab, data.meta['tokenizer'], encoding.eot_token) == (size, name, size - 1)
+    ids = data.read('train', 0, data.train_tokens)
+    found = {encoding.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == size - 1) + 1)[:-1]}
+    assert {text.removesuffix('<|endoftext|>') for text in found} <= set(documents) and len(found) > 100
+
+
+def test_a_character_behind_the_sample_ends_the_preparation(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, 'SAMPLE', 2000)
+    monkeypatch.setattr(building, 'BATCH', 1000)
+    write_jsonl(tmp_path / 'c.jsonl', ['abc' * 500, 'cab' * 500, 'bca' * 500, *texts(20), 'ab~'])
+    with pytest.raises(UserError, match='the character .* is none of the .* characters of the tokenizer'):
+        prepare.main([f'--dataset=text:{tmp_path}/c.jsonl', '--tokenizer=char', f'--out={tmp_path}/out', '--num_proc=1'])
+    assert not (tmp_path / 'out').exists()

@@ -620,3 +620,41 @@ def test_encoding_starts_no_threads(files):
             'assert os.listdir("/proc/self/task") == threads\n')
     for kind in ('byte_level', 'sentencepiece'):
         subprocess.run([sys.executable, '-c', code, files[kind]], cwd=ROOT, check=True)
+
+
+# One token for each byte, and for each character
+
+@given(st.text(alphabet='abé数🙂\n ', max_size=50))
+def test_bytes_and_characters_are_tokens_and_no_text_changes(text):
+    known = tokenizer.characters(['abé', '数🙂\n '])
+    characters, of_bytes = load_tokenizer(known), load_tokenizer(tokenizer.named('byte'))
+    assert (characters.n_vocab, characters.eot_token, of_bytes.n_vocab, of_bytes.eot_token) == (8, 7, 257, 256)
+    ids = tokenizer.encode(characters, text)
+    assert ids.tolist() == [known['characters'].index(character) for character in text]
+    assert tokenizer.encode(of_bytes, text).tolist() == list(text.encode())
+    assert characters.decode(ids) == of_bytes.decode(text.encode()) == text
+    assert token_bytes(characters)[ids].sum() == len(text.encode()) and token_bytes(characters)[7] == 0
+
+
+@pytest.mark.parametrize('text', ['a~', '\0', 'z', 'a<|endoftext|>', '\ud800'])
+def test_a_character_without_a_token_is_named(text):
+    with pytest.raises(UserError, match='the character .* is none of the 3 characters of the tokenizer'):
+        tokenizer.encode(load_tokenizer(tokenizer.characters(['abc'])), text)
+
+
+@pytest.mark.parametrize('change', [{'characters': 'cab'}, {'characters': 'aab'}, {'characters': 3}, {'characters': 'abcd'},
+                                    {'special_tokens': {}}, {'special_tokens': {EOT: 2}}, {'characters': 'ab\ud800'}])
+def test_a_broken_tokenizer_of_characters_is_refused(change):
+    with pytest.raises(UserError, match='broken tokenizer'):
+        load_tokenizer(tokenizer.characters(['abc']) | change)
+
+
+def test_a_tokenizer_is_named_by_a_word_or_a_file(tmp_path, gpt2_content, monkeypatch):
+    monkeypatch.setattr(tokenizer, 'gpt2', lambda: gpt2_content)
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(small()))
+    named = tokenizer.named
+    assert named('gpt2') == gpt2_content and named(str(tmp_path)) == named(f'{tmp_path}/tokenizer.json') == small()
+    assert [named(name) for name in ('bpe', 'char', 'none')] == [None] * 3
+    assert [tokenizer.label(content) for content in (gpt2_content, named('byte'))] == ['gpt2', 'byte']
+    with pytest.raises(UserError, match='nothing: No such file: expected bpe, char, gpt2, byte, or the path of a tokenizer.json'):
+        named('nothing')

@@ -6,22 +6,25 @@ Recommends presets for a prepared dataset, with model size, time and memory of a
 """
 import math
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from runtime import device as hardware
 import settings
 from configurator import UserError, columns
+from corpora.shards import check_tokenizer, nearest, read_all, tokenizer_beside
+from corpora.show import open_whole, row_of
 from model import GPT
+from runtime import device as hardware
 from runtime.plan import achieved, count, duration, estimate, number, room, shape_of
 from runtime.profiling import readable
-from corpora.shards import find_shards, inspect, nearest
-from corpora.show import open_whole, row_of
 from tokenizer import from_file, load_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / 'config'
+LONGEST = 365 * 86_400  # seconds; presets whose run takes longer are left out
+GPT2_IDS = 50_257
 TOKENS_A_PARAMETER = 20  # compute-optimal (Hoffmann et al., arXiv:2203.15556)
 EPOCHS = 4  # up to 4 epochs, repeated data are almost as good as new data (Muennighoff et al., arXiv:2305.16264)
 
@@ -33,6 +36,7 @@ class Corpus:
     val_tokens: int = 0  # 0: not split yet
     vocab_size: int = 0  # 0: unknown
     row: int = 0  # tokens of a row, 0: bins
+    words: tuple = ()  # further options of a command that trains on it
 
 
 @dataclass
@@ -42,8 +46,9 @@ class Plan:
     flops: float  # a token
     batch_tokens: int
     max_steps: int
-    memory: float  # bytes of a training step
+    memory: float  # bytes of a training step with these words
     epochs: float = 0.0  # passes over the data, instead of max_steps (0: max_steps)
+    words: tuple = ()  # options with which it fits into the memory, if it does not without
 
 
 def recommend(path, device='auto', card_gb=0.0, say=print):
@@ -60,24 +65,32 @@ def recommend(path, device='auto', card_gb=0.0, say=print):
     kind = 'cpu' if device.type == 'cpu' and not card_gb else 'cuda'
     dtype = torch.bfloat16 if card_gb and device.type == 'cpu' else dtype  # a GPU supports bfloat16
     size, whose = room(device, card_gb)
+    speed, how = 0, f'No time: {whose} is not here to be measured'
+    if device.type != 'cpu' or not card_gb:
+        speed, how = achieved(device, dtype if device.type != 'cpu' else torch.float32)
+        how = f'Time on one device at {speed / 1e12:.3g} TFLOP/s: {how}'
     presets, left_out = suited(path, corpus)
-    plans = sorted((plan(name, config, kind, dtype) for name, config in presets), key=lambda p: p.parameters)
+    plans = [plan(name, config, kind, dtype, size) for name, config in presets]
+    plans, too_long = runnable(plans, corpus, speed)
+    left_out += too_long
 
     N = corpus.tokens / TOKENS_A_PARAMETER
     say(f'{path}: {corpus.tokens:,} train tokens' + (f' in rows of {corpus.row:,}' if corpus.row else '')
-        + (f', vocabulary {corpus.vocab_size:,}' if corpus.vocab_size else ', vocabulary unknown without a tokenizer.json')
-        + ('' if corpus.val_tokens else ', validation not split off yet'))
+        + f', vocabulary {corpus.vocab_size:,}' + ('' if corpus.val_tokens else ', validation not split off yet'))
+    if '--tokenizer=none' in corpus.words:
+        say('no tokenizer.json beside these rows: with --tokenizer=NAME instead of none, a run writes samples'
+            + (' (the highest id is that of gpt2)' if corpus.vocab_size == GPT2_IDS else ''))
     say(f'compute-optimal for one epoch: {count(N)} parameters, {TOKENS_A_PARAMETER} tokens each (arXiv:2203.15556); '
         f'{EPOCHS} epochs lose little (arXiv:2305.16264): {count(EPOCHS * N)}')
     if left_out:
         say('\nleft out:\n' + columns([(f'  {name}', reason) for name, reason in left_out]))
+    if presets and not plans:
+        return say('\nnone of the presets can be trained here: see what a GPU could do by --card_gb=N, its memory')
     if not plans:
         sizes = f', --block_size={" or ".join(map(str, nearest(corpus.row, 1024)))}' if corpus.row else ''
         return say(f'\nno preset suits the data as it is: give the nearest one a --vocab_size that does{sizes}')
-    speed, how = achieved(device, dtype if device.type != 'cpu' else torch.float32)
     say('\n' + columns(plan_rows(plans, corpus, speed, size)))
-    say(f'tokens/parameter: of one epoch; the other figures: of all max_steps of the preset. '
-        f'Time on one device at {speed / 1e12:.3g} TFLOP/s: {how}.\n'
+    say(f'tokens/parameter: of one epoch; the other figures: of all max_steps of the preset. {how}.\n'
         f'Memory: an estimate, weights, gradients, optimizer and what a micro-step keeps in {str(dtype).removeprefix("torch.")}, '
         f'against {readable(size)} of {whose}.')
     for each in best(plans, corpus.tokens, size):
@@ -88,22 +101,23 @@ def recommend(path, device='auto', card_gb=0.0, say=print):
 # The data, and the presets that suit them
 
 def corpus_of(path):
-    """The Corpus at `path`, from meta.json. Without meta.json, from the headers of the shards. Raises UserError."""
-    path = Path(path)
+    """The Corpus at `path`, from meta.json. Shards without meta.json are read completely. Raises UserError."""
+    path = Path(path).expanduser()
     if (path / 'meta.json').exists() or path.is_dir() and any(path.glob('*.bin')):
         data = open_whole(path)
         named = str(path) if '/' in str(path) else f'./{path}'  # a name without a slash would mean data/NAME
         if row := row_of(data):
             return Corpus(named, data.train_tokens, data.n_val_windows * row, data.n_vocab, row)
         return Corpus(named, data.train_tokens, data.n_val_windows + 1, data.n_vocab)  # windows have one token
-    shapes = {file: inspect(file)[:2] for file in find_shards(path)}
-    rows = {length for _, length in shapes.values()}
-    if len(rows) > 1:
-        raise UserError(f'{path}: rows of {" and ".join(f"{row:,}" for row in sorted(rows))} tokens: '
-                        f'python prepare.py validate {path} names the files')
-    tokenizer = path / 'tokenizer.json'
-    vocab_size = load_tokenizer(from_file(tokenizer)).n_vocab if tokenizer.is_file() else 0
-    return Corpus(f'shards:{path}', sum(n * row for n, row in shapes.values()), 0, vocab_size, *rows)
+    files, checked, _ = read_all(path, {}, 0, lambda line: None)
+    rows, row = sum(found['rows'] for found in checked), checked[0]['length']
+    if rows < 2:
+        raise UserError(f"{files[0]}: a single row can't be both train and val: bring more")
+    vocab_size, words = 1 + max(found['max_id'] for found in checked), ('--tokenizer=none',)
+    if file := tokenizer_beside(path, files):
+        vocab_size, words = load_tokenizer(from_file(file)).n_vocab, ()
+        check_tokenizer(checked, vocab_size, file, lambda line: None)
+    return Corpus(f'shards:{path}', rows * row, 0, vocab_size, row, words)
 
 
 def suited(path, corpus):
@@ -148,14 +162,67 @@ def unsuited(config, corpus):
 # ----------------------------------------------------------------------------------------------------------------------
 # Estimates
 
-def plan(name, config, kind, dtype):
-    """The Plan of a preset: its size, FLOPs and memory."""
+def plan(name, config, kind, dtype, size):
+    """
+    The Plan of a preset: its size, FLOPs and memory. If it does not fit into `size` bytes, with smaller micro-steps and
+    activation checkpointing, as far as these are needed.
+    """
     with torch.device('meta'):
         model = GPT(shape_of(config))
     parameters = sum(p.numel() for p in model.parameters())
-    memory = sum(estimate(config, kind, dtype)(config.batch_size, config.activation_checkpointing).values())
-    return Plan(name, parameters, model.flops_per_token(), config.batch_tokens, config.max_steps, memory,
-                config.epochs)
+    memory_of = estimate(config, kind, dtype)
+    own, checkpointing = config.batch_size, config.activation_checkpointing
+    smaller = [rows for rows in range(own, 0, -1) if own % rows == 0]  # divisors: batch_tokens stays a multiple
+    choices = [(rows, recompute) for recompute in sorted({checkpointing, True}) for rows in smaller]
+    memory = {choice: sum(memory_of(*choice).values()) for choice in choices}
+    rows, recompute = next((choice for choice in choices if memory[choice] <= size), (own, checkpointing))
+    words = [f'--batch_size={rows}'] if rows != own else []
+    words += ['--activation_checkpointing=true'] if recompute != checkpointing else []
+    return Plan(name, parameters, model.flops_per_token(), config.batch_tokens, config.max_steps, memory[rows, recompute],
+                config.epochs, tuple(words))
+
+
+def tokens_of(p, corpus):
+    """The tokens of the preset's own run."""
+    return p.epochs * corpus.tokens or p.max_steps * p.batch_tokens
+
+
+def steps_of(p, corpus):
+    """The recommended number of steps: enough for the parameters, but no more than EPOCHS of the data."""
+    return max(1, min(TOKENS_A_PARAMETER * p.parameters, EPOCHS * corpus.tokens) // p.batch_tokens)
+
+
+def runnable(plans, corpus, speed):
+    """
+    (plans, smallest first, [(name, reason)] of those that are left out): commands must be accepted, and runs end within
+    a year. speed: FLOP/s, 0 if unknown.
+    """
+    kept, left_out = [], []
+    for p in sorted(plans, key=lambda p: p.parameters):
+        tokens = max(tokens_of(p, corpus), steps_of(p, corpus) * p.batch_tokens)
+        seconds = p.flops * tokens / speed if speed else 0
+        if seconds > LONGEST:
+            left_out.append((p.name, 'a run of it would take over a year on this machine'))
+            continue
+        try:
+            command(p, corpus)
+        except UserError as error:
+            left_out.append((p.name, ' '.join(str(error).splitlines())))
+        else:
+            kept.append(p)
+    return kept, left_out
+
+
+def command(p, corpus):
+    """(the words of the command behind train.py, its config). Raises UserError if train.py would not accept them."""
+    words = [f'--dataset={corpus.dataset}', f'--max_steps={steps_of(p, corpus)}', *corpus.words, *p.words]
+    config = settings.load([str(CONFIGS / f'{p.name}.py'), *words])
+    out = config.out_dir
+    while Path(out).exists():  # train.py does not overwrite a run
+        out += '-2'
+    if out != config.out_dir:
+        words.append(f'--out_dir={out}')
+    return [f'config/{p.name}.py', *words], config
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,10 +231,10 @@ def plan(name, config, kind, dtype):
 def plan_rows(plans, corpus, speed, size):
     rows = [('preset', 'parameters', 'tokens/parameter', 'epochs', 'FLOPs', 'time', 'memory', 'fits')]
     for p in plans:
-        tokens = p.epochs * corpus.tokens or p.max_steps * p.batch_tokens
+        tokens = tokens_of(p, corpus)
         rows.append((p.name, f'{p.parameters:,}', number(corpus.tokens / p.parameters), number(tokens / corpus.tokens),
-                     f'{p.flops * tokens:.2e}', duration(p.flops * tokens / speed), readable(p.memory),
-                     'yes' if p.memory <= size else 'no'))
+                     f'{p.flops * tokens:.2e}', duration(p.flops * tokens / speed) if speed else '-', readable(p.memory),
+                     ' '.join(('with', *p.words)) if p.words else 'yes' if p.memory <= size else 'no'))
     return rows
 
 
@@ -192,20 +259,25 @@ def best(plans, tokens, size):
 
 def advice(p, corpus, speed, size):
     """Text for a preset: the reason for it, the length of a run, and the commands."""
-    name, wanted = f'config/{p.name}.py', TOKENS_A_PARAMETER * p.parameters
-    steps = max(1, min(wanted, EPOCHS * corpus.tokens) // p.batch_tokens)
-    tokens, epochs = steps * p.batch_tokens, wanted / corpus.tokens
-    why = f'{name}: {TOKENS_A_PARAMETER} tokens for each of {count(p.parameters)} parameters: {number(epochs)} epochs of the data'
+    wanted = TOKENS_A_PARAMETER * p.parameters
+    tokens, epochs = steps_of(p, corpus) * p.batch_tokens, wanted / corpus.tokens
+    reason = (f'config/{p.name}.py: {TOKENS_A_PARAMETER} tokens for each of {count(p.parameters)} parameters: '
+              f'{number(epochs)} epochs of the data')
     if epochs > EPOCHS:
-        why += (f', over {EPOCHS}: with {EPOCHS} it has seen {tokens / p.parameters:.2g} a parameter; a smaller model '
-                '(--n_layer, --n_embd) or more text would suit better')
+        reason += (f', over {EPOCHS}: with {EPOCHS} it has seen {tokens / p.parameters:.2g} a parameter; a smaller model '
+                   '(--n_layer, --n_embd) or more text would suit better')
     elif epochs < 1:
-        why += ': the data would feed a larger model'
-    time_taken = duration(p.flops * tokens / speed)
-    lines = [why, f'  {steps:,} steps of {p.batch_tokens:,} tokens, {p.flops * tokens:.2e} FLOPs, about {time_taken} on one device']
+        reason += ': the data would feed a larger model'
+    time_taken = f', about {duration(p.flops * tokens / speed)} on one device' if speed else ''
+    lines = [reason, f'  {steps_of(p, corpus):,} steps of {p.batch_tokens:,} tokens, {p.flops * tokens:.2e} FLOPs{time_taken}']
     if p.memory > size:
-        lines.append(f'  {readable(p.memory)} do not fit: a smaller --batch_size, --activation_checkpointing=true, '
-                     'or --parallel=fsdp over several')
-    words = shlex.join([name, f'--dataset={corpus.dataset}', f'--max_steps={steps}'])
-    several = max(2, torch.cuda.device_count())
-    return '\n'.join([*lines, f'  python train.py {words}', f'  torchrun --standalone --nproc_per_node={several} train.py {words}'])
+        return '\n'.join([*lines, f'  {readable(p.memory)} do not fit: a smaller model (--n_layer, --n_embd), or --parallel=fsdp '
+                                  'over several devices'])
+    words, config = command(p, corpus)
+    lines.append(f'  python train.py {shlex.join(words)}')
+    processes = max(2, torch.cuda.device_count())
+    with suppress(UserError):  # so many processes may not be able to split a step
+        settings.micro_batches(config, processes)
+        if torch.cuda.device_count() != 1:
+            lines.append(f'  torchrun --standalone --nproc_per_node={processes} train.py {shlex.join(words)}')
+    return '\n'.join(lines)

@@ -5,15 +5,18 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_show import VOCAB, bins, said, shards, tokenizer
 
-from runtime import profiling
-from corpora import recommend
+import prepare
 import train
+from corpora import preparation, recommend
+from runtime import profiling
+from settings import micro_batches
 from configurator import UserError
 from data import data_dir
 from model import GPT, GPTConfig
@@ -114,7 +117,7 @@ def test_its_commands_are_accepted_and_their_steps_are_what_the_data_feed(tmp_pa
 
 
 def test_enough_data_give_twenty_tokens_a_parameter_and_no_more():
-    p = Plan('x', 1_000_000, 6e6, 4096, 100, 1e9)
+    p = Plan('dense_tiny', 1_000_000, 6e6, 4096, 100, 1e9)
     text = recommend.advice(p, Corpus('x/y', 10_000_000), 1e12, 2e9)
     assert '--max_steps=4882' in text and '2 epochs' in text and 'suit better' not in text
     assert f'{6e6 * 4882 * 4096:.2e} FLOPs, about 2 min' in text  # 4882 = 20e6 // 4096
@@ -140,18 +143,93 @@ def test_whether_it_fits_is_judged_by_the_card_that_is_named(tmp_path, two, unme
     assert '16.0 GB of a card of 16 GB' in large and 'keeps in bfloat16' in large
 
 
-def test_shards_that_were_not_split_are_judged_by_their_headers(tmp_path, two, unmeasured):
+def test_shards_that_were_not_split_are_read_for_their_vocabulary(tmp_path, two, unmeasured):
     (tmp_path / 's').mkdir()
     for k, rows in enumerate((3, 5)):
         np.save(tmp_path / 's' / f'{k}.npy', np.zeros((rows, 512), np.uint16))
     text, _ = said(recommend.recommend, tmp_path / 's', 'cpu')
-    assert '4,096 train tokens in rows of 512, vocabulary unknown' in text and 'not split off yet' in text
+    assert '4,096 train tokens in rows of 512, vocabulary 1,' in text and 'not split off yet' in text
+    assert 'no tokenizer.json beside these rows' in text and '--tokenizer=none' in commands(text, 'python')[0]
     assert f'--dataset=shards:{tmp_path}/s' in commands(text, 'python')[0]
     (tmp_path / 's' / 'tokenizer.json').write_text(json.dumps(tokenizer()))
     assert recommend.corpus_of(tmp_path / 's') == Corpus(f'shards:{tmp_path}/s', 4096, 0, VOCAB, 512)
     np.save(tmp_path / 's' / '2.npy', np.zeros((1, 100), np.uint16))
-    with pytest.raises(UserError, match='rows of 100 and 512 tokens'):
+    with pytest.raises(UserError, match='2.npy: rows of 100 tokens, where most files have 512'):
         recommend.recommend(tmp_path / 's', 'cpu', say=lambda _: None)
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Four presets, memory in proportion to the sequences, a machine of 1 TFLOP/s, and prepare.py in this process."""
+    (tmp_path / 'presets' / 'config').mkdir(parents=True)
+    for name in ('dense_tiny', 'trix_medium', 'resonance_small', 'resonance_32k'):
+        shutil.copy(recommend.CONFIGS / f'{name}.py', tmp_path / 'presets' / 'config')
+    monkeypatch.setattr(recommend, 'CONFIGS', tmp_path / 'presets' / 'config')
+    monkeypatch.setattr(recommend, 'estimate', lambda *_: lambda rows, checkpointing: {'activations': rows * (2e9, 2e8)[checkpointing]})
+    monkeypatch.setattr(recommend, 'achieved', lambda device, dtype: (1e12, 'as agreed'))
+    monkeypatch.setattr(preparation.subprocess, 'run', lambda words: prepare.main(words[2:]) or SimpleNamespace(returncode=0))
+
+
+def prepared_bins(tmp_path):
+    return bins(tmp_path / 'd', [np.arange(3000) % VOCAB], np.zeros(300))
+
+
+def prepared_shards(tmp_path):
+    return shards(tmp_path / 's', {'train': [np.full((2, 32_769), 7)], 'val': [np.full((1, 32_769), 7)]}, vocab_size=9000)
+
+
+def raw_rows(tmp_path, name, highest, row):
+    (tmp_path / name).mkdir()
+    for k in range(3):
+        np.save(tmp_path / name / f'{k}.npy', np.full((2, row), highest, np.uint16))
+    return tmp_path / name
+
+
+def rows_of_gpt2(tmp_path):
+    return raw_rows(tmp_path, 'rows', 50_256, 32_768)
+
+
+def small_rows(tmp_path):
+    return raw_rows(tmp_path, 'small', 8000, 257)
+
+
+def rows_with_a_tokenizer(tmp_path):
+    path = raw_rows(tmp_path, 'with', VOCAB - 1, 512)
+    (path / 'tokenizer.json').write_text(json.dumps(tokenizer()))
+    return path
+
+
+@pytest.mark.parametrize('make, card_gb', [
+    (prepared_bins, 1), (prepared_shards, 44), (rows_of_gpt2, 44), (rows_of_gpt2, 0), (small_rows, 0), (rows_with_a_tokenizer, 0)])
+def test_every_command_that_is_printed_can_be_run(tmp_path, quick, monkeypatch, make, card_gb):
+    path = make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text, _ = said(recommend.recommend, path, 'cpu', card_gb)
+    printed = commands(text, 'python') + [words[2:] for words in commands(text, 'torchrun')]
+    assert printed
+    for words in printed:
+        config = train.load([str(recommend.CONFIGS.parent / words[2]), *words[3:]])
+        data = preparation.open_dataset(config)
+        assert data.n_vocab <= config.vocab_size and data.n_windows
+        micro_batches(config, 2)
+        memory = config.batch_size * (2e9, 2e8)[config.activation_checkpointing]
+        assert memory <= card_gb * 1e9 or not card_gb
+    assert ' years' not in text and (', about ' in text) == (card_gb == 0)
+
+
+def test_a_command_does_not_name_the_directory_of_another_run(tmp_path, quick, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('runs/dense_tiny-2').mkdir(parents=True)
+    Path('runs/dense_tiny').mkdir()
+    text, _ = said(recommend.recommend, prepared_bins(tmp_path), 'cpu')
+    assert '--out_dir=runs/dense_tiny-2-2' in commands(text, 'python')[0]
+
+
+def test_what_takes_years_is_left_out(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(recommend, 'achieved', lambda device, dtype: (1e8, 'as agreed'))
+    text, _ = said(recommend.recommend, rows_of_gpt2(tmp_path), 'cpu')
+    assert re.search('  resonance_32k +a run of it would take over a year on this machine', text) and ' years' not in text
+    assert text.endswith('see what a GPU could do by --card_gb=N, its memory')
 
 
 def test_a_directory_in_the_current_one_is_named_with_a_slash(tmp_path, monkeypatch):

@@ -1,26 +1,30 @@
 """
-Corpus -> tokenizer.json, train.bin, val.bin, meta.json: everything that data.py reads.
+Turns a corpus into what data.py reads: tokenizer.json, train.bin, val.bin and meta.json.
 
-    python prepare.py                                                 # pylib: the text of this machine's Python library
-    python prepare.py --dataset=text:notes --vocab_size=4096          # a file, a directory or a 'glob': .txt, .jsonl, .parquet, .gz, .zst
+    python prepare.py                                               # pylib: the text of this machine's Python library
+    python prepare.py --dataset=shakespeare --tokenizer=char        # nanoGPT's Shakespeare, one token per character
+    python prepare.py --dataset=text:notes --vocab_size=4096        # a file, a directory or a 'glob' (see below)
     python prepare.py --dataset=fineweb_edu --max_tokens=5e8 --vocab_size=32000 --out=data/edu
-    python prepare.py --dataset=wikitext103 --tokenizer=gpt2          # or a tokenizer.json, ours or one of Hugging Face
-    python prepare.py --dataset=bins:fineweb10B --tokenizer=gpt2      # token files of nanoGPT, llm.c, modded-nanogpt
+    python prepare.py --dataset=wikitext103 --tokenizer=gpt2        # or a tokenizer.json, ours or Hugging Face's
+    python prepare.py --dataset=bins:fineweb10B --tokenizer=gpt2    # token files of nanoGPT, llm.c, modded-nanogpt
     python prepare.py --dataset=fineweb_edu --shard=3/16 --out=data/edu    # one of 16 machines
-    python prepare.py join data/edu                                   # their directories, brought together there, as one
-    python prepare.py show data/pylib --n=3                           # windows, figures and a picture of what is prepared
+    python prepare.py join data/edu                                 # joins the parts of all machines in data/edu
+    python prepare.py show data/pylib --n=3                         # sample windows, statistics and a plot
 
-Rows of ids that are ready made (.npy, .pt):
+text: reads .txt, .jsonl and .parquet files, the first two also as .gz or .zst.
 
-    python prepare.py validate DIR                                    # names every file that is broken
-    python prepare.py split DIR OUT --val_ratio=0.01                  # train and val by symbolic links; OUT is ready for train.py
-    python prepare.py pack --dataset=pylib --row=32768 --out=DIR      # any corpus as such rows
-    python prepare.py recommend DIR                                   # what to train on it: sizes, time, memory, commands
+Rows of token ids that another program made (.npy, .pt):
 
-Documents are read as a stream: exact duplicates go out, the hash of a document's text decides whether it is train or val, the
-train documents of the first 64 MB make the byte-level BPE, and processes encode. All of it is written in .NAME.tmp beside the
-result and renamed to it when it is whole. A preparation that was killed goes on from its last finished part.
-A corpus so small that the hash comes nowhere near val_ratio is split by position: its last part is val.
+    python prepare.py validate DIR                                  # reads everything and names every broken file
+    python prepare.py split DIR OUT --val_ratio=0.01 --tokenizer=gpt2    # OUT is for train.py: links to the files of DIR
+    python prepare.py pack --dataset=pylib --row=32768 --out=DIR    # writes any corpus as such rows
+    python prepare.py recommend DIR                                 # presets to train on it, with size, time, memory
+
+Documents are read as a stream. Exact duplicates are dropped. The hash of a document's text assigns it to train or val.
+The byte-level BPE is trained on the train documents of the first 64 MB, then several processes encode the text.
+Everything is written to .NAME.tmp beside the result, which is renamed once it is complete. After a kill, the same
+command continues from the last finished part.
+If the corpus is too small for a split by hash, it is split by position: its last part is val.
 """
 import signal
 import sys
@@ -38,33 +42,36 @@ class PackConfig:
     rows_per_shard: int = 100  # rows in a file
 
     def problems(self):
-        return (f'--{key}={getattr(self, key)}: must be at least 1' for key in ('row', 'rows_per_shard') if getattr(self, key) < 1)
+        for key in ('row', 'rows_per_shard'):
+            if getattr(self, key) < 1:
+                yield f'--{key}={getattr(self, key)}: must be at least 1'
 
 
 @dataclass
 class SplitConfig:
-    path: str = ''  # directory, file or glob of .npy and .pt
+    path: str = ''  # .npy and .pt files: a directory, a file or a glob
     out: str = ''  # directory to make
-    val_ratio: float = 0.01  # share of the files that is kept for validation
-    tokenizer: str = ''  # of the ids, stored in OUT: gpt2, byte or a tokenizer.json (empty: that beside the shards, if any)
-    vocab_size: int = 0  # without a tokenizer: ids must be below it (0: any)
-    seed: int = 1337  # of the split
+    val_ratio: float = 0.01  # fraction of the files for validation
+    tokenizer: str = ''  # that made the ids: gpt2, byte or a tokenizer.json (empty: the one beside the files, if any)
+    vocab_size: int = 0  # without a tokenizer: ids must be below it (0: any id)
+    seed: int = 1337  # of the random split
 
     def problems(self):
         if not self.path or not self.out:
             yield 'name the shards and the directory to make: python prepare.py split DIR OUT'
         if self.tokenizer in tokenizer.FROM_TEXT:
-            yield f'--tokenizer={self.tokenizer}: made from a text, but these are ids: expected gpt2, byte or a tokenizer.json'
+            yield (f'--tokenizer={self.tokenizer}: it is made from text, but these are ids: expected gpt2, byte or a '
+                   'tokenizer.json')
         if not 0 < self.val_ratio < 1:
-            yield f'--val_ratio={self.val_ratio}: expected a share between 0 and 1'
+            yield f'--val_ratio={self.val_ratio}: expected a fraction between 0 and 1'
 
 
 @dataclass
 class PathConfig:
-    path: str = ''  # what prepare.py made, or shards
-    vocab_size: int = 0  # validate: ids must be below it, 0: any
+    path: str = ''  # a prepared directory, or rows of token ids
+    vocab_size: int = 0  # validate: ids must be below it (0: any id)
     n: int = 3  # show: windows to print
-    card_gb: float = 0.0  # recommend: memory of the card to train on, 0: what this machine has
+    card_gb: float = 0.0  # recommend: memory in GB of the GPU to train on (0: this machine)
 
     def problems(self):
         if not self.path:
@@ -91,7 +98,8 @@ def prepare_command(argv):
         from corpora import shards
         vocab_size = config.vocab_size if config.origin['vocab_size'] != 'default' else 0
         content = tokenizer.named(config.tokenizer)
-        shards.split(config.dataset.removeprefix('shards:'), out, config.val_ratio, vocab_size, config.seed, content=content)
+        path = config.dataset.removeprefix('shards:')
+        shards.split(path, out, config.val_ratio, vocab_size, config.seed, content=content)
     elif is_bins(config.dataset):
         link(config, out)
     else:
@@ -101,7 +109,7 @@ def prepare_command(argv):
 def pack_command(argv):
     config = load(argv, PrepareConfig, PackConfig, usage=__doc__)
     if not config.out:
-        raise UserError('--out: name the directory to make: python prepare.py pack --dataset=NAME --row=32768 --out=DIR')
+        raise UserError('--out is missing: python prepare.py pack --dataset=NAME --row=32768 --out=DIR')
     from corpora import shards
     prepared = directory(config)
     if is_bins(config.dataset):
@@ -140,8 +148,9 @@ def recommend(config):
     module.recommend(config.path, card_gb=config.card_gb)
 
 
-COMMANDS = {'pack': pack_command, 'split': split_command, 'validate': path_command(validate), 'show': path_command(show),
-            'recommend': path_command(recommend), 'join': path_command(lambda config: join(Path(config.path), ask=True))}
+COMMANDS = {
+    'pack': pack_command, 'split': split_command, 'validate': path_command(validate), 'show': path_command(show),
+    'recommend': path_command(recommend), 'join': path_command(lambda config: join(Path(config.path), ask=True))}
 
 
 if __name__ == '__main__':

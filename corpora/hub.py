@@ -57,9 +57,10 @@ class Stream:
                 offline = 'HF_HUB_OFFLINE is set, ' if installed('datasets').config.HF_HUB_OFFLINE else ''
                 hopeless = failures > RETRIES or not arrived and time.monotonic() - begin > HOPELESS
                 if hopeless or offline or not is_transient(error):
-                    raise UserError(f"{self.name}: can't read {self.where} behind row {position[1]:,}, tried {failures} time"
-                                    f"{'s' * (failures > 1)} ({offline}{reason}). Without a network: --source=PATH of "
-                                    'downloaded .parquet files of it, --dataset=text:PATH or --dataset=pylib') from error
+                    times = f'{failures} time' if failures == 1 else f'{failures} times'
+                    raise UserError(f"{self.name}: can't read {self.where} behind row {position[1]:,}, tried {times} "
+                                    f'({offline}{reason}). Without a network: --source=PATH of downloaded .parquet '
+                                    'files of it, --dataset=text:PATH or --dataset=pylib') from error
                 print(f'{self.name}: {reason}: trying again in {2**(failures - 1)} s', file=sys.stderr, flush=True)
                 time.sleep(2**(failures - 1))
 

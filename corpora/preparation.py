@@ -40,24 +40,25 @@ SCRIPT = Path(__file__).parent.parent / 'prepare.py'
 class PrepareConfig:
     dataset: str = 'pylib'  # pylib, shakespeare, wikitext2, wikitext103, fineweb_edu, or what follows
     # text:PATH (file, directory, glob), or token ids: shards:DIR or bins:PATH
-    source: str = ''  # fineweb_edu, wikitext*: .parquet or .jsonl files on this machine (directory, file, glob) instead of a download
-    # shakespeare: the file input.txt
-    subset: str = 'sample-10BT'  # fineweb_edu: which part of it
-    min_score: float = 3.0  # fineweb_edu: educational score (0 to 5) that a document needs
-    text_field: str = 'text'  # of .jsonl and .parquet
-    bad_text: str = 'refuse'  # what isn't UTF-8 or JSON: refuse, skip, or replace (by U+FFFD; lines that aren't JSON are skipped)
-    bad_rows: float = 0.01  # share of the rows that may be without a text (or a score): they are left out, more is refused
-    encoding: str = 'utf-8'  # of .txt and .jsonl without a mark, as Python names it: cp1252, gb18030, shift_jis, utf-16-le ...
-    tokenizer: str = 'bpe'  # bpe (trained on the text), char (a token for each character), byte, gpt2, or a tokenizer.json
-    # of shards:DIR and bins:PATH: the tokenizer that made the ids, gpt2, byte or a tokenizer.json; of shards: also none
-    vocab_size: int = 8192  # bpe: tokens, the end-of-text token included
-    val_ratio: float = 0.05  # share of the documents that is kept for validation (wikitext* have splits of their own)
-    max_tokens: int = 0  # train tokens after which reading stops, 0: all
-    max_documents: int = 0  # documents after which reading stops, 0: all (of train, where the corpus has its own splits)
-    shard: str = ''  # i/n: prepare the i-th (from 0) of n parts, each on its own machine; together they are the whole
-    out: str = ''  # directory to make, '': data/NAME
-    num_proc: int = 0  # processes that encode, 0: one a CPU
-    seed: int = 1337  # of the split into train and val
+    source: str = ''  # read local files instead of a download: a directory, a file or a glob
+    # fineweb_edu and wikitext*: .parquet or .jsonl files; shakespeare: the file input.txt
+    subset: str = 'sample-10BT'  # fineweb_edu: the subset to read
+    min_score: float = 3.0  # fineweb_edu: lowest educational score (0 to 5) of a document
+    text_field: str = 'text'  # name of the text field in .jsonl and .parquet
+    bad_text: str = 'refuse'  # text that is not UTF-8 or JSON: refuse, skip, or replace
+    # replace: bad bytes become U+FFFD; lines that are not JSON are skipped
+    bad_rows: float = 0.01  # largest fraction of rows without a text or a score; such rows are left out
+    encoding: str = 'utf-8'  # of .txt and .jsonl without a byte order mark: cp1252, gb18030, shift_jis, utf-16-le ...
+    tokenizer: str = 'bpe'  # bpe (trained on the text), char (one token per character), byte, gpt2, or a tokenizer.json
+    # for token ids: the tokenizer that made them: gpt2, byte or a tokenizer.json; for shards:DIR also none
+    vocab_size: int = 8192  # bpe: number of tokens, including the end-of-text token
+    val_ratio: float = 0.05  # fraction of the documents for validation (wikitext* and shakespeare have their own splits)
+    max_tokens: int = 0  # stop after this many train tokens (0: read all)
+    max_documents: int = 0  # stop after this many documents (0: read all); if the corpus has its own splits, of train
+    shard: str = ''  # i/n: prepare only part i (from 0) of n parts, for one of n machines
+    out: str = ''  # directory to make (empty: data/NAME)
+    num_proc: int = 0  # processes that encode (0: one per CPU)
+    seed: int = 1337  # of the random split into train and val
 
     def problems(self):
         known = self.dataset in DATASETS or re.match('(text|shards|bins):.', self.dataset) or is_path(self.dataset)
@@ -65,21 +66,24 @@ class PrepareConfig:
             yield (f"--dataset={self.dataset}: unknown, expected {', '.join(DATASETS)}, text:PATH, shards:DIR or "
                    'bins:PATH')
         if self.tokenizer == 'char' and self.dataset.startswith(('shards:', 'bins:')):
-            yield f'--tokenizer=char: made from a text, but {self.dataset} holds ids: expected gpt2, byte or a tokenizer.json'
+            yield (f'--tokenizer=char: it is made from text, but {self.dataset} holds ids: expected gpt2, byte or a '
+                   'tokenizer.json')
         if self.tokenizer == 'none' and not self.dataset.startswith('shards:'):
             yield f'--tokenizer=none: only for --dataset=shards:DIR, but --dataset={self.dataset} needs a tokenizer'
         if self.source and self.dataset not in DATASETS[1:]:
-            yield f'--source={self.source}: --dataset={self.dataset} has none (files of your own: --dataset=text:{self.source})'
+            yield (f'--source={self.source}: --dataset={self.dataset} has none (for your own files: '
+                   f'--dataset=text:{self.source})')
         if self.bad_text not in ('refuse', 'skip', 'replace'):
             yield f'--bad_text={self.bad_text}: expected refuse, skip or replace'
         if not 0 <= self.bad_rows <= 1:
-            yield f'--bad_rows={self.bad_rows}: expected a share from 0 to 1'
+            yield f'--bad_rows={self.bad_rows}: expected a fraction from 0 to 1'
         if not encoding_name(self.encoding):
-            yield f"--encoding={self.encoding}: unknown, expected an encoding of Python's, as cp1252, gb18030, shift_jis or utf-16-le"
+            yield (f'--encoding={self.encoding}: unknown, expected an encoding that Python knows, such as cp1252, gb18030, '
+                   'shift_jis or utf-16-le')
         if not 257 <= self.vocab_size <= MAX_VOCAB:
             yield f'--vocab_size={self.vocab_size}: expected 257 (bytes and end of text) to {MAX_VOCAB}'
         if not 0 < self.val_ratio < 1:
-            yield f'--val_ratio={self.val_ratio}: expected a share between 0 and 1'
+            yield f'--val_ratio={self.val_ratio}: expected a fraction between 0 and 1'
         for key in ('max_tokens', 'max_documents', 'num_proc', 'seed'):
             if getattr(self, key) < 0:
                 yield f'--{key}={getattr(self, key)}: must not be negative'
@@ -88,7 +92,8 @@ class PrepareConfig:
             if not (i.isdecimal() and n.isdecimal() and int(i) < int(n) <= 99_999):
                 yield f'--shard={self.shard}: expected i/n with 0 <= i < n, as in --shard=0/4'
             if self.max_tokens:
-                yield f'--max_tokens={self.max_tokens}: with --shard no machine knows the tokens of the others: use --max_documents'
+                yield (f'--max_tokens={self.max_tokens}: with --shard no machine knows the tokens of the others: use '
+                       '--max_documents')
 
 
 def directory(config):
@@ -99,7 +104,8 @@ def directory(config):
                if field.name not in ignored and getattr(config, field.name) != field.default}
     if config.dataset == 'shakespeare':  # its text is the same, wherever it comes from
         options.pop('source', None)
-    return data_dir(config.dataset, config.tokenizer, max_tokens=config.max_tokens, vocab_size=config.vocab_size, **options)
+    return data_dir(config.dataset, config.tokenizer, max_tokens=config.max_tokens, vocab_size=config.vocab_size,
+                    **options)
 
 
 def is_path(dataset):
@@ -131,8 +137,8 @@ def open_dataset(config, prepare=True, verify='once', say=speak):
     """
     The loader of the tokens that config.dataset names. Prepares missing data, or returns None with prepare=False.
 
-    Raises UserError if the dataset is unknown, or if a prepared directory does not match the config. Exits with the code
-    of prepare.py if that fails. verify: see TokenData.
+    Raises UserError if the dataset is unknown, or if a prepared directory does not match the config. Exits with the
+    code of prepare.py if that fails. verify: see TokenData.
     """
     name = config.dataset
     if name.startswith('shards:'):
@@ -159,8 +165,8 @@ def open_dataset(config, prepare=True, verify='once', say=speak):
         if not path.is_dir():
             if advice := advice_for(Path(name)):
                 raise UserError(f'dataset={name}: the directory {name} {advice}')
-            raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, text:PATH, '
-                            'shards:DIR and bins:PATH: bring the tokens there, or choose --dataset=pylib')
+            raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, '
+                            'text:PATH, shards:DIR and bins:PATH: bring the tokens there, or choose --dataset=pylib')
         return open_prepared(path, config, verify)
 
     if (path / 'meta.json').is_file():
@@ -169,12 +175,14 @@ def open_dataset(config, prepare=True, verify='once', say=speak):
         return None
     else:
         speak(f'No prepared data at {path}: preparing {name} (one-time' + ('; under a minute)' if name == 'pylib' else ')'))
-        if others := sorted(str(file.parent) for file in path.parent.glob('fineweb_edu*/meta.json')) if name == 'fineweb_edu' else []:
+        others = sorted(str(file.parent) for file in path.parent.glob('fineweb_edu*/meta.json'))
+        if name == 'fineweb_edu' and others:
             speak(f'  prepared already, for --dataset=DIR: {", ".join(others)}')
         command = [sys.executable, str(SCRIPT), f'--dataset={name}', f'--out={path}', *words]
         if code := subprocess.run(command).returncode:  # prepare.py has printed the reason
             if code == 2 and name.startswith('text:'):
-                speak(f'prepare.py has more options: python prepare.py --dataset={name} --out=DIR ..., then --dataset=DIR here')
+                speak(f'prepare.py has more options: python prepare.py --dataset={name} --out=DIR ..., then --dataset=DIR '
+                      'here')
             sys.exit(code)
     return open_prepared(path, config, verify)
 
@@ -185,7 +193,8 @@ def tokenizer_of_rows(rows, name):
     the option `name`, or if the option names none.
     """
     if name == 'char':
-        raise UserError(f'tokenizer=char: made from a text, but shards:{rows} holds ids: use gpt2, byte or a tokenizer.json')
+        raise UserError(f'tokenizer=char: it is made from text, but shards:{rows} holds ids: use gpt2, byte or a '
+                        'tokenizer.json')
     if name in ('bpe', 'none'):
         return 'bpe'
     beside = None
@@ -197,7 +206,7 @@ def tokenizer_of_rows(rows, name):
 
 
 def open_prepared(path, config, verify):
-    """The loader of a prepared directory. Says what the config may not expect: another tokenizer, a small vocabulary."""
+    """The loader of a prepared directory. Says if it has another tokenizer or a much smaller vocabulary than the config."""
     data = open_data(path, config.block_size, config.vocab_size, verify)
     name = config.tokenizer
     if name not in ('bpe', 'none') and not data.tokenizer:
@@ -243,7 +252,8 @@ def prepare(config, out):
     known = tokenizer_entries(config.tokenizer, config.vocab_size, content)
     if known.get('vocab_size') != config.vocab_size and config.origin['vocab_size'] != 'default':
         size = f"{known['vocab_size']} tokens" if content else 'one token for each character'
-        raise UserError(f'--vocab_size={config.vocab_size}: --tokenizer={config.tokenizer} has {size}: leave --vocab_size out')
+        raise UserError(f'--vocab_size={config.vocab_size}: --tokenizer={config.tokenizer} has {size}: '
+                        'leave --vocab_size out')
     request = make_request(config, corpus, known)
     if is_prepared(out, request, bool(config.shard)):
         print(f'{out} is already prepared: nothing to do')
@@ -284,7 +294,8 @@ def make_request(config, corpus, known):
     The entries of meta.json that are known before the preparation: everything that determines its content.
     known: the result of tokenizer_entries().
     """
-    filters = ', '.join(filter(None, ('' if corpus.own_splits else 'no exact duplicates, no empty documents', corpus.filter)))
+    filters = [] if corpus.own_splits else ['no exact duplicates, no empty documents']
+    filters = ', '.join([*filters, *filter(None, [corpus.filter])])
     request = {'version': VERSION, 'source': corpus.source, 'filter': filters, 'seed': config.seed,
                'val_ratio': None if corpus.own_splits else config.val_ratio, 'max_tokens': config.max_tokens,
                'max_documents': config.max_documents, 'bad_text': config.bad_text, **known}
@@ -321,9 +332,11 @@ def summary(out):
     train, val = (meta['files'][split] for split in ('train', 'val'))
     tokens, size = (sum(file[key] for file in train + val) for key in ('tokens', 'bytes'))
     counts = meta['documents']
-    dropped = ''.join(f', {count:,} {name}' for name, count in counts.items() if name not in ('read', 'train', 'val') and count)
+    dropped = ''.join(f', {count:,} {name}' for name, count in counts.items()
+                      if name not in ('read', 'train', 'val') and count)
     print(f"{counts['read']:,} documents read, {counts['train'] + counts['val']:,} kept{dropped}")
-    print(f"{out}: {sum(file['tokens'] for file in train):,} train + {sum(file['tokens'] for file in val):,} val tokens from "
+    train_tokens, val_tokens = (sum(file['tokens'] for file in split) for split in (train, val))
+    print(f"{out}: {train_tokens:,} train + {val_tokens:,} val tokens from "
           f"{counts['train'] + counts['val']:,} documents, {size / 1e6:.1f} MB, {size / tokens:.2f} bytes per token, "
           f"{meta['seconds']} s")
 
@@ -348,24 +361,31 @@ def join(out, ask=False):
         raise UserError(f'{out}: no directories shard-00000-of-... with a meta.json: make them with --shard=i/n')
     n = int(next(iter(metas))[-5:])
     if missing := [i for i in range(n) if f'shard-{i:05d}-of-{n:05d}' not in metas]:
-        need = f"{out}: {len(missing)} of {n} shards are missing ({', '.join(map(str, missing[:10]))}{' ...' * (len(missing) > 10)})"
+        numbers = [*map(str, missing[:10]), *(['...'] if len(missing) > 10 else [])]
+        need = f"{out}: {len(missing)} of {n} shards are missing ({', '.join(numbers)})"
         if ask:
             raise UserError(f'{need}: copy their directories here')
         print(f'{need}: with all of them here, python prepare.py join {out}')
         return
     first = next(iter(metas.values()))
-    request = {key: value for key, value in first.items() if key not in ('shard', 'inputs', 'documents', 'files', 'test', 'created', 'seconds')}
+    own = ('shard', 'inputs', 'documents', 'files', 'test', 'created', 'seconds')  # these differ between shards
+    request = {key: value for key, value in first.items() if key not in own}
     tokenizers = {name: read_json(out / name / 'tokenizer.json') for name in metas}
     for name, meta in metas.items():
-        compare(meta, request | {'shard': f'{int(name[6:11])}/{n}'}, f'{out / name}: was prepared', 'it is no part of this corpus')
+        compare(meta, request | {'shard': f'{int(name[6:11])}/{n}'}, f'{out / name}: was prepared',
+                'it is no part of this corpus')
         if tokenizers[name] != next(iter(tokenizers.values())):
             raise UserError(f'{out / name}: its tokenizer is not that of the other shards: prepare it again')
-    files = {split: [{**file, 'name': f"{name}/{file['name']}"} for name, meta in metas.items() for file in meta['files'][split]]
-             for split in ('train', 'val')}
+    files = {'train': [], 'val': []}
+    for name, meta in metas.items():
+        for split in files:
+            files[split] += [{**file, 'name': f"{name}/{file['name']}"} for file in meta['files'][split]]
     counts = Counter()
     for meta in metas.values():
         counts.update(meta['documents'])  # update() keeps zero counts, + would drop them
-    test = {'test': {**first['test'], 'name': f"{next(iter(metas))}/{first['test']['name']}"}} if 'test' in first else {}
+    test = {}
+    if 'test' in first:
+        test['test'] = {**first['test'], 'name': f"{next(iter(metas))}/{first['test']['name']}"}
     write_json(out / 'tokenizer.json', next(iter(tokenizers.values())))
     known = {}
     for name, meta in metas.items():

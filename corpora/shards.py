@@ -232,8 +232,8 @@ def validate(path, vocab_size=0, say=print):
 
 def read_all(path, meta, vocab_size, say):
     """
-    Read all shards at `path`. Returns (files, results of check() without `seen`, which ids occur). Raises UserError with
-    one line per bad file. meta: the content of meta.json, {} if there is none.
+    Read all shards at `path`. Returns (files, results of check() without `seen`, which ids occur). Raises UserError
+    with one line per bad file. meta: the content of meta.json, {} if there is none.
     """
     entries = {entry['name']: entry for entry in chain(*entries_of(meta, path).values())} if meta else {}
     files = find_shards(path)
@@ -267,15 +267,17 @@ def validate_bins(data, say):
 def summary(kind, checked, seen, vocab_size, say, documents=0):
     """Print the summary of validate() and return its result."""
     total = {key: sum(found[key] for found in checked) for key in ('rows', 'tokens', 'bytes')}
-    low, high, unique = min(found['min_id'] for found in checked), max(found['max_id'] for found in checked), int(seen.sum())
-    dtype, size = ', '.join(sorted({found['dtype'] for found in checked})), vocab_size or high + 1
+    low, high = min(found['min_id'] for found in checked), max(found['max_id'] for found in checked)
+    size, unique = vocab_size or high + 1, int(seen.sum())
+    dtype = ', '.join(sorted({found['dtype'] for found in checked}))
     rows = sorted({found['rows'] for found in checked})
-    shape = f'{rows[0]:,}' + f' to {rows[-1]:,}' * (len(rows) > 1) + f", {checked[0]['length']:,}"
+    count = f'{rows[0]:,}' if len(rows) == 1 else f'{rows[0]:,} to {rows[-1]:,}'
+    shape = f"{count}, {checked[0]['length']:,}"
     say(columns([
         ('format', kind), ('files', f"{len(checked):,}, {total['bytes'] / 1e6:,.1f} MB"),
         ('shape', f'({shape})' if rows[-1] else f"({total['tokens']:,},)"), ('dtype', dtype), ('ids', f'{low} to {high:,}'),
         ('sequences', f"{total['rows'] or documents:,}"),
-        ('tokens', f"{total['tokens']:,}"), ('vocabulary', f'{size:,}' + ' (the highest id + 1)' * (not vocab_size)),
+        ('tokens', f"{total['tokens']:,}"), ('vocabulary', f'{size:,}' + ('' if vocab_size else ' (the highest id + 1)')),
         ('unique tokens', f'{unique:,} ({unique / size:.1%} of the vocabulary)')]))
     return {'format': kind, 'files': len(checked), **total, 'length': checked[0]['length'], 'dtype': dtype, 'min_id': low,
             'max_id': high, 'vocab_size': size, 'unique': unique, 'checked': checked}
@@ -301,7 +303,7 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print, content
     """
     path, out = Path(path).expanduser(), Path(out)
     if not 0 < val_ratio < 1:
-        raise UserError(f'val_ratio={val_ratio}: expected a share between 0 and 1')
+        raise UserError(f'val_ratio={val_ratio}: expected a fraction between 0 and 1')
     if (path / 'meta.json').is_file():
         raise UserError(f'{path}: prepared already (it has a meta.json): use it as it is')
     if path.resolve() in [out.resolve(), *out.resolve().parents]:
@@ -351,7 +353,8 @@ def check_tokenizer(checked, n_vocab, name, say):
     if max_id >= n_vocab:
         remedy = ('put the tokenizer that made these rows there, or remove it' if isinstance(name, Path) else
                   'name the tokenizer that made these rows, or --tokenizer=none to train without text')
-        raise UserError(f"{highest['file']}: id {max_id:,} is outside the vocabulary of {n_vocab:,} tokens of {name}: {remedy}")
+        raise UserError(f"{highest['file']}: id {max_id:,} is outside the vocabulary of {n_vocab:,} tokens of {name}: "
+                        f'{remedy}')
     if 2 * max_id < n_vocab:
         say(f'the highest id is {max_id:,}, but the tokenizer {name} has {n_vocab:,} tokens: did it make these rows?')
 
@@ -379,7 +382,7 @@ def deal(checked, val_ratio, seed, say):
     own = {part: [name for name in checked if name.startswith(f'{part}/')] for part in ('train', 'val')}
     if own['train'] and own['val']:
         left = len(checked) - sum(map(len, own.values()))
-        say('the splits are those that are there, train/ and val/' + f'; {left:,} files elsewhere are left out' * bool(left))
+        say('the splits are the directories train/ and val/' + (f'; {left:,} other files are left out' if left else ''))
         return {part: whole(own[part]) for part in own}
     if len(checked) == 1:
         (name, found), = checked.items()
@@ -423,8 +426,9 @@ def pack(data_path, row, out, rows_per_shard=100, say=print):
     counts = {part: divmod(sum(entry['tokens'] for entry in data.meta['files'][part]), row) for part in ('train', 'val')}
     for part, (rows, rest) in counts.items():
         if not rows:
-            raise UserError(f'{data_path}: the {part} split has {rest:,} tokens, less than a row of {row:,}: --row={rest} or less, '
-                            'or prepare more text' + ' or with a larger --val_ratio' * (part == 'val'))
+            larger = ' or use a larger --val_ratio' if part == 'val' else ''
+            raise UserError(f'{data_path}: the {part} split has {rest:,} tokens, less than a row of {row:,}: '
+                            f'--row={rest} or less, or prepare more text{larger}')
         say(f'{part}: {rows:,} rows of {row:,} tokens; the last {rest:,} tokens fill no row and are left out')
     validate_bins(data, say)
     with workspace(out, request) as work:
@@ -522,8 +526,9 @@ class ShardData(TokenData):
         # Whether every position of a window has a target.
         self.whole = (self.row - 1) % block_size == 0 and block_size < self.row
         if not self.whole and self.row % block_size:
-            raise UserError(f'{self.path}: block_size={block_size} divides neither its rows of {self.row} tokens nor {self.row - 1}'
-                            + ': ' + ' or '.join(f'--block_size={size}' for size in nearest(self.row, block_size)))
+            sizes = ' or '.join(f'--block_size={size}' for size in nearest(self.row, block_size))
+            raise UserError(f'{self.path}: block_size={block_size} divides neither its rows of {self.row} tokens nor '
+                            f'{self.row - 1}: {sizes}')
         self.per_row = (self.row - self.whole) // block_size
         self.files, self.starts, rows = {}, {}, {}
         for split, listed in entries.items():
@@ -592,9 +597,9 @@ def advice_for(path):
         return ''
     if holds_rows(path):
         return f'holds rows of token ids: use shards:{path}'
-    for ending, kind, content in (('bin', 'bins', 'token files of another program'), ('txt', 'text', 'text'), ('jsonl', 'text', 'text'),
-                                  ('parquet', 'text', 'text')):
+    for ending in ('bin', 'txt', 'jsonl', 'parquet'):
         if found := sorted(Path(path).glob(f'*.{ending}')):
+            content, kind = ('token files of another program', 'bins') if ending == 'bin' else ('text', 'text')
             return f'holds {content} ({found[0].name}): use {kind}:{path}'
     return ''
 

@@ -31,7 +31,7 @@ def is_prepared(out, request, sharded=False):
     if not out.exists() or out.is_dir() and all(allowed.fullmatch(path.name) for path in out.iterdir()):
         return False
     if not (out / 'meta.json').is_file():
-        raise UserError(f'{out}: in the way, it is no prepared data (no meta.json): choose another --out')
+        raise UserError(f'{out} exists but is not a prepared dataset (no meta.json): choose another --out')
     compare(read_json(out / 'meta.json'), request, f'{out}: was prepared', 'remove it, or choose another --out')
     return True
 
@@ -104,7 +104,7 @@ def locked(work):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f'{work}: another process is at work there: waiting for it', flush=True)
+            print(f'{work}: waiting for another process that uses this directory', flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         # While we waited, the other process may have renamed or removed the directory.
         if work.exists() and os.path.samestat(os.fstat(handle), work.stat()):

@@ -271,9 +271,9 @@ def test_the_encoding_is_checked_and_part_of_what_is_prepared():
     for options in ({}, {'encoding': 'latin1'}, {'encoding': 'UTF_16'}, {'bad_rows': 1}, {'bad_rows': 0}):
         assert problems(**options) == []
     for name in ('', 'none', 'base64', 'rot13', 'idna', 'unicode_escape', 'a\0b'):
-        assert problems(encoding=name)[0].startswith(f'--encoding={name}: unknown, expected an encoding of Python')
+        assert problems(encoding=name)[0].startswith(f'--encoding={name}: unknown, expected an encoding that Python knows')
     for share in (-0.1, 1.1, float('nan')):
-        assert problems(bad_rows=share) == [f'--bad_rows={share}: expected a share from 0 to 1']
+        assert problems(bad_rows=share) == [f'--bad_rows={share}: expected a fraction from 0 to 1']
     assert 'encoding' not in request() and request(encoding='UTF8') == request(bad_rows=0.5) == request()
     assert request(encoding='Latin1')['encoding'] == 'iso8859-1'
     assert preparation.directory(preparation.PrepareConfig(encoding='cp1252', bad_rows=0.5)).name == 'pylib-encoding-cp1252'

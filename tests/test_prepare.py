@@ -245,7 +245,7 @@ def test_shards_of_another_corpus_are_refused(corpus, tmp_path):
     for change, said in (({'shard': '1/3'}, "shard '0/2', not '0/3'"), ({'shard': '1/2', 'seed': 5}, 'seed 1337, not 5')):
         with pytest.raises(UserError, match=f'shard-00000-of-00002: was prepared with {said}'):
             prepared(corpus, tmp_path / 'out', **change)
-    with pytest.raises(UserError, match='in the way, it is no prepared data'):
+    with pytest.raises(UserError, match='exists but is not a prepared dataset'):
         prepared(corpus, tmp_path / 'out')
     prepared(corpus, tmp_path / 'other', shard='1/2', val_ratio=0.3)
     (tmp_path / 'other' / 'shard-00001-of-00002').rename(tmp_path / 'out' / 'shard-00001-of-00002')
@@ -285,11 +285,11 @@ def test_long_runs_of_spaces_are_encoded(large):
     ({'vocab_size': 256}, '--vocab_size=256: expected 257'),
     ({'vocab_size': 1048577}, '--vocab_size=1048577: expected 257'),
     ({'vocab_size': 60000}, '--vocab_size=60000: this corpus makes at most '),
-    ({'val_ratio': 0}, '--val_ratio=0.0: expected a share'),
+    ({'val_ratio': 0}, '--val_ratio=0.0: expected a fraction'),
     ({'max_tokens': -1}, '--max_tokens=-1: must not be negative'),
     ({'out': '{tmp}/c.jsonl/out'}, '{tmp}/c.jsonl: '),
-    ({'out': '{tmp}/c.jsonl'}, '{tmp}/c.jsonl: in the way, it is no prepared data'),
-    ({'out': '{tmp}/foreign'}, '{tmp}/foreign: in the way, it is no prepared data (no meta.json): choose another --out'),
+    ({'out': '{tmp}/c.jsonl'}, '{tmp}/c.jsonl exists but is not a prepared dataset'),
+    ({'out': '{tmp}/foreign'}, '{tmp}/foreign exists but is not a prepared dataset (no meta.json): choose another --out'),
 ])
 def test_mistakes_are_refused_in_one_line_and_leave_nothing(tmp_path, options, message):
     write_jsonl(tmp_path / 'c.jsonl', texts(150))
@@ -473,7 +473,7 @@ def test_a_second_preparation_waits_for_the_first(large, tmp_path):
         if line == 'here\n':
             break
     second = start('import prepare, sys; prepare.main(sys.argv[1:])', *arguments(large[0], tmp_path / 'out'))
-    assert second.stdout.readline() == f'{tmp_path}/.out.tmp: another process is at work there: waiting for it\n'
+    assert second.stdout.readline() == f'{tmp_path}/.out.tmp: waiting for another process that uses this directory\n'
     first.communicate('\n', timeout=60)
     said, errors = second.communicate(timeout=60)
     assert (first.returncode, second.returncode, errors) == (0, 0, '') and f'{tmp_path}/out: ' in said

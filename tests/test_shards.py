@@ -464,7 +464,7 @@ def test_train_and_val_that_are_there_are_the_splits(folder, tmp_path):
     said = []
     meta = split(tmp_path / 'own', tmp_path / 'out', 0.9, say=said.append)
     assert names(meta, 'train') == ['train/a.npy', 'train/deep/a.npy'] and names(meta, 'val') == ['val/a.npy']
-    assert any('1 files elsewhere are left out' in line for line in said)
+    assert any('1 other files are left out' in line for line in said)
 
 
 def test_same_names_in_different_directories_do_not_collide(tmp_path):
@@ -490,7 +490,7 @@ def test_split_again_is_fine_and_anything_else_is_refused(folder, tmp_path):
     assert 'was prepared with tokenizer None, not' in refused(split, folder, tmp_path / 'out', 0.3, say=silent)
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'letters.txt').touch()
-    assert 'in the way' in refused(split, folder, tmp_path / 'other', say=silent)
+    assert 'exists but is not a prepared' in refused(split, folder, tmp_path / 'other', say=silent)
     assert 'inside' in refused(split, folder, folder / 'out', say=silent)
     assert 'prepared already' in refused(split, tmp_path / 'out', tmp_path / 'again', say=silent)
     for ratio in (0, 1, -0.1, 2, float('nan')):
@@ -576,7 +576,7 @@ def test_pack_refuses_what_can_not_be_and_makes_nothing(tmp_path, monkeypatch):
     said = refused(pack, path, 100, tmp_path / 'out', say=silent)
     assert 'the val split has 50 tokens, less than a row of 100: --row=50 or less, or prepare more text' in said
     assert 'row=1' in refused(pack, path, 1, tmp_path / 'out', say=silent)
-    assert 'in the way' in refused(pack, path, 50, tmp_path, say=silent)
+    assert 'exists but is not a prepared' in refused(pack, path, 50, tmp_path, say=silent)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=1000))
     assert 'do not fit on the disk' in refused(pack, path, 50, tmp_path / 'out', say=silent)

@@ -1,6 +1,6 @@
 """
-All measurements and comparisons. Candidates run in turn, and a ratio compares two of them within one repeat. Results
-go to results/.
+All measurements and comparisons. Candidates run in turn, and a ratio compares two of them within one repeat. Tables and
+pictures go to runs/bench/<machine>/. `--out=results` renews the project's own tables.
 
     python bench.py                         # the speed of every block on this machine, on one page (five minutes)
     python bench.py blocks                  # training steps of every block at 9M, 21M and 70M parameters (six minutes)
@@ -8,7 +8,10 @@ go to results/.
     python bench.py compile                 # what torch.compile gains on this machine, and its cost (fifteen minutes)
     python bench.py context                 # attention against resonance, 512 to 32,768 tokens (eight minutes)
     python bench.py decode                  # one sequence, one token at a time
-    python bench.py batch --model=FILE      # the largest batch that fits
+    python bench.py steps --model=FILE      # what each option gains for a config file: precision, compile, batch, ...
+    python bench.py batch --model=FILE      # the largest batch of a config file that fits
+    python bench.py memory --model=FILE     # estimated memory by batch, precision and checkpointing, on 8 to 24 GB
+    python bench.py sweep config/x.py --learning_rate=1e-3,3e-3  # runs over a grid of options, and the best of them
     python bench.py head                    # the loss: chunked, torch's fused one and the plain formula
     python bench.py quality                 # what each FFN learns from the same tokens, three seeds (hours on a CPU)
     python bench.py quality --preset=mixer  # or recall, routing, tiles, bitnet, speedrun, tiny;
@@ -26,7 +29,7 @@ go to results/.
 from dataclasses import dataclass
 
 from configurator import load, run  # before torch, whose import Ctrl-C may interrupt
-from benchmarks import blocks, deployed, loop, preparing, quality, tables
+from benchmarks import blocks, deployed, loop, preparing, presets, quality, sweep, tables
 
 
 @dataclass
@@ -40,18 +43,24 @@ class BenchConfig:
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
     llama_cpp: bool = False  # peers: decode beside llama.cpp, with the package xllamacpp
-    model: str = 'config/trix_tiny.py'  # batch: config file of a model
+    model: str = 'config/trix_tiny.py'  # steps, batch and memory: a config file
+    batch_sizes: tuple[int, ...] = (8, 16, 32)  # memory: sequences in a micro-step
     card_gb: float = 0.0  # batch: memory of a card in GB; 0: the memory of this machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
+    out: str = 'runs/bench'  # directory of tables and pictures; results: those of the project
 
     def problems(self):
         presets = [*quality.PRESETS, 'recall']
         problems = []
-        if self.command not in ('', *COMMANDS):
+        if self.command == 'sweep':
+            problems.append('sweep must be the first word: python bench.py sweep config/x.py --learning_rate=1e-3,3e-3')
+        elif self.command not in ('', *COMMANDS):
             problems.append(f'command {self.command!r} is not one of {", ".join(COMMANDS)}')
         if self.preset not in presets:
             problems.append(f'preset {self.preset!r} is not one of {", ".join(presets)}')
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            problems.append('batch_sizes must be numbers of at least 1, such as 8,16,32')
         for key in ('repeats', 'seeds'):
             if getattr(self, key) < 1:
                 problems.append(f'{key}={getattr(self, key)} must be at least 1')
@@ -82,7 +91,9 @@ COMMANDS = {
     'compile': blocks.compilation,
     'context': blocks.context,
     'decode': blocks.decode,
-    'batch': blocks.batch,
+    'steps': presets.steps,
+    'batch': presets.batch,
+    'memory': presets.memory,
     'head': blocks.head,
     'quality': quality.quality,
     'peers': peers,
@@ -96,6 +107,8 @@ ONE_PAGE = ('blocks', 'amp', 'context', 'decode', 'head')  # without a command
 
 
 def main(argv):
+    if argv[:1] == ['sweep']:  # its options are those of train.py
+        return sweep.sweep(argv[1:])
     config = load(argv, BenchConfig, positional=('command',), usage=__doc__)
     config.quick = config.quick or not config.command
     for command in [config.command] if config.command else ONE_PAGE:

@@ -206,6 +206,15 @@ def corners(config):
 
 def picture(config, width=64, height=8):
     """A text plot of the learning rate (`width` x `height` characters) and a table of the steps where it changes."""
+    lines = [*plot(config, width, height), '', f'{"step":>12}  {"lr":>10}  {"weight decay":>12}']
+    for step, what in marks(config).items():
+        rate, weight_decay = schedule(step, config)
+        lines.append(f'{step:12,}  {rate:10.3e}  {weight_decay:12g}  {what}')
+    return '\n'.join(lines)
+
+
+def plot(config, width=64, height=8):
+    """The lines of a text plot of the learning rate."""
     steps, parts = config.max_steps, 16  # a column averages 16 points: single points would alias short cycles
     rates = [sum(schedule(int((column + (part + 0.5) / parts) * steps / width), config)[0] for part in range(parts)) / parts
              for column in range(width)]
@@ -218,8 +227,4 @@ def picture(config, width=64, height=8):
         edge = ' ' * (len(edge) - 1) + '│'
     lines.append('0 └'.rjust(len(edge)) + ''.join('┴' if column in ticks else '─' for column in range(width)))
     lines.append(' ' * len(edge) + f'0{steps:>{width - 1},}')
-    lines += ['', f'{"step":>12}  {"lr":>10}  {"weight decay":>12}']
-    for step, what in marks(config).items():
-        rate, weight_decay = schedule(step, config)
-        lines.append(f'{step:12,}  {rate:10.3e}  {weight_decay:12g}  {what}')
-    return '\n'.join(lines)
+    return lines

@@ -114,7 +114,9 @@ class TrainConfig:
     other_data: bool = False  # let --resume continue with other data than before
     verify: bool = False  # read all tokens and compare their sha256, even if no file has changed since the last time
     plan: bool = False  # show parameters, memory, time, disk and schedule of the run, and exit
-    card_gb: float = 0.0  # --plan: for a GPU with this much memory, whether or not there is one (0: this machine)
+    card: str = ''  # --plan: for this GPU, such as "RTX 3060" or "A100 80GB", whether or not it is here (empty: no name)
+    card_gb: float = 0.0  # --plan: for a GPU with this memory in GB (0: that of --card or of this machine)
+    price: float = 0.0  # --plan: the price of a GPU for an hour, in any currency, to print the cost of the run (0: none)
     profile: bool = False  # record three early steps with torch.profiler, and show the memory by kind
     tensorboard: bool = False  # also write scalars and samples for TensorBoard, in out_dir/tensorboard
     wandb: bool = False  # also send scalars to Weights & Biases (WANDB_MODE=offline needs no network)
@@ -127,6 +129,10 @@ class TrainConfig:
                   ('batch_tokens', 'matrix_lr', 'grad_clip', 'eval_tokens', 'log_interval', 'sample_interval', 'keep',
                    'spike_z', 'seed', 'anneal_steps', 'max_windows', 'plateau_steps', *INTERVALS,
                    *(f'{key}_tokens' for key in INTERVALS)) if getattr(self, key) < 0]
+        if not 0 <= self.price < math.inf:
+            found.append(f'price={self.price}: expected the price of a GPU for an hour, or 0')
+        found += [f'{key}={getattr(self, key)} is for --plan' for key in ('card', 'card_gb', 'price')
+                  if getattr(self, key) and not self.plan]
         found += [f'{key}={getattr(self, key)} must lie in [0, 1)' for key in ('beta1', 'beta2')
                   if not 0 <= getattr(self, key) < 1]
         if not 0 <= self.document_starts < 1:

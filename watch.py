@@ -4,8 +4,8 @@
     python watch.py runs/x --watch            # the same, updated in place until the run is over (or Ctrl-C)
     python watch.py runs/x --samples          # all samples of the newest round
     python watch.py runs/x --plot --report    # runs/x/plot.png, and runs/x/report.html: one page without scripts
-    python watch.py runs/a runs/b --plot      # several runs side by side, and their curves in compare.png
-    python watch.py config/x.py --plot        # before a run: its schedule; options of train.py may follow
+    python watch.py runs/a runs/b --plot      # several runs side by side, and their curves in runs/compare.png
+    python watch.py config/x.py --plot        # before a run: runs/schedule.png; options of train.py may follow
 """
 import contextlib
 import json
@@ -50,8 +50,8 @@ SPARKS = '▁▂▃▄▅▆▇█'
 class WatchConfig:
     watch: bool = False  # update the status until every run is over; then --plot and --report follow
     samples: bool = False  # print all samples of the newest round
-    plot: bool = False  # draw the curves: plot.png in the run; compare.png or schedule.png in this directory
-    report: bool = False  # write a page with everything: report.html in the run; compare.html in this directory
+    plot: bool = False  # draw the curves: plot.png in the run; compare.png or schedule.png in runs/
+    report: bool = False  # write a page with everything: report.html in the run; compare.html in runs/
     every: float = 2.0  # seconds between two updates of --watch
     out: str = ''  # another file for the picture (a PNG) or the page
 
@@ -436,7 +436,7 @@ def draw_panel(run, title, legend, axes):
     for i, (kind, _) in enumerate(Counter(event['event'] for event in run.events).most_common(4)):
         steps = [event['step'] for event in run.events if event['event'] == kind]
         axes.vlines(steps, 0, 1, color=f'C{6 + i}', linestyle=':', transform=axes.get_xaxis_transform(),
-                    label=kind[:16].replace('$', r'\$') if legend else None)
+                    label=kind[:40].replace('$', r'\$') if legend else None)
     axes.set_xlabel('step')
     labels = axes.get_legend_handles_labels()[1]
     if labels:
@@ -549,6 +549,8 @@ def no_run(path):
 
 def write(path, content):
     try:
+        if Path(path).parent == Path('runs'):  # the default folder
+            Path('runs').mkdir(exist_ok=True)
         with replacing(path) as file:
             file.write(content)
     except OSError as error:
@@ -575,13 +577,14 @@ def main(argv):
     if not config.watch:
         print(screen(runs, now, config.samples))
     one = len(runs) == 1
+    folder, picture, html = runs[0].path, 'plot.png', 'report.html'
+    if not one:
+        folder, picture, html = Path('runs'), 'compare.png', 'compare.html'
     if config.plot:
         heading = f'{runs[0].name}: {runs[0].state(now)[0]}, step {runs[0].step:,.0f}' if one else ''
-        file = runs[0].path / 'plot.png' if one else 'compare.png'
-        write(config.out or file, draw(panels(runs), heading))
+        write(config.out or folder / picture, draw(panels(runs), heading))
     if config.report:
-        file = runs[0].path / 'report.html' if one else 'compare.html'
-        write(config.out or file, report(runs, now).encode())
+        write(config.out or folder / html, report(runs, now).encode())
 
 
 def plot_schedule(config, paths, files, train_words):
@@ -591,7 +594,7 @@ def plot_schedule(config, paths, files, train_words):
     import settings  # here, because it imports torch
     words = files + train_words
     heading = clean(configurator.as_utf8(' '.join(words)))
-    write(config.out or 'schedule.png', draw(schedule_panel(settings.load(words)), heading))
+    write(config.out or 'runs/schedule.png', draw(schedule_panel(settings.load(words)), heading))
 
 
 if __name__ == '__main__':

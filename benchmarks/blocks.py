@@ -1,31 +1,24 @@
 """
-Speed and memory of models on random tokens: the commands blocks, context, amp, compile, decode, head and batch of
-bench.py.
+Speed and memory of models on random tokens: the commands blocks, context, amp, compile, decode and head of bench.py.
 
-Each command is a function of a BenchConfig. It prints a table and writes results/<machine>/<command>.json, some with
-a picture.
+Each command is a function of a BenchConfig. It prints a table and writes <config.out>/<machine>/<command>.json, some
+with a picture.
 """
-import math
-import multiprocessing
 import os
-import re
 import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, process
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import settings
-from benchmarks.measure import ROOT, compare, interleaved, report, side_by_side, sizes, timed, training_step
+from benchmarks.measure import ROOT, Candidate, alike, compare, interleaved, report, side_by_side, sizes, timed
 from configurator import UserError
 from kernels import chunked_cross_entropy
 from model import GPT, GPTConfig
 from runtime import device as hardware
-from runtime import profiling
 
 untied = partial(GPTConfig, vocab_size=32_000, tie_embeddings=False)
 SHAPES = [  # (shape, sequences a step, divisor of --repeats: the longer a step, the fewer repeats)
@@ -71,10 +64,11 @@ def blocks(config):
     # Without a command everything takes five minutes: a CPU skips the largest shape.
     shapes = SHAPES[:2] if not config.command and is_cpu(config) else SHAPES
     rows = []
-    for shape, batch_size, divisor in shapes:
+    for number, (shape, batch_size, divisor) in enumerate(shapes, 1):
         models = variants(shape)
         repeats = 2 if config.quick else max(1, config.repeats // divisor)
-        times, peaks = side_by_side(title_of(shape), models, batch_size, repeats, config)
+        title = f'{title_of(shape)} (shape {number} of {len(shapes)})'
+        times, peaks = side_by_side(title, alike(models, batch_size), repeats, config)
         for to_dense, to_swiglu in zip(compare(times, 'dense'), compare(times, 'swiglu')):
             name = to_dense['name']
             with torch.device('meta'):
@@ -121,13 +115,13 @@ def context(config):
     within a repeat. `spread`: the quartiles of the ratio over its median. `peak GB`: as in `blocks`.
     """
     rows = []
-    for T in CONTEXTS:
-        if config.quick and T > 4096:
-            continue
+    contexts = [T for T in CONTEXTS if T <= 4096 or not config.quick]
+    for number, T in enumerate(contexts, 1):
         batch_size = max(1, 8192 // T)
         repeats = min(2 if config.quick else max(1, config.repeats // 3), max(1, 3 * 8192 // T))
         models = {mixer: replace(CONTEXT_SHAPE, block_size=T, mixer=mixer) for mixer in ('attention', 'resonance')}
-        times, decode_times, peaks = side_by_side(f'context {T:,}', models, batch_size, repeats, config,
+        title = f'context {T:,} ({number} of {len(contexts)})'
+        times, decode_times, peaks = side_by_side(title, alike(models, batch_size), repeats, config,
                                                   ('train', 'decode'))
         attention, resonance = compare(times, 'attention')
         rows.append({
@@ -179,9 +173,8 @@ def amp(config):
     for shape, batch_size, _ in SHAPES[:1] if is_cpu(config) else SHAPES:
         if is_cpu(config):
             batch_size = 2
-        models = dict.fromkeys(dtypes, shape)
-        times, peaks = side_by_side(title_of(shape), models, batch_size, repeats, config,
-                                    dtypes={dtype: dtype for dtype in dtypes})
+        candidates = {dtype: Candidate(shape, batch_size, dtype) for dtype in dtypes}
+        times, peaks = side_by_side(title_of(shape), candidates, repeats, config)
         for row in compare(times, 'float32'):
             rows.append({
                 'shape': title_of(shape), 'precision': row['name'],
@@ -211,9 +204,10 @@ def compilation(config):
         shape = GPTConfig(n_embd=width, n_layer=layers, n_head=4, vocab_size=8192)
         tokens = batch_size * shape.block_size
         for block in ('dense', 'trix', 'bitnet', 'resonance'):
-            models = dict.fromkeys(('eager', 'compiled'), variants(shape)[block])
-            first, times, _ = side_by_side(f'{title_of(shape)}, {block}', models, batch_size, repeats, config,
-                                           ('first', 'train'), compiles={'eager': 'false', 'compiled': 'true'})
+            candidates = {name: Candidate(variants(shape)[block], batch_size, compile=compile)
+                          for name, compile in (('eager', 'false'), ('compiled', 'true'))}
+            first, times, _ = side_by_side(f'{title_of(shape)}, {block}', candidates, repeats, config,
+                                           ('first', 'train'))
             eager, compiled = compare(times, 'eager')
             compile_seconds = first['compiled'][0] - compiled['seconds']
             saved_per_token = (eager['seconds'] - compiled['seconds']) / tokens
@@ -234,7 +228,7 @@ def decode(config):
     """
     shape, _, _ = SHAPES[1]
     repeats = 3 if config.quick else config.repeats
-    prefill_times, token_times, peaks = side_by_side('decode', variants(shape), 1, repeats, config,
+    prefill_times, token_times, peaks = side_by_side('decode', alike(variants(shape), 1), repeats, config,
                                                      ('prefill', 'decode'))
     rows = []
     for prefill, token in zip(compare(prefill_times, 'dense'), compare(token_times, 'dense')):
@@ -265,81 +259,3 @@ def head(config):
         return timed(lambda: torch.autograd.grad(loss(), (x, w)), device)
     times = interleaved({name: partial(seconds, loss) for name, loss in losses.items()}, config.repeats)
     report('head', compare(times, 'plain'), config)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The largest batch
-
-def batch(config):
-    """
-    The largest batch of --model that fits, to a sixteenth: doubled until it doesn't fit, then bisected. Each batch
-    size is two real training steps in a process of its own. A GPU tries until it is out of memory or over --card_gb.
-    Elsewhere the limit is --card_gb or nine tenths of the free memory, and a batch that smaller ones show to be too
-    large is not tried.
-    """
-    device = hardware.resolve(config.device, config.dtype)[0]
-    model_config = settings.load([config.model]).pick(GPTConfig)
-    T = model_config.block_size
-    memory_limit = config.card_gb or (math.inf if device.type == 'cuda' else 0.9 * free_memory_gb())
-    peaks = {}  # {batch size: peak GB}
-
-    def fits(batch_size):
-        if device.type != 'cuda' and extrapolated(peaks, batch_size) > memory_limit:
-            return False
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-            try:
-                peak = pool.submit(two_steps, model_config, batch_size, config.device, config.dtype).result()
-            except process.BrokenProcessPool:
-                return False
-        if peak is None:
-            print(f'{batch_size:,} x {T:,}: out of memory', flush=True)
-            return False
-        print(f'{batch_size:,} x {T:,}: {peak:.3g} GB', flush=True)
-        peaks[batch_size] = peak
-        return peak <= memory_limit
-
-    largest, too_large = 0, 1
-    while fits(too_large):
-        largest, too_large = too_large, 2 * too_large
-    while too_large - largest > max(1, largest // 16):
-        middle = (largest + too_large) // 2
-        if fits(middle):
-            largest = middle
-        else:
-            too_large = middle
-    if not largest:
-        raise UserError(f'{config.model}: not even one sequence of {T:,} tokens fits into {memory_limit:.3g} GB')
-    options = f' --model={config.model}'
-    if config.card_gb:
-        options += f' --card_gb={config.card_gb:g}'
-    report('batch', [{'config': Path(config.model).stem, 'context': T, 'limit GB': float(min(memory_limit, 1e6)),
-                      'largest batch': largest, 'peak GB': peaks[largest]}], config, options)
-
-
-def extrapolated(peaks, batch_size):
-    """GB of a batch, on the straight line through the two largest of peaks {batch size: GB}. 0 if there are fewer."""
-    if len(peaks) < 2:
-        return 0.0
-    (a, gb_a), (b, gb_b) = sorted(peaks.items())[-2:]
-    return gb_b + (gb_b - gb_a) / (b - a) * (batch_size - b)
-
-
-def two_steps(model_config, batch_size, device, dtype):
-    """Peak GB of two training steps, None if they run out of memory."""
-    device, dtype, _ = hardware.resolve(device, dtype)
-    try:
-        _, step = training_step(model_config, batch_size, device, dtype)
-        step()
-        step()
-    except (RuntimeError, MemoryError) as error:
-        if not profiling.is_out_of_memory(error):
-            raise
-        return None
-    return hardware.peak_memory_gb(device)
-
-
-def free_memory_gb():
-    meminfo = Path('/proc/meminfo')
-    if meminfo.exists():
-        return int(re.search(r'MemAvailable:\s+(\d+)', meminfo.read_text())[1]) * 1024 / 1e9
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9

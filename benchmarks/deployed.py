@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from runtime import device as hardware
-from deploy import convert as conversion
-from deploy import gguf, packed
 import settings
-from deploy.packed import load_model
+from benchmarks.measure import ROOT, compare, interleaved, report
+from benchmarks.quality import TWIN, ensure_trained
 from configurator import UserError
 from data import TokenData
-from benchmarks.measure import ROOT, compare, interleaved, report
+from deploy import convert as conversion
+from deploy import gguf, packed
+from deploy.packed import load_model
 from model import GPT, GPTConfig
-from benchmarks.quality import TWIN, ensure_trained
+from runtime import device as hardware
 from tokenizer import load_tokenizer, token_bytes, train_bpe
 from training import validate
 
@@ -160,7 +160,7 @@ def decoded_in_turn(candidates, server, repeats):
              for name, (kind, source) in candidates.items()}
     try:
         reads = {name: lambda pool=pool: pool.submit(read).result() for name, pool in pools.items()}
-        times = interleaved(reads, repeats)
+        times = interleaved(reads, repeats, title='decoding')
         return times, {name: pool.submit(peak).result() for name, pool in pools.items()}
     finally:
         for pool in pools.values():
@@ -214,7 +214,8 @@ def stages(model, state, dense, device, config):
         out = Path('runs/convert', to)
         if not out.exists():
             conversion.convert(dense, model, state, out, to)
-        ensure_trained([str(out / 'recover.py'), '--resume=auto', f'--device={config.device}', f'--dtype={config.dtype}'])
+        ensure_trained([str(out / 'recover.py'), '--resume=auto', f'--device={config.device}',
+                        f'--dtype={config.dtype}'])
         found |= {f'{to}: {name}': stage for name, stage in conversion.stages_of(model, to).items()}
         found[f'{to}: recovered'] = load_model(out / 'recovered', device)[0]
     return found

@@ -1,7 +1,7 @@
 """
 Whole runs of train.py: the commands scaling, plan and loop of bench.py.
 
-Each command is a function of a BenchConfig. It prints a table and writes results/<machine>/<command>.json.
+Each command is a function of a BenchConfig. It prints a table and writes <config.out>/<machine>/<command>.json.
 """
 import contextlib
 import io
@@ -17,7 +17,7 @@ import torch
 
 import checkpoint
 import settings
-from benchmarks.measure import ROOT, interleaved, report, timed, training_step, whole_process
+from benchmarks.measure import ROOT, Progress, interleaved, report, timed, training_step, whole_process
 from benchmarks.quality import TINY
 from configurator import UserError
 from files import replacing
@@ -64,12 +64,14 @@ def scaling(config):
     repeats = 1 if config.quick else max(1, config.repeats // 5)
     together = {n: [] for n in counts}  # tokens/s of each repeat
     separate = {n: [] for n in counts}
+    progress = Progress('runs of all process counts', repeats * len(counts))
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
             for n in counts:
                 together[n].append(speed_together(f'{folder}/{repeat}_{n}', n, config))
                 separate[n].append(speed_separately(f'{folder}/{repeat}_{n}', n, config, device) if n > 1
                                    else together[n][-1])
+                progress.step()
     rows = []
     for n in counts:
         of_the_machine = [a / b for a, b in zip(together[n], separate[n])]
@@ -109,6 +111,7 @@ PLANNED = {  # name: config file and command line
     'trix_tiny': (TINY,),
     'dense_tiny': ('dense_tiny.py',),
     'speedrun_tiny': ('speedrun_tiny.py',),
+    'wikitext_tiny': ('wikitext_tiny.py', '--dataset=pylib', '--tokenizer=bpe'),  # memory and time are the same
     'swiglu, 6 x 256': (
         'dense_tiny.py', '--ffn=swiglu', '--n_layer=6', '--n_embd=256', '--batch_size=8', '--batch_tokens=2048'),
     'trix, 4 x 256, context 512, two micro-steps': (
@@ -128,9 +131,10 @@ def plan(config):
     What `train.py --plan` estimates for PLANNED, and what a run of 14 steps then takes: GB on top of Python and torch
     (the plan's `base`), and seconds a step, the median of the last ten.
     """
-    rows = []
+    rows, runs = [], list(PLANNED.items())[:2 if config.quick else None]
+    progress = Progress('plans and their runs', len(runs))
     with tempfile.TemporaryDirectory() as folder:
-        for i, (name, (file, *words)) in enumerate(list(PLANNED.items())[:2 if config.quick else None]):
+        for i, (name, (file, *words)) in enumerate(runs):
             command = [sys.executable, ROOT / 'train.py', ROOT / 'config' / file, *words, f'--device={config.device}',
                        f'--dtype={config.dtype}']
             _, _, page = whole_process([*command, '--plan'])
@@ -148,6 +152,7 @@ def plan(config):
                    'planned/measured s': planned_seconds / seconds}
             print(name, *(f'{value:.3g}' for value in row.values()), flush=True)
             rows.append({'run': name, **row})
+            progress.step()
     report('plan', rows, config)
 
 

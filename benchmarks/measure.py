@@ -1,22 +1,24 @@
 """
-How bench.py measures: candidates in turn, ratios within a repeat, each model in a process of its own; results in
-results/.
+How bench.py measures: candidates run in turn, ratios compare within a repeat, and each model has its own process.
 
     times = interleaved({'ours': function, 'theirs': function}, repeats=15)  # the functions return seconds
-    report('mine', compare(times, 'theirs'), config)  # prints a table and writes results/<machine>/mine.json
+    report('mine', compare(times, 'theirs'), config)  # prints a table and writes <config.out>/<machine>/mine.json
 """
 import functools
 import itertools
 import json
 import multiprocessing
 import platform
+import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, process
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -24,12 +26,13 @@ import numpy as np
 import torch
 
 import settings
-from benchmarks.tables import RESULTS, markdown
+from benchmarks.tables import markdown
 from configurator import UserError
+from files import replacing
 from kernels import autocast
-from model import GPT
+from model import GPT, GPTConfig
 from optim import make_optimizers
-from runtime import compiler
+from runtime import compiler, plan
 from runtime import device as hardware
 from runtime.parallel import Group
 from training import TrainStep
@@ -46,12 +49,39 @@ def timed(function, device):
     return time.perf_counter() - start
 
 
-def interleaved(candidates, repeats, warmup=2):
+class Progress:
+    """
+    How much of a benchmark is done, and the time left, on standard error. A terminal shows one line that changes. A
+    file gets a line every half minute.
+    """
+
+    def __init__(self, title, total):
+        self.title, self.total, self.done = title, total, 0
+        self.start = self.shown = time.monotonic()
+
+    def step(self):
+        """Call after each of the `total` parts."""
+        self.done += 1
+        now = time.monotonic()
+        left = (now - self.start) / self.done * (self.total - self.done)
+        text = f'{self.title}: {self.done} of {self.total}, {plan.duration(left)} left'
+        if sys.stderr.isatty():
+            end = '\r' if self.done < self.total else '\r\033[K'  # the last one clears the line
+            print(f'\r\033[K{text}', end=end, file=sys.stderr, flush=True)
+        elif now - self.shown > 30 and self.done < self.total:
+            self.shown = now
+            print(text, file=sys.stderr, flush=True)
+
+
+def interleaved(candidates, repeats, warmup=2, title='rounds'):
     """
     {name: function that returns seconds} -> {name: seconds of each repeat}. Candidates run in turn, so that a drift
-    of the machine's speed affects all of them alike. The first `warmup` rounds don't count.
+    of the machine's speed affects all of them alike. The first `warmup` rounds do not count.
     """
-    rounds = [{name: function() for name, function in candidates.items()} for _ in range(warmup + repeats)]
+    progress, rounds = Progress(title, warmup + repeats), []
+    for _ in range(warmup + repeats):
+        rounds.append({name: function() for name, function in candidates.items()})
+        progress.step()
     return {name: [seconds[name] for seconds in rounds[warmup:]] for name in candidates}
 
 
@@ -73,7 +103,7 @@ def compare(times, reference):
 
 def report(title, rows, config, options='', plot=None, name='', **more):
     """
-    Print rows as a Markdown table and write results/<machine>/<name or title>.json: the rows, `more`, and what is
+    Print rows as a Markdown table and write <config.out>/<machine>/<name or title>.json: the rows, `more`, and what is
     needed to measure them again. plot(rows, figure) draws a .png beside it. With --quick the files end in _quick, so
     that they never replace a longer measurement.
     """
@@ -85,17 +115,21 @@ def report(title, rows, config, options='', plot=None, name='', **more):
         command += ' --quick'
     commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True)
     where, today = machine(config), date.today().isoformat()
-    folder = RESULTS / slug(where)
+    folder = Path(config.out) / slug(where)
     folder.mkdir(parents=True, exist_ok=True)
-    result = {'command': f'python {command}', 'machine': where, 'torch': torch.__version__,
-              'commit': commit.stdout.strip(), 'date': today, 'rows': rows, **more}
-    (folder / f'{stem}.json').write_text(json.dumps(result, indent=1) + '\n')
+    result = {'command': f'python {command}', 'machine': where, 'hardware': facts(config.device, config.dtype),
+              'torch': torch.__version__, 'commit': commit.stdout.strip(), 'date': today, 'rows': rows, **more}
+    with replacing(folder / f'{stem}.json') as file:
+        file.write((json.dumps(result, indent=1) + '\n').encode())
+    written = f'{folder / stem}.json'
     if plot:
         from matplotlib.figure import Figure  # here, because the process of every candidate imports this file
         figure = Figure(figsize=(13, 5), layout='constrained')
         plot(rows, figure)
         figure.suptitle(f'{command}: {where}, {today}', fontsize=12)
         figure.savefig(folder / f'{stem}.png', dpi=120)
+        written += ' and .png'
+    print(f'written to {written}', flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,6 +145,31 @@ def machine(config):
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         name = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), name)
     return f'{name}, {torch.get_num_threads()} threads'
+
+
+@functools.cache
+def facts(device, dtype):
+    """The hardware of a measurement: memory, driver, and the measured speed of matrix products in this precision."""
+    device, dtype, _ = hardware.resolve(device, dtype)
+    _, speed = plan.matmul_flops(device, dtype, duration=0.3)
+    found = {'matmul TFLOP/s': speed / 1e12, 'matmul dtype': plan.name_of(dtype)}
+    if device.type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        found |= {'gpu': properties.name, 'memory GB': properties.total_memory / 1e9, 'cuda': torch.version.cuda,
+                  'capability': f'{properties.major}.{properties.minor}', 'driver': driver_version()}
+    else:
+        found |= {'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
+                  'memory GB': plan.room(device, 0)[0] / 1e9}
+    return found
+
+
+def driver_version():
+    """The version of NVIDIA's driver. None without nvidia-smi."""
+    if not shutil.which('nvidia-smi'):
+        return None
+    done = subprocess.run(['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'], capture_output=True,
+                          text=True)
+    return done.stdout.split('\n')[0].strip() or None
 
 
 def slug(machine):
@@ -143,14 +202,30 @@ def whole_process(words, **options):
 # ----------------------------------------------------------------------------------------------------------------------
 # Models side by side, each in a process of its own
 
-def training_step(model_config, batch_size, device, dtype, compile='false'):
+@dataclass(frozen=True)
+class Candidate:
+    """A model of `side_by_side`, and how it is trained."""
+    shape: GPTConfig
+    batch_size: int
+    dtype: str = ''  # '': config.dtype
+    compile: str = 'auto'  # as in train.py
+    options: object = None  # a run's options, for its optimizer and activation checkpointing; None: the defaults
+
+
+def alike(models, batch_size):
+    """{name: GPTConfig} -> {name: Candidate} that differ in nothing but the model"""
+    return {name: Candidate(shape, batch_size) for name, shape in models.items()}
+
+
+def training_step(model_config, batch_size, device, dtype, compile='false', options=None):
     """
     -> (model, function): a new model, and a function that takes one optimizer step on `batch_size` sequences of random
-    tokens. compile: as in train.py.
+    tokens. compile: as in train.py. options: as in Candidate.
     """
     torch.manual_seed(0)
+    config = options or settings.load([])
     model = GPT(model_config).to(device)
-    config = settings.load([])
+    model.activation_checkpointing = config.activation_checkpointing
     train_step = TrainStep(model, make_optimizers(model, config, device), config, device, dtype, Group())
     if compiler.choose(compile, device)[0]:
         train_step.forward = compiler.compiled(model)
@@ -159,7 +234,7 @@ def training_step(model_config, batch_size, device, dtype, compile='false'):
 
     def step():
         train_step.update(train_step.judge(train_step.backward(0, batches, 1)))
-    step.optimizer = train_step.optimizers['optimizer']
+    step.optimizer = next(iter(train_step.optimizers.values()))
     return model, step
 
 
@@ -178,11 +253,12 @@ def decoding(model, device, dtype):
         idx = idx[:, :1]
 
 
-def build(model_config, batch_size, device, dtype, threads, compile):
-    """In the process of a model: make it, and the jobs of `do`."""
+def build(candidate, device, dtype, threads):
+    """In the process of a candidate: make its model, and the jobs of `do`."""
     torch.set_num_threads(threads)
-    device, dtype, _ = hardware.resolve(device, dtype)
-    model, step = training_step(model_config, batch_size, device, dtype, compile)
+    device, dtype, _ = hardware.resolve(device, candidate.dtype or dtype)
+    model, step = training_step(candidate.shape, candidate.batch_size, device, dtype, candidate.compile,
+                                candidate.options)
     tokens = decoding(model, device, dtype)
     do.jobs = {
         'train': lambda: timed(step, device),
@@ -197,33 +273,27 @@ def do(job):
     return do.jobs[job]()
 
 
-def side_by_side(title, models, batch_size, repeats, config, jobs=('train',), dtypes=None, compiles=None):
+def side_by_side(title, candidates, repeats, config, jobs=('train',)):
     """
-    {name: GPTConfig} -> {name: seconds of each repeat} for each of the jobs, then {name: peak GB}. Each model has a
-    process of its own, so that its peak memory is its own, too. The jobs: `train`, a step on `batch_size` sequences;
-    `first`, the first step, which compiles; `prefill`, all but the last 64 tokens of one sequence; `decode`, one more
-    token of it.
-    dtypes {name: dtype}: instead of config.dtype. compiles {name: 'true' or 'false'}: instead of 'auto', as in
-    train.py.
+    {name: Candidate} -> {name: seconds of each repeat} for each of the jobs, then {name: peak GB}. Each candidate has
+    its own process, so that its peak memory is its own, too. The jobs: `train`, a step; `first`, the first step, which
+    compiles; `prefill`, all but the last 64 tokens of one sequence; `decode`, one more token of it.
     """
     print(f'{title}: {repeats} repeats on {hardware.resolve(config.device, config.dtype)[2]}', flush=True)
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['torch._dynamo'])  # every optimizer imports it, which takes seconds: once for all
-    pools = {}
-    for name, model in models.items():
-        dtype = (dtypes or {}).get(name, config.dtype)
-        compile = (compiles or {}).get(name, 'auto')
-        pools[name] = ProcessPoolExecutor(1, server, build, (
-            model, batch_size, config.device, dtype, torch.get_num_threads(), compile))
+    pools = {name: ProcessPoolExecutor(1, server, build,
+                                       (candidate, config.device, config.dtype, torch.get_num_threads()))
+             for name, candidate in candidates.items()}
 
-    def candidates(job):
+    def functions(job):
         return {name: lambda pool=pool: pool.submit(do, job).result() for name, pool in pools.items()}
     try:
-        times = [interleaved(candidates(job), repeats, warmup=1) for job in jobs]
-        return *times, {name: peak() for name, peak in candidates('peak').items()}
+        times = [interleaved(functions(job), repeats, warmup=1, title=f'{title}, {job}') for job in jobs]
+        return *times, {name: peak() for name, peak in functions('peak').items()}
     except process.BrokenProcessPool:
-        raise UserError(f'{title}: the process of a model has died; without a message above, '
-                        'it ran out of memory') from None
+        raise UserError(f'{title}: the process of a model has died. If there is no message above, it ran out of '
+                        'memory') from None
     finally:
         for pool in pools.values():
             pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
 """
 Preparing and opening data: the command data of bench.py.
 
-It writes three tables: results/<machine>/data.json (encoding), data_memory.json (preparing) and data_shards.json
+It writes three tables: <config.out>/<machine>/data.json (encoding), data_memory.json (preparing) and data_shards.json
 (opening shards).
 """
 import contextlib

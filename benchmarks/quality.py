@@ -19,7 +19,7 @@ import torch
 
 import settings
 from corpora.preparation import open_dataset
-from benchmarks.measure import ROOT, compare, mean_and_sd, report, side_by_side, sizes, whole_process
+from benchmarks.measure import ROOT, Progress, alike, compare, mean_and_sd, report, side_by_side, sizes, whole_process
 from checkpoint import load_model
 from configurator import UserError, read_json
 from data import TokenData
@@ -146,10 +146,10 @@ def matched(shape, column, target):
 NEUTRAL = ('out_dir', 'resume', 'device', 'dtype', 'compile', 'other_data', 'verify', 'sample_prompts')
 
 
-def ensure_trained(words):
+def is_trained(words):
     """
-    Train the run of a command line unless it is already finished; an unfinished one is resumed. UserError if the
-    directory has a run with other options.
+    Whether the run of a command line is finished, on the data that there are now. UserError if its directory has a run
+    with other options.
     """
     config = settings.load(words)
     file, now = Path(config.out_dir) / 'config.json', config.as_dict()
@@ -157,14 +157,30 @@ def ensure_trained(words):
     changed = [key for key in now
                if key not in NEUTRAL and json.dumps(before.get(key, now[key])) != json.dumps(now[key])]
     if changed:
-        raise UserError(f'{config.out_dir}: has a run with other options ({", ".join(changed)}): move it away, '
-                        'so that it is not used for this one')
+        raise UserError(f'{config.out_dir} has a run with other options ({", ".join(changed)}). Move it away, so that '
+                        'it is not used for this one')
     status = file.with_name('status.json')
     finished = status.is_file() and read_json(status).get('state') == 'finished'
-    if finished and before.get('data_fingerprint') == open_dataset(config).fingerprint:
+    return finished and before.get('data_fingerprint') == open_dataset(config).fingerprint
+
+
+def ensure_trained(words):
+    """Train the run of a command line unless it is already finished. An unfinished one is resumed."""
+    if is_trained(words):
         return  # train.py would only evaluate it again
-    if code := subprocess.run([sys.executable, ROOT / 'train.py', *words]).returncode:
+    code = run_train(words)
+    if code:
         sys.exit(code)  # train.py has printed the reason
+
+
+def run_train(words, **options):
+    """Run train.py -> its exit code. On Ctrl-C, wait until the run has saved. options: of subprocess.Popen."""
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *words], **options)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the run has got it, too
+            print('waiting until the run has saved a checkpoint', file=sys.stderr, flush=True)
 
 
 def quality(config):
@@ -180,6 +196,7 @@ def quality(config):
     folder = Path('runs/quality', '-'.join(filter(None, (config.preset, config.match, str(tokens or '')))))
     folder.mkdir(parents=True, exist_ok=True)
     rows, models, losses, curves = [], {}, {}, {}
+    progress = Progress('runs of the preset', len(runs) * config.seeds)
     for name, words in runs.items():
         results, curves[name] = [], []
         for seed in (1337, *range(1, config.seeds)):
@@ -189,12 +206,13 @@ def quality(config):
             model, data, result = evaluated(out, tokens, config)
             results.append(result)
             curves[name].append(evaluations(out))
+            progress.step()
         models[name] = model.config
         losses[name] = [result['loss'] for result in results]
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
         rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **mean_and_sd(**spread)})
         print(name, *(f'{loss:.4f}' for loss in losses[name]))
-    times, _ = side_by_side('quality', models, 16, config.repeats, config)
+    times, _ = side_by_side('quality', alike(models, 16), config.repeats, config)
     for row, speed, rank in zip(rows, compare(times, name), ranks(losses).values()):
         row |= {'rank': rank, 'tokens/s': 16 * model.config.block_size / speed['seconds'], 'speed': speed['ratio']}
     if config.preset == 'tiny':

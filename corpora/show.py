@@ -1,7 +1,7 @@
 """
 Shows what a prepared dataset contains: metadata, sample windows, statistics of tokens and documents, and a plot.
 
-    python prepare.py show data/pylib --n=3     # three windows; writes the plot to data_pylib.png
+    python prepare.py show data/pylib --n=3     # three windows; writes the plot to runs/data_pylib.png
 
 It reads bins and shards. If the tokenizer is unknown, the windows are shown as ids. For a large split, the statistics
 come from an evenly spread sample.
@@ -89,7 +89,7 @@ def survey(data):
 def show(path, n=3, seed=1337, say=print, out=''):
     """
     Print the contents of a prepared directory: metadata, `n` decoded windows, and statistics of tokens and documents of
-    the train split. Plot the statistics to `out` (by default data_<name>.png in the current directory) and return its
+    the train split. Plot the statistics to `out` (by default runs/data_<name>.png) and return its
     path. Raises UserError.
     """
     if n < 0:
@@ -112,8 +112,9 @@ def show(path, n=3, seed=1337, say=print, out=''):
     say('\n' + columns(document_rows(lengths, tail, data.meta.get('eot_id'))))
 
     name = Path(path).resolve().name
-    out = Path(out or f'data_{name}.png')
+    out = Path(out or f'runs/data_{name}.png')
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         draw(counts, lengths, f'{name}: {total:,} train tokens', out)
     except OSError as error:
         raise UserError(f'{out}: {error.strerror}: start it in a directory that can be written')

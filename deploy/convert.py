@@ -22,8 +22,8 @@ from files import named_at_last
 from model import ACTS, GPT, BitLinear, GPTConfig, TriX
 
 # Options that the recovery does not copy from the run: paths, options that depend on the length of the run, hardware.
-NOT_KEPT = ('out_dir', 'init_from', 'distill_from', 'anneal_steps', 'resume', 'other_data', 'verify', 'plan', 'card_gb',
-            'profile', 'epochs', 'max_hours', 'stop_on', 'plateau_steps', 'max_steps', 'warmup_steps', 'restart_steps',
+NOT_KEPT = ('out_dir', 'init_from', 'distill_from', 'anneal_steps', 'resume', 'other_data', 'verify', 'plan', 'card',
+            'card_gb', 'price', 'profile', 'epochs', 'max_hours', 'stop_on', 'plateau_steps', 'max_steps', 'warmup_steps', 'restart_steps',
             'decay_steps', 'boundary_step', 'mandatory_steps', 'schedule', 'min_lr_ratio', 'log_interval',
             'sample_interval', 'keep', 'save_on_best', 'device', 'dtype', 'compile', 'zero_init', *settings.INTERVALS,
             *(f'{key}_tokens' for key in settings.INTERVALS))

@@ -1,8 +1,9 @@
 """
 Estimate parameters, memory, time and disk before a run starts, and suggest changes if the run does not fit.
 
-    python train.py config/x.py --plan                    # on this machine
-    python train.py config/x.py --plan --card_gb=16       # on a GPU with 16 GB, even if this machine has no GPU
+    python train.py config/x.py --plan                               # on this machine
+    python train.py config/x.py --plan --card="RTX 3060" --price=0.2 # on another card, and the cost at 0.2 an hour
+    python train.py config/x.py --plan --card_gb=16                  # the memory alone, on a GPU with 16 GB
 
 If a few real training steps are cheap, the plan runs them and measures memory and time. Each batch size runs in its own
 process. Otherwise both are estimated. The page says which. Nothing here starts a run or writes a file.
@@ -22,18 +23,20 @@ from types import SimpleNamespace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from runtime import device as hardware
 import schedule as schedules
 from configurator import UserError, columns
 from model import GPT, GPTConfig
 from optim import make_optimizers
+from runtime import device as hardware
 from runtime.parallel import Group
-from runtime.profiling import counted, has_bfloat16, is_out_of_memory, logit_bytes, measured, readable
+from runtime.profiling import (COPIES, MemoryOption, counted, has_bfloat16, is_out_of_memory, logit_bytes, measured,
+                               memory_options, readable)
 from settings import due_steps, epoch_lines, is_on
 from tokenizer import id_dtype
 from training import TrainStep
 
 EFFICIENCY = 0.35  # an assumption: the fraction of matrix-product speed that training reaches
+LIBRARIES = 0.2e9  # bytes of code and workspace that a first step loads on a CPU, as measured with torch 2.13
 PROBE = 60  # approximate time limit for the steps of a probe, in seconds
 
 
@@ -97,19 +100,29 @@ def achieved(device, dtype):
     part = f'{EFFICIENCY:.0%} (an assumption) of'
     if peak := hardware.peak_flops(device, dtype):
         name = torch.cuda.get_device_name(device)
-        return EFFICIENCY * peak, f'{part} the {peak / 1e12:,.0f} TFLOP/s that the maker of {name} states'
+        return EFFICIENCY * peak, f'{part} the {peak / 1e12:,.4g} TFLOP/s that the maker of {name} states'
+    size, speed = matmul_flops(device, dtype)
+    return EFFICIENCY * speed, (f'{part} the {speed / 1e9:,.0f} GFLOP/s measured now on {device} '
+                                f'in products of {size} x {size} matrices, {name_of(dtype)}')
+
+
+def matmul_flops(device, dtype, duration=1.0):
+    """(n, FLOP/s of products of n x n matrices), measured for `duration` seconds."""
     size = 1024 if device.type == 'cpu' else 4096
-    a, n, seconds = torch.randn(size, size, dtype=dtype, device=device), 0, 0.0
+    a = torch.randn(size, size, dtype=dtype, device=device)
     a @ a
     hardware.synchronize(device)
-    start = time.perf_counter()
-    while seconds < 1:
+    start, seconds, products = time.perf_counter(), 0.0, 0
+    while seconds < duration:
         a @ a
         hardware.synchronize(device)
-        n, seconds = n + 1, time.perf_counter() - start
-    speed = 2 * size**3 * n / seconds
-    return EFFICIENCY * speed, (f'{part} the {speed / 1e9:,.0f} GFLOP/s measured now on {device} '
-                                f'in products of {size} x {size} matrices, {str(dtype).removeprefix("torch.")}')
+        products += 1
+        seconds = time.perf_counter() - start
+    return size, 2 * size**3 * products / seconds
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix('torch.')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,7 +145,8 @@ def steps(options, shape, rows, pattern, threads):
     The times are medians without the first step."""
     torch.set_num_threads(threads)
     device, dtype, _ = hardware.resolve(options.device, options.dtype)
-    before, times = hardware.peak_memory_gb(device), []
+    before = hardware.peak_memory_gb(device)
+    times = []  # (seconds per micro-step, seconds for the rest) of each step
     torch.manual_seed(options.seed)
     model = GPT(shape).to(device).train()
     model.activation_checkpointing = options.activation_checkpointing
@@ -165,7 +179,8 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
     """
     several = min(2, micro_steps)
     cost = 1 + 3 * several + (1 + several) / 2  # at least this many micro-steps of n sequences in total
-    n = next((n for n in (rows >> i for i in range(rows.bit_length())) if cost * n * seconds_a_row <= PROBE and fits(n)), 0)
+    halves = [rows >> i for i in range(rows.bit_length())]
+    n = next((n for n in halves if cost * n * seconds_a_row <= PROBE and fits(n)), 0)
     if not n:
         return None
     server = multiprocessing.get_context('forkserver')
@@ -242,57 +257,68 @@ def check_disk(config):
 
 def free_bytes(path):
     """Free bytes on the file system of a path. The path need not exist."""
-    return shutil.disk_usage(next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.is_dir())).free
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The page of the plan
+# What the plan is for
 
-def page(config, rows, micro_steps, data=None, world=1):
-    """The whole plan as text. Memory is per process.
+@dataclass
+class Target:
+    """The device that a plan is for: in this machine, or another card."""
+    device: torch.device
+    dtype: torch.dtype
+    description: str
+    is_here: bool  # real steps can be measured
+    half: torch.dtype | None  # its 16-bit precision
+    memory_limit: float  # bytes
+    limit_name: str
+    speed: float | None = None  # FLOP/s that training should reach; None: unknown
+    speed_source: str = ''
+    is_other_card: bool = False  # so its time is not that of this machine
 
-    rows: sequences per micro-step. world: number of processes. data: the loader of the prepared data, or None.
-    Raises UserError, for example if the device or the precision is not available."""
-    if config.card_gb and not torch.cuda.is_available():
-        device, dtype = torch.device('cuda'), hardware.DTYPES.get(config.dtype, torch.bfloat16)
-        why, here = f'a GPU of {config.card_gb:g} GB, {str(dtype).removeprefix("torch.")}: none is here', False
+    @property
+    def kind(self):
+        """The kind of device whose memory is estimated."""
+        return 'cpu' if self.device.type in ('cpu', 'mps') else 'cuda'
+
+
+def find_target(config):
+    """The Target of a config. UserError if a card, a device or a precision is not available."""
+    if config.card or config.card_gb:
+        return other_card(config)
+    device, dtype, description = hardware.resolve(config.device, config.dtype)
+    half = torch.bfloat16 if has_bfloat16(device) else torch.float16 if device.type == 'cuda' else None
+    target = Target(device, dtype, description, True, half, *room(device, 0))
+    target.speed, target.speed_source = achieved(device, dtype if device.type != 'cpu' else torch.float32)
+    return target
+
+
+def other_card(config):
+    """The Target of --card and --card_gb."""
+    key, gb = hardware.choose_card(config.card, config.card_gb) if config.card else (None, config.card_gb)
+    auto = hardware.card_dtype(key) if key else 'bfloat16'
+    precision = auto if config.dtype == 'auto' else config.dtype
+    if precision not in hardware.DTYPES:
+        raise UserError(f'--dtype={precision}: expected auto, {", ".join(hardware.DTYPES)}')
+    dtype = hardware.DTYPES[precision]
+    name = f'{key} with {gb:g} GB' if key else f'a GPU with {gb:g} GB'
+    is_here = torch.cuda.is_available() and config.device.startswith(('auto', 'cuda'))
+    if is_here:  # its memory can be measured on the GPU of this machine
+        device, dtype, _ = hardware.resolve(config.device, precision)
+        description = f'{name}, {precision}; memory is measured on {torch.cuda.get_device_name(device)}'
     else:
-        (device, dtype, why), here = hardware.resolve(config.device, config.dtype), True
-    with torch.device('meta'):
-        model = GPT(shape_of(config))
-    size, whose = room(device, config.card_gb)
-    # Memory of Python and torch before the model exists. On a CUDA GPU, only tensors count.
-    base = hardware.peak_memory_gb(device) * 1e9 if device.type != 'cuda' else 0
-    speed, how = achieved(device, dtype if device.type != 'cpu' else torch.float32) if here else (None, '')
-    kinds, fsdp = estimate(config, device.type if device.type == 'cuda' else 'cpu', dtype), config.parallel == 'fsdp' and world > 1
-
-    def estimated(rows, checkpointing):
-        return sum(share(kinds(rows, checkpointing), world if fsdp else 1).values())
-
-    def total(rows, checkpointing=config.activation_checkpointing):
-        """Bytes of a step: the measured bytes plus the estimated difference. Without a measurement, the estimate."""
-        own = config.activation_checkpointing
-        if not seen:
-            return estimated(rows, checkpointing)
-        slope = seen.a_sequence or estimated(2, own) - estimated(1, own)
-        return seen.bytes + slope * (rows - seen.rows) + estimated(rows, checkpointing) - estimated(rows, own)
-    seen = here and not fsdp and probe(config, rows, micro_steps, model.flops_per_token() * config.block_size / speed,
-                                       lambda n: base + 1.5 * estimated(n, config.activation_checkpointing) < size)
-    memory = share(kinds(rows, config.activation_checkpointing), world if fsdp else 1)
-    parts = ([f'plan for {why}' + (f'; {world} processes, {config.parallel}' if world > 1 else '')], parameter_lines(model),
-             memory_lines(config, memory, total, seen, rows, base, size, whose),
-             ['the teacher of --distill_from is not in these figures: its weights, and a forward of it a micro-step'] * bool(config.distill_from),
-             [] if base + total(rows) <= size else changes(config, device, dtype, rows, world, size - base, total, memory),
-             *([[f'epochs={config.epochs:g}: {config.dataset} is not prepared yet, so the number of steps, the time, the disk '
-                 'and the schedule are unknown']] if config.epochs and not data else [
-                 run_lines(config, data), time_lines(config, model, seen, speed, how, rows, micro_steps, world),
-                 disk_lines(config, data), [schedules.picture(config)]]))
-    return '\n\n'.join('\n'.join(lines) for lines in parts if lines)
-
-
-def share(memory, parts):
-    """FSDP divides parameters, gradients and optimizer state by the number of processes, `parts`."""
-    return {kind: size / parts if kind in ('parameters', 'gradients', 'optimizer') else size for kind, size in memory.items()}
+        device, description = torch.device('cuda'), f'{name}, {precision}; this card is not in this machine'
+    half = None if auto == 'float32' else hardware.DTYPES[auto]
+    target = Target(device, dtype, description, is_here, half, *room(device, gb), is_other_card=True)
+    if key:
+        peak = hardware.card_flops(key, dtype, tf32=precision == 'tf32')
+        if not peak:
+            raise UserError(f'--dtype={precision}: {key} does not have it; use --dtype={auto}')
+        target.speed, target.speed_source = EFFICIENCY * peak, (
+            f'{EFFICIENCY:.0%} (an assumption) of the {peak / 1e12:,.4g} TFLOP/s that its maker states')
+    return target
 
 
 def room(device, card_gb):
@@ -306,61 +332,144 @@ def room(device, card_gb):
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), 'this machine'
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The page of the plan
+
+class StepMemory:
+    """
+    The memory of a training step in one process, under any MemoryOption: measured where a probe has run, plus the
+    estimated difference to what was measured.
+    """
+
+    def __init__(self, config, target, rows, world):
+        self.config, self.target, self.rows = config, target, rows
+        self.parts = world if config.parallel == 'fsdp' and world > 1 else 1
+        self.measured = None  # a Measured
+        self.estimates = {}  # dtype: the function of estimate()
+        self.now = MemoryOption('', '', rows, config.activation_checkpointing, target.dtype)
+        # Memory of Python and torch before the model exists. On a CUDA GPU, only tensors count.
+        self.base = hardware.peak_memory_gb(target.device) * 1e9 if target.device.type != 'cuda' else 0
+        self.libraries = LIBRARIES if target.device.type == 'cpu' else 0
+
+    def by_kind(self, option):
+        """{kind of memory: estimated bytes}"""
+        if option.dtype not in self.estimates:
+            self.estimates[option.dtype] = estimate(self.config, self.target.kind, option.dtype)
+        memory = self.estimates[option.dtype](option.rows, option.checkpointing)
+        return share(memory, self.parts * option.shards)
+
+    def estimated(self, option):
+        return sum(self.by_kind(option).values())
+
+    def total(self, option):
+        """Bytes of a step, without `base`."""
+        seen, now = self.measured, self.now
+        if not seen:
+            return self.estimated(option) + self.libraries
+        slope = seen.a_sequence or self.estimated(replace(now, rows=2)) - self.estimated(replace(now, rows=1))
+        at_these_rows = seen.bytes + slope * (option.rows - seen.rows)
+        return at_these_rows + self.estimated(option) - self.estimated(replace(now, rows=option.rows))
+
+    def fits(self, option):
+        return self.base + self.total(option) <= self.target.memory_limit
+
+
+def share(memory, parts):
+    """FSDP divides parameters, gradients and optimizer state by the number of processes, `parts`."""
+    return {kind: size / parts if kind in ('parameters', 'gradients', 'optimizer') else size
+            for kind, size in memory.items()}
+
+
+def page(config, rows, micro_steps, data=None, world=1):
+    """The whole plan as text. Memory is per process.
+
+    rows: sequences per micro-step. world: number of processes. data: the loader of the prepared data, or None.
+    Raises UserError, for example if the device or the precision is not available."""
+    target = find_target(config)
+    with torch.device('meta'):
+        model = GPT(shape_of(config))
+    memory = StepMemory(config, target, rows, world)
+    if target.is_here and memory.parts == 1:
+        here = target.speed if not target.is_other_card else achieved(target.device, target.dtype)[0]
+        memory.measured = probe(
+            config, rows, micro_steps, model.flops_per_token() * config.block_size / here,
+            lambda n: memory.base + 1.5 * memory.estimated(replace(memory.now, rows=n)) < target.memory_limit)
+    seconds, source = step_seconds(config, target, model, memory.measured, rows, micro_steps, world)
+    title = f'plan for {target.description}'
+    if world > 1:
+        title += f'; {world} processes, {config.parallel}'
+    teacher = ['the teacher of --distill_from needs more: its weights, and one forward in each micro-step']
+    parts = [[title], parameter_lines(model), memory_lines(config, memory), teacher if config.distill_from else [],
+             [] if memory.fits(memory.now) else suggestions(config, memory, world)]
+    if config.epochs and not data:
+        parts.append([f'epochs={config.epochs:g}: {config.dataset} is not prepared yet, so the number of steps, the time, '
+                      'the disk and the schedule are unknown'])
+    else:
+        parts += [run_lines(config, data), time_lines(config, data, seconds, source, world), disk_lines(config, data),
+                  schedules.plot(config), timetable(config, data, seconds, world)]
+    return '\n\n'.join('\n'.join(lines) for lines in parts if lines)
+
+
 def parameter_lines(model):
-    table = [each for each in model.parameter_table() if each[1]]
-    total, used = (sum(column) for column in list(zip(*table))[1:])
+    table = [row for row in model.parameter_table() if row[1]]
+    total = sum(parameters for _, parameters, _ in table)
+    active = sum(used for *_, used in table)
     embedding = sum(p.numel() for part in (model.wte, model.wpe) if part for p in part.parameters())
-    return [f'{total:,} parameters, {used:,} active (used by a token), {embedding:,} in embeddings'
-            + ' (tied to the head)' * model.config.tie_embeddings + f'; {model.flops_per_token() / 1e6:,.1f} MFLOP a token',
-            columns([('  kind', 'parameters', 'active'), *((f'  {kind}', f'{n:,}', f'{u:,}') for kind, n, u in table)])]
+    tied = ' (tied to the head)' if model.config.tie_embeddings else ''
+    rows = [(f'  {kind}', f'{parameters:,}', f'{used:,}') for kind, parameters, used in table]
+    return [f'{total:,} parameters, {active:,} active (used by a token), {embedding:,} in embeddings{tied}; '
+            f'{model.flops_per_token() / 1e6:,.1f} MFLOP a token', columns([('  kind', 'parameters', 'active'), *rows])]
 
 
-HOW = {'copies': 'ternary codes, weights in low precision, the gradient of the head', 'activations': 'kept by forward for backward',
-       'loss': 'chunks of logits', 'optimizer': 'its moments', 'buffers': 'tables and counters'}
+HOW = {'copies': COPIES, 'activations': 'kept by forward for backward', 'loss': 'chunks of logits',
+       'optimizer': 'its moments', 'buffers': 'tables and counters'}
 
 
-def memory_lines(config, memory, total, seen, rows, base, size, whose):
+def memory_lines(config, memory):
     """Two tables: memory by kind, and memory by batch_size."""
-    T, step = config.block_size, total(rows)
-    table = [(f'  {kind}', readable(each), HOW.get(kind, '')) for kind, each in memory.items() if each >= 0.0005 * step]
+    T, now, rows, target, seen = config.block_size, memory.now, memory.rows, memory.target, memory.measured
+    step = memory.total(now)
+    kinds = memory.by_kind(now)
+    table = [(f'  {kind}', readable(size), HOW.get(kind, '')) for kind, size in kinds.items() if size >= 0.0005 * step]
     if seen:
-        rest = step - sum(memory.values())
-        table.append(('  measured', ('-' if rest < 0 else '+') + readable(abs(rest)), 'by a real step'
-                      + (f' of {seen.rows} x {T}' if seen.rows != rows else '') + (
-            ': temporaries, what malloc and libraries hold' if rest >= 0 else ': not all of these are there at once')))
-    if base:
-        table.append(('  base', readable(base), 'Python and torch, before the model'))
-    table.append(('  total', readable(base + step), f'of {readable(size)} of {whose}: ' + ('fits' if base + step <= size else 'DOES NOT FIT')
-                  + ('' if seen else ' (an estimate, without what operators and malloc hold: nothing was run)')))
+        rest = step - sum(kinds.values())
+        of_what = f'in a real step of {seen.rows} x {T}' if seen.rows != rows else 'in a real step'
+        why = 'temporaries, and what malloc and libraries hold'
+        if rest < 0:
+            why = 'not all of these exist at the same time'
+        table.append(('  measured', ('-' if rest < 0 else '+') + readable(abs(rest)), f'{of_what}: {why}'))
+    elif memory.libraries:
+        table.append(('  libraries', readable(memory.libraries), 'code and workspace (an assumption)'))
+    if memory.base:
+        table.append(('  base', readable(memory.base), 'Python and torch, before the model'))
+    verdict = 'fits' if memory.fits(now) else 'DOES NOT FIT'
+    if not seen:
+        verdict += ' (an estimate, without what operators and malloc hold: nothing was run)'
+    table.append(('  total', readable(memory.base + step),
+                  f'of {readable(target.memory_limit)} of {target.limit_name}: {verdict}'))
     cells = [('  batch_size', 'plain', '', '--activation_checkpointing=true', '')]
     for n in sorted({1, max(1, rows // 2), rows, 2 * rows, 4 * rows}):
-        both = [base + total(n, checkpointing) for checkpointing in (False, True)]
-        cells.append((f'  {n}' + ' (this run)' * (n == rows), *(word for each in both for word in (
-            readable(each), 'fits' if each <= size else 'does not fit'))))
-    return [f'memory of a training step with micro-steps of {rows} x {T} tokens'
-            + ', with activation checkpointing' * config.activation_checkpointing, columns(table), '', 'memory by batch_size', columns(cells)]
+        row = [f'  {n} (this run)' if n == rows else f'  {n}']
+        for checkpointing in (False, True):
+            option = replace(now, rows=n, checkpointing=checkpointing)
+            row += [readable(memory.base + memory.total(option)), 'fits' if memory.fits(option) else 'does not fit']
+        cells.append(row)
+    title = f'memory of a training step with micro-steps of {rows} x {T} tokens'
+    if config.activation_checkpointing:
+        title += ', with activation checkpointing'
+    return [title, columns(table), '', 'memory by batch_size', columns(cells)]
 
 
-def changes(config, device, dtype, rows, world, size, total, memory):
+def suggestions(config, memory, world):
     """One line for each unused option that saves memory, with the memory of a step under that option."""
-    found, tokens = [], config.batch_tokens
-    smaller = [n for n in range(rows - 1, 0, -1) if tokens % (n * config.block_size * world) == 0]
-    for checkpointing in {config.activation_checkpointing, True}:
-        n = next((n for n in smaller if total(n, checkpointing) <= size), smaller[-1] if smaller else None)
-        more = checkpointing and not config.activation_checkpointing
-        if more:
-            found.append(('--activation_checkpointing=true (same results, slower)', total(rows, True)))
-        if n:
-            found.append((f'--batch_size={n} --batch_tokens={tokens}{" --activation_checkpointing=true" * more} (same results)',
-                          total(n, checkpointing)))
-    if dtype == torch.float32 and has_bfloat16(device):
-        half = estimate(config, device.type, torch.bfloat16)(rows, config.activation_checkpointing)
-        found.append(('--dtype=bfloat16', sum(half.values())))
-    if config.parallel != 'fsdp' and dtype != torch.float16:
-        now = total(rows)
-        found.append(('--parallel=fsdp on 8 devices (same results)', now - sum(memory.values()) + sum(share(memory, 8).values())))
-    lines = [f'  {option}: {readable(then)}' + (', fits' if then <= size else ', not enough alone') for option, then in found]
-    if not any(then <= size for _, then in found):
+    options = memory_options(config, memory.rows, memory.target.dtype, memory.target.half, world)
+    shown = [option for option in options if option.rows == memory.rows]
+    for checkpointing in (False, True):  # the largest batch that fits, or the smallest there is
+        batches = [option for option in options if option.rows < memory.rows and option.checkpointing == checkpointing]
+        shown += [option for option in batches if memory.fits(option)][:1] or batches[-1:]
+    lines = [f'  {option}: {readable(memory.base + memory.total(option))}'
+             + (', fits' if memory.fits(option) else ', not enough alone') for option in shown]
+    if not any(map(memory.fits, shown)):
         lines.append('  or a smaller model: --n_layer, --n_embd, --block_size')
     return ['it does not fit; what to change:', *lines]
 
@@ -376,25 +485,77 @@ def run_lines(config, data):
     return [*lines, repeats] if repeats else lines
 
 
-def time_lines(config, model, seen, speed, how, rows, micro_steps, world):
-    """How long the run takes, from the probe or from a stated assumption.
+def step_seconds(config, target, model, seen, rows, micro_steps, world):
+    """(seconds of an optimizer step, how they are known). (None, '') if the speed of the card is unknown."""
+    if seen and not target.is_other_card:
+        seconds = micro_steps * seen.micro * rows / seen.rows + seen.rest
+        return seconds, 'measured now, on real steps with random tokens, not compiled'
+    if not target.speed:
+        return None, ''
+    work = model.flops_per_token() * config.batch_tokens
+    return work / (target.speed * world), f'an estimate: {target.speed_source}'
+
+
+def with_validations(config, data):
+    """(the time of a whole run over that of its steps, number of validations whose time is known).
 
     A validation token takes a third of the time of a training token, because it needs no backward."""
-    work = model.flops_per_token() * config.max_steps * config.batch_tokens
-    evals = len(due_steps(config, 'eval_interval')) + 1 if is_on(config, 'eval_interval') else 0
-    part = 1 + evals * config.eval_tokens / 3 / (config.max_steps * config.batch_tokens)
-    note = (f', with {evals} validations' if part > 1 else '') + '; samples, checkpoints and the preparation of data come on top'
-    if not speed:
-        times = ', '.join(f'{name} {duration(part * work / (EFFICIENCY * tflops * 1e12 * world))}'
-                          for name, tflops in hardware.PEAK_TFLOPS.items())
-        return [f'time of the {work:.2e} FLOPs at {EFFICIENCY:.0%} (an assumption) of the peak that the makers state: {times}{note}']
-    if seen:
-        seconds = micro_steps * seen.micro * rows / seen.rows + seen.rest
-        how = 'measured now, on real steps with random tokens, not compiled'
-    else:
-        seconds, how = work / config.max_steps / (speed * world), f'an estimate: {how}'
-    return [f'time: {number(seconds)} s a step, {number(config.batch_tokens / seconds)} tokens/s ({how}); '
-            f'{duration(part * seconds * config.max_steps)} in all{note}']
+    tokens = config.eval_tokens
+    if not tokens and data:  # the whole validation split
+        tokens = len(data.val_windows(0)) * config.block_size
+    if not is_on(config, 'eval_interval') or not tokens:
+        return 1.0, 0
+    evals = len(due_steps(config, 'eval_interval')) + 1
+    return 1 + evals * tokens / 3 / (config.max_steps * config.batch_tokens), evals
+
+
+def time_lines(config, data, seconds, source, world):
+    """How long the run takes, and what it costs with --price."""
+    if not seconds:
+        lines = ['time: unknown, because --card_gb gives the memory of a card alone; name the card for an estimate: '
+                 '--card="RTX 3060"']
+        return lines + ([f'cost: unknown without the time (--price={config.price:g})'] if config.price else [])
+    part, evals = with_validations(config, data)
+    whole = part * seconds * config.max_steps
+    counted_in, on_top = f', with {evals} validations' if evals else '', 'samples, checkpoints'
+    if is_on(config, 'eval_interval') and not evals:
+        on_top = f'validations, {on_top}'
+    lines = [f'time: {number(seconds)} s a step, {number(config.batch_tokens / seconds)} tokens/s ({source}); '
+             f'{duration(whole)} in all{counted_in}; {on_top} and the preparation of data come on top']
+    if config.price:
+        hours, cards = whole / 3600, f' x {world} cards' if world > 1 else ''
+        cost = number(hours * config.price * world)
+        lines.append(f'cost: {cost} = {number(hours)} h x {config.price:g} an hour{cards}')
+    return lines
+
+
+def timetable(config, data, seconds, world):
+    """The steps at which something changes, the quarters of the run and the mandatory steps, with hours and cost."""
+    what = {step: [text] for step, text in schedules.marks(config).items()}
+    for quarter in (1, 2, 3):
+        what.setdefault(config.max_steps * quarter // 4, []).append(f'{quarter}/4 of the run')
+    for step in config.mandatory_steps:
+        what.setdefault(step, []).append('mandatory checkpoint')
+    what.setdefault(config.max_steps, []).append('end')
+    header = ['        step', '        lr', 'weight decay']
+    if seconds:
+        header.append('   hours')
+        if config.price:
+            header.append('    cost')
+    rows = [header]
+    for step in sorted(what):
+        row = [f'{step:12,}', ' ' * 10, ' ' * 12]
+        if step < config.max_steps:
+            rate, weight_decay = schedules.schedule(step, config)
+            row = [f'{step:12,}', f'{rate:10.3e}', f'{weight_decay:12g}']
+        if seconds:
+            hours = with_validations(config, data)[0] * step * seconds / 3600
+            row.append(f'{number(hours):>8}')
+            if config.price:
+                row.append(f'{number(hours * config.price * world):>8}')
+        rows.append([*row, ', '.join(what[step])])
+    rows[0].append('')
+    return [columns(rows)]
 
 
 def disk_lines(config, data):

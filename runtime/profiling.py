@@ -5,20 +5,25 @@
     print(advice(model, [optimizer], config, device, dtype))  # out of memory: ...: --batch_size=8 ... saves 3.0 GB, ...
     profile = Profile('runs/x', device)                # profile.step() after every step, profile.close() at the end
 
-All memory figures are for eager execution. A compiled model keeps less.
+All memory figures are for eager execution. A compiled model keeps less. --plan and advice() suggest what to change from
+one list, memory_options().
 """
 import contextlib
 import functools
+import os
+import sys
+import warnings
 from collections import Counter
-from files import replacing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from runtime import device as hardware
+from files import replacing
 from kernels import autocast
 from optim import Muon, local_tensor
+from runtime import device as hardware
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,7 +69,8 @@ def kept(model, rows, device, dtype):
         nonlocal place
         place = None
 
-    idx = torch.randint(model.config.vocab_size, (rows, model.config.block_size), generator=torch.Generator().manual_seed(0)).to(device)
+    generator, shape = torch.Generator().manual_seed(0), (rows, model.config.block_size)
+    idx = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
     with untouched(model, device), contextlib.ExitStack() as stack:
         model.train()
         model.activation_checkpointing = False
@@ -110,6 +116,9 @@ def logit_bytes(model, rows, device, dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory of a whole step
 
+COPIES = 'ternary codes, weights in low precision, the gradient of the head'
+
+
 def counted(model, optimizers, world=1, sharded=False):
     """The exact memory that does not depend on the batch: [(kind, bytes, how)].
 
@@ -117,18 +126,21 @@ def counted(model, optimizers, world=1, sharded=False):
     def share(t):
         return local_tensor(t).nbytes // (world if sharded and local_tensor(t) is t else 1)
 
-    optimizer, how = 0, []
-    for o in optimizers:
-        n = 1 if isinstance(o, Muon) else 2
-        how.append(f'{type(o).__name__}: ' + ('its state' if o.state else f'{n} tensor{"s" * (n > 1)} a parameter after its first step'))
-        for p in (p for group in o.param_groups for p in group['params'] if p.requires_grad):
-            state = [share(t) for t in o.state.get(p, {}).values() if torch.is_tensor(t)]
-            optimizer += sum(state) or n * share(p)
-    parameters, part = list(model.parameters()), f', 1/{world} of them here' if sharded else ''
+    optimizer_bytes, how = 0, []
+    for optimizer in optimizers:
+        moments = 1 if isinstance(optimizer, Muon) else 2
+        kept_state = 'its state' if optimizer.state else f'{moments} x the parameters after its first step'
+        how.append(f'{type(optimizer).__name__}: {kept_state}')
+        trained = [p for group in optimizer.param_groups for p in group['params'] if p.requires_grad]
+        for p in trained:
+            state = [share(t) for t in optimizer.state.get(p, {}).values() if torch.is_tensor(t)]
+            optimizer_bytes += sum(state) or moments * share(p)
+    parameters = list(model.parameters())
+    part = f', 1/{world} of them in this process' if sharded else ''
     return [('parameters', sum(map(share, parameters)), f'{sum(p.numel() for p in parameters):,}{part}'),
             ('buffers', sum(local_tensor(b).nbytes for b in model.buffers()), 'tables and counters'),
-            ('gradients', sum(share(p) for p in parameters if p.requires_grad), f'one a parameter{part}'),
-            ('optimizer', optimizer, '; '.join(how) + part)]
+            ('gradients', sum(share(p) for p in parameters if p.requires_grad), f'as large as the parameters{part}'),
+            ('optimizer', optimizer_bytes, '; '.join(how) + part)]
 
 
 def memory_breakdown(model, optimizers, rows, device, dtype, world=1, sharded=False):
@@ -138,11 +150,13 @@ def memory_breakdown(model, optimizers, rows, device, dtype, world=1, sharded=Fa
     sharded: FSDP shards the model over `world` processes."""
     *a_sequence, copies = measured(model, device, dtype)
     how = 'inputs of the blocks, and one block at a time' if model.activation_checkpointing else 'kept for backward'
-    found = counted(model, optimizers, world, sharded) + [
-        ('copies', copies, 'ternary codes, weights in low precision, the gradient of the head'),
-        ('activations', rows * a_sequence[model.activation_checkpointing], f'{rows} x {model.config.block_size} tokens: {how}'),
+    activations = rows * a_sequence[model.activation_checkpointing]
+    table = counted(model, optimizers, world, sharded) + [
+        ('copies', copies, COPIES),
+        ('activations', activations, f'{rows} x {model.config.block_size} tokens: {how}'),
         ('loss', logit_bytes(model, rows, device, dtype), 'chunks of logits')]
-    return found + [('total', sum(size for _, size, _ in found), 'an estimate: without what kernels and libraries take for themselves')]
+    total = sum(size for _, size, _ in table)
+    return table + [('total', total, 'an estimate, without the workspace of kernels and libraries')]
 
 
 def readable(size):
@@ -152,17 +166,21 @@ def readable(size):
 
 def breakdown_table(rows, device):
     """The rows of memory_breakdown as text, plus the real peak memory of this process so far."""
-    peak, total = hardware.peak_memory_gb(device) * 1e9, rows[-1][1]
-    what = 'tensors, at most so far' if device.type == 'cuda' else 'resident memory, at most so far: with Python and torch themselves'
-    return '\n'.join(['memory of a training step:'] + [f'  {kind:11s} {readable(size):>9s} {size / total:9.1%}  {how}'
-                                                       for kind, size, how in [*rows, ('peak', peak, what)]])
+    total = rows[-1][1]
+    lines = ['memory of a training step:']
+    lines += [f'  {kind:11s} {readable(size):>9s} {size / total:9.1%}  {how}' for kind, size, how in rows]
+    peak = readable(hardware.peak_memory_gb(device) * 1e9)
+    what = 'of tensors' if device.type == 'cuda' else 'of this process, Python and torch included'
+    lines.append(f'  {"peak":11s} {peak:>9s} {"":9s}  measured so far, {what}')  # without a share: no part of the total
+    return '\n'.join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Out of memory
 
 # Words in the out-of-memory errors of CPU, CUDA and MPS.
-WORDS = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED', 'bad_alloc')
+OUT_OF_MEMORY = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED',
+                 'bad_alloc')
 
 
 def is_out_of_memory(error):
@@ -170,7 +188,7 @@ def is_out_of_memory(error):
     while error is not None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             return True
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS):
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
@@ -179,6 +197,48 @@ def is_out_of_memory(error):
 def has_bfloat16(device):
     return (device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
             or device.type == 'mps' and torch.backends.mps.is_macos_or_newer(14, 0))
+
+
+@dataclass(frozen=True)
+class MemoryOption:
+    """How a training step is run: as now (words=''), or with options that need less memory."""
+    words: str  # the options, as on the command line
+    note: str  # what else they change
+    rows: int  # sequences in a micro-step of one process
+    checkpointing: bool
+    dtype: torch.dtype
+    shards: int = 1  # processes that share weights, gradients and optimizer state
+
+    def __str__(self):
+        return self.words + (f' ({self.note})' if self.note else '')
+
+
+def memory_options(config, rows, dtype, half, world):
+    """
+    Every way to save memory that the run does not use yet: a list of MemoryOption. --plan and the advice of a run that
+    is out of memory show these.
+
+    rows: sequences per micro-step. half: the 16-bit precision that the device has, or None. Smaller batches come in
+    descending order, each alone and with activation checkpointing.
+    """
+    now = MemoryOption('', '', rows, config.activation_checkpointing, dtype)
+    checkpointing = '--activation_checkpointing=true'
+    smaller = [replace(now, words=f'--batch_size={n} --batch_tokens={config.batch_tokens}', note='same results', rows=n)
+               for n in range(rows - 1, 0, -1) if config.batch_tokens % (n * config.block_size * world) == 0]
+    options = list(smaller)
+    if not config.activation_checkpointing:
+        options.append(replace(now, words=checkpointing, note='same results, slower', checkpointing=True))
+        options += [replace(each, words=f'{each.words} {checkpointing}', note=options[-1].note, checkpointing=True)
+                    for each in smaller]
+    if dtype == torch.float32 and half:
+        name = str(half).removeprefix('torch.')
+        options.append(replace(now, words=f'--dtype={name}', note='faster, rounds more', dtype=half))
+    # train.py does not shard the scaled gradients of float16.
+    if config.parallel != 'fsdp' and dtype != torch.float16:
+        processes = world if world > 1 else 8
+        note = f'on {processes} devices, same results'
+        options.append(replace(now, words='--parallel=fsdp', note=note, shards=processes))
+    return options
 
 
 def advice(model, optimizers, config, device, dtype, world=1):
@@ -192,36 +252,37 @@ def advice(model, optimizers, config, device, dtype, world=1):
     state = sizes['parameters'] + sizes['gradients'] + sizes['optimizer']
     measure = functools.cache(functools.partial(measured, model, device))
 
-    def forward(rows=rows, dtype=dtype, checkpointing=config.activation_checkpointing):
-        *a_sequence, copies = measure(dtype)
-        return rows * a_sequence[checkpointing] + copies + logit_bytes(model, rows, device, dtype)
+    def needed(option):
+        """Bytes of weights, gradients, optimizer and one micro-step."""
+        *a_sequence, copies = measure(option.dtype)
+        loss = logit_bytes(model, option.rows, device, option.dtype)
+        return state / option.shards + option.rows * a_sequence[option.checkpointing] + copies + loss
 
-    options = {}  # text of the advice: a function that returns the bytes saved
-    smaller = [b for b in range(1, rows) if config.batch_tokens % (b * config.block_size * world) == 0]
-    if smaller:
-        options[f'--batch_size={smaller[-1]} --batch_tokens={config.batch_tokens} (same results)'] = lambda: forward() - forward(smaller[-1])
-    if not config.activation_checkpointing:
-        options['--activation_checkpointing=true (same results, slower)'] = lambda: forward() - forward(checkpointing=True)
-    if dtype == torch.float32 and has_bfloat16(device):
-        options['--dtype=bfloat16'] = lambda: forward() - forward(dtype=torch.bfloat16)
-    if world > 1 and config.parallel != 'fsdp' and dtype != torch.float16:
-        options['--parallel=fsdp (same results)'] = lambda: state - state // world
-
-    text = 'out of memory: ' + ', '.join(f'{kind} {readable(size)}' for kind, size in sizes.items() if size and kind != 'buffers')
-    tokens, last = f'{rows} x {config.block_size} tokens', 'a smaller --block_size or --n_embd (another model)'
+    half = torch.bfloat16 if has_bfloat16(device) else torch.float16 if device.type == 'cuda' else None
+    now = MemoryOption('', '', rows, config.activation_checkpointing, dtype)
+    options = memory_options(config, rows, dtype, half, world)
+    smaller = [option for option in options if option.rows < rows and option.checkpointing == now.checkpointing]
+    others = [option for option in options if option.rows == rows and (world > 1 or option.shards == 1)]
+    options = smaller[:1] + others
+    listed = ', '.join(f'{kind} {readable(size)}' for kind, size in sizes.items() if size and kind != 'buffers')
+    text, tokens = f'out of memory: {listed}', f'{rows} x {config.block_size} tokens'
+    last = 'a smaller --block_size or --n_embd (another model)'
     try:
         # Measure only if all parameters are unsharded and on this device.
         measurable = all(local_tensor(p) is p and p.device.type == device.type for p in model.parameters())
-        activations, saved = (forward(), {option: size() for option, size in options.items()}) if measurable else (None, {})
+        activations = needed(now) - state if measurable else None
+        saved = [(needed(now) - needed(option), str(option)) for option in options] if measurable else []
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         measurable = False
     if not measurable:
-        return f'{text}, and the activations of {tokens}, not measured: try {", ".join(options) or last}'
-    helpful = sorted(((size, option) for option, size in saved.items() if size > 0.01 * (state + activations)), reverse=True)
+        listed = ', '.join(map(str, options)) or last
+        return f'{text}, and the activations of {tokens}, which could not be measured: try {listed}'
+    helpful = sorted((each for each in saved if each[0] > 0.01 * (state + activations)), reverse=True)
+    listed = ', '.join(f'{option} saves {readable(size)}' for size, option in helpful)
     return f'{text}, activations {readable(activations)} for {tokens}: ' + (
-        ', '.join(f'{option} saves {readable(size)}' for size, option in helpful) or f'all memory options are already on; try {last}')
+        listed or f'all memory options are already on; try {last}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,38 +295,68 @@ class Profile:
     validation, counts toward the later step. With several processes, only one creates a Profile."""
 
     def __init__(self, out_dir, device, first=3, steps=3, say=print):
-        self.out, self.device, self.first, self.steps, self.say, self.done = Path(out_dir) / 'profile', device, first, steps, say, 0
+        self.out, self.device, self.say = Path(out_dir) / 'profile', device, say
+        self.first, self.steps = first, steps
+        self.done = 0  # optimizer steps so far
+        self.old_block = torch.empty(1)  # see step()
         kinds = torch.profiler.ProfilerActivity
         self.profiler = torch.profiler.profile(
-            activities=[kinds.CPU, kinds.CUDA] if device.type == 'cuda' else [kinds.CPU], record_shapes=True, profile_memory=True,
+            activities=[kinds.CPU, kinds.CUDA] if device.type == 'cuda' else [kinds.CPU],
+            record_shapes=True, profile_memory=True,
             schedule=torch.profiler.schedule(wait=first - 1, warmup=1, active=steps, repeat=1))
-        self.profiler.start()
+        with quiet_libraries():
+            self.profiler.start()
 
     def step(self):
         """Call after every optimizer step. Does nothing once the recording is complete."""
         if self.profiler:
             self.done += 1
             if self.done < self.first + self.steps:
-                self.profiler.step()
+                with quiet_libraries():
+                    self.profiler.step()
+                    # torch warns when the first block is freed whose allocation it has not seen. Free one here.
+                    self.old_block = None if self.done == self.first else self.old_block
             else:
                 self.close()
 
     def close(self):
         """Write the recorded profile, unless it is already written."""
-        profiler, self.profiler, steps = self.profiler, None, self.done - self.first
-        if not profiler:
+        if not self.profiler:
             return
-        profiler.stop()
+        profiler, self.profiler = self.profiler, None
+        steps = self.done - self.first
+        with quiet_libraries():
+            profiler.stop()
         if steps < 1:
-            return self.say(f'--profile recorded nothing: the run ended after {self.done} steps, it begins with step {self.first + 1}')
+            return self.say(f'--profile has recorded nothing: it begins with step {self.first + 1}, and the run ended '
+                            f'after step {self.done}')
         self.out.mkdir(parents=True, exist_ok=True)
-        table = operator_table(profiler.key_averages(), self.device, steps)
+        with quiet_libraries():
+            table = operator_table(profiler.key_averages(), self.device, steps)
+            with replacing(self.out / 'trace.json') as file:
+                profiler.export_chrome_trace(file.name)
         with replacing(self.out / 'table.txt') as file:
             file.write(table.encode())
-        with replacing(self.out / 'trace.json') as file:
-            profiler.export_chrome_trace(file.name)
         self.say(f'{table}profile of steps {self.first + 1} to {self.done} in {self.out}: table.txt, and trace.json '
                  'for https://ui.perfetto.dev or chrome://tracing')
+
+
+@contextlib.contextmanager
+def quiet_libraries():
+    """
+    Drops what is written to standard error. The profiler's C++ libraries write lines there that mean nothing to a
+    user ("USDT:...", "[W..."), and have no option that switches all of them off. Exceptions are raised as usual.
+    """
+    sys.stderr.flush()
+    with warnings.catch_warnings(), open(os.devnull, 'wb') as nowhere:
+        warnings.simplefilter('ignore')
+        saved = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def operator_table(averages, device, steps, rows=15):
@@ -277,12 +368,34 @@ def operator_table(averages, device, steps, rows=15):
     def time(e):
         return e.self_device_time_total if gpu else e.self_cpu_time_total
     total = sum(map(time, operators)) or 1
+    slowest = sorted(operators, key=time, reverse=True)[:rows]
+    names = shortened([operator_name(e.key) for e in slowest])
+    width = max(map(len, [*names, 'operator']))
+    gpu_title = f'{"GPU ms":>9s} ' if gpu else ''
     lines = [f'{total / steps / 1e3:.1f} ms of {"GPU" if gpu else "CPU"} time a step:',
-             f'{"operator":40s} {"calls":>7s} {"CPU ms":>9s} ' + f'{"GPU ms":>9s} ' * gpu + f'{"share":>6s} {"MB":>9s}']
-    for e in sorted(operators, key=time, reverse=True)[:rows]:
-        name = 'Python between operators' if e.key.startswith('ProfilerStep') else e.key.removeprefix('autograd::engine::')
+             f'{"operator":{width}s} {"calls":>7s} {"CPU ms":>9s} {gpu_title}{"share":>6s} {"MB":>9s}']
+    for name, e in zip(names, slowest):
         memory = e.self_device_memory_usage if gpu else e.self_cpu_memory_usage
-        lines.append(f'{name[:40]:40s} {e.count / steps:7.0f} {e.self_cpu_time_total / steps / 1e3:9.2f} '
-                     + (f'{e.self_device_time_total / steps / 1e3:9.2f} ' if gpu else '')
-                     + f'{time(e) / total:6.1%} {memory / steps / 1e6:9.2f}')
+        gpu_time = f'{e.self_device_time_total / steps / 1e3:9.2f} ' if gpu else ''
+        lines.append(f'{name:{width}s} {e.count / steps:7.0f} {e.self_cpu_time_total / steps / 1e3:9.2f} {gpu_time}'
+                     f'{time(e) / total:6.1%} {memory / steps / 1e6:9.2f}')
     return '\n'.join(lines) + '\n'
+
+
+def operator_name(key):
+    return 'Python between operators' if key.startswith('ProfilerStep') else key.removeprefix('autograd::engine::')
+
+
+def shortened(names, width=44):
+    """
+    The names, each of at most `width` characters. A long name keeps its start and its end. Long names that are then
+    equal, as of kernels with template arguments, get numbers.
+    """
+    half = (width - 7) // 2
+    short = [name if len(name) <= width else f'{name[:half]}...{name[-half:]}' for name in names]
+    numbers = Counter()
+    for i, name in enumerate(short):
+        if short.count(name) > 1 or numbers[name]:
+            numbers[name] += 1
+            short[i] = f'{name} #{numbers[name]}'
+    return short

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 import bench
 import settings
-from benchmarks import blocks, loop, measure, preparing, tables
+from benchmarks import blocks, loop, measure, preparing, presets, sweep, tables
 from configurator import UserError
 from model import GPT
 
@@ -67,10 +68,9 @@ def written(tmp_path, title, columns):
 
 
 def test_blocks_writes_table_and_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     shape = replace(blocks.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=32)
     monkeypatch.setattr(blocks, 'SHAPES', [(shape, 2, 1)])
-    bench.main(['blocks', '--quick', '--device=cpu'])
+    bench.main(['blocks', '--quick', '--device=cpu', f'--out={tmp_path}'])
     rows = written(tmp_path, 'blocks', [
         'shape', 'block', 'parameters', 'used by a token', 'MFLOP/token', 'packed MB', 'tokens/s', 'spread',
         'ratio to dense', 'low', 'high', 'ratio to swiglu', 'peak GB'])
@@ -80,11 +80,10 @@ def test_blocks_writes_table_and_picture(tmp_path, monkeypatch):
 
 
 def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     shape = replace(blocks.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=2, vocab_size=64)
     monkeypatch.setattr(blocks, 'CONTEXT_SHAPE', shape)
     monkeypatch.setattr(blocks, 'CONTEXTS', (128, 8192))  # --quick leaves the second one out
-    bench.main(['context', '--quick', '--device=cpu'])
+    bench.main(['context', '--quick', '--device=cpu', f'--out={tmp_path}'])
     rows = written(tmp_path, 'context', [
         'context', 'attention tokens/s', 'resonance tokens/s', 'ratio', 'spread', 'attention peak GB', 'resonance peak GB',
         'attention ms/token', 'resonance ms/token'])
@@ -98,12 +97,11 @@ def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
 
 def test_the_end_of_a_candidates_process_is_one_clear_line(monkeypatch):
     shape = replace(blocks.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=3)  # impossible: building it fails
-    with pytest.raises(UserError, match='here: the process of a model has died; without a message above'):
-        measure.side_by_side('here', {'bad': shape}, 1, 1, bench.load(['--device=cpu'], bench.BenchConfig))
+    with pytest.raises(UserError, match='here: the process of a model has died. If there is no message above, it ran out of memory'):
+        measure.side_by_side('here', measure.alike({'bad': shape}, 1), 1, bench.load(['--device=cpu'], bench.BenchConfig))
 
 
 def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     monkeypatch.setattr(loop.os, 'cpu_count', lambda: 2)
     started = []
 
@@ -116,7 +114,7 @@ def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, 
         return [{'tokens_per_s': 1}] * 5 + [{'tokens_per_s': speed}] * 3
     monkeypatch.setattr(loop, 'training_run', training_run)
     monkeypatch.setattr(loop, 'training_lines', training_lines)
-    bench.main(['scaling', '--quick', '--device=cpu'])
+    bench.main(['scaling', '--quick', '--device=cpu', f'--out={tmp_path}'])
     one, two = json.loads(result_file(tmp_path, 'scaling_quick.json').read_text())['rows']
     assert (one['tokens/s'], one['efficiency'], two['tokens/s'], two['efficiency']) == (100, 1, 180, 0.9)
     assert two['of the machine'] == pytest.approx(180 / 190)
@@ -124,7 +122,6 @@ def test_scaling_counts_against_one_process_and_against_separate_ones(tmp_path, 
 
 
 def test_plans_are_set_beside_what_the_runs_take(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
 
     def whole_process(words):
         if '--plan' in words:
@@ -134,18 +131,17 @@ def test_plans_are_set_beside_what_the_runs_take(tmp_path, monkeypatch):
         (out / 'metrics.jsonl').write_text(''.join(json.dumps({'kind': 'train', 'step': i, 'tokens': 4096 * i, 'tokens_per_s': 4096 / i,
                                                                'mem_gb': 1.5}) + '\n' for i in range(1, 15)))
     monkeypatch.setattr(loop, 'whole_process', whole_process)
-    bench.main(['plan', '--quick', '--device=cpu'])
+    bench.main(['plan', '--quick', '--device=cpu', f'--out={tmp_path}'])
     row, _ = json.loads(result_file(tmp_path, 'plan_quick.json').read_text())['rows']
     assert (row['planned GB'], row['GB'], row['planned s/step'], row['s/step']) == (1.2, 1.0, 2.5, 9.5)
     assert row['planned/measured GB'] == pytest.approx(1.2) and row['planned/measured s'] == pytest.approx(2.5 / 9.5)
 
 
 def test_the_loop_is_timed_on_a_real_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     lines = [{'kind': 'train', 'step': step, 'tokens_per_s': 4096.0, 'loader_wait': 0.01} for step in range(6)]
     monkeypatch.setattr(loop, 'training_run', lambda *words: None)
     monkeypatch.setattr(loop, 'training_lines', lambda *words: lines)
-    bench.main(['loop', '--repeats=2', '--device=cpu'])
+    bench.main(['loop', '--repeats=2', '--device=cpu', f'--out={tmp_path}'])
     rows = {row['what']: row for row in json.loads(result_file(tmp_path, 'loop.json').read_text())['rows']}
     assert rows['step']['ms'] == 1000 and rows['waiting for a batch']['ms'] == 10
     assert all(row['percent of the time'] == pytest.approx(row['ms'] / 10 / row['every steps']) for row in rows.values())
@@ -168,23 +164,37 @@ def test_a_thousand_shards_are_opened_for_nothing(tmp_path):
     assert (row['files'], row['tokens']) == (1000, 990 * 100 * 32_768)
 
 
+def test_what_a_user_measures_goes_to_a_folder_that_git_ignores():
+    out = bench.load([], bench.BenchConfig).out
+    ignored = subprocess.run(['git', 'check-ignore', '-q', f'{out}/a-machine/blocks.json'], cwd=measure.ROOT)
+    assert ignored.returncode in (0, 128)  # 128: no git
+    assert out != tables.RESULTS.name
+
+
+def test_progress_says_how_much_is_done_and_the_time_left(monkeypatch, capsys):
+    times = iter([0, 10, 20, 40])
+    monkeypatch.setattr(measure.time, 'monotonic', lambda: next(times))
+    progress = measure.Progress('rounds', 4)
+    for _ in range(3):
+        progress.step()
+    assert capsys.readouterr().err == 'rounds: 3 of 4, 13.3 s left\n'  # a file gets a line every half minute
+
+
 SMALL = replace(blocks.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=96)
 
 
 def test_amp_measures_each_precision_that_there_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     monkeypatch.setattr(blocks, 'SHAPES', [(SMALL, 2, 1)] * 2)
-    bench.main(['amp', '--quick', '--device=cpu'])
+    bench.main(['amp', '--quick', '--device=cpu', f'--out={tmp_path}'])
     rows = json.loads(result_file(tmp_path, 'amp_quick.json').read_text())['rows']
     assert [row['precision'] for row in rows] == ['float32', 'bfloat16'] and rows[0]['ratio to float32'] == 1  # once, on a CPU
     assert all(row['tokens/s'] > 0 and 0.05 < row['peak GB'] < 5 for row in rows)
 
 
 def test_decode_times_prefill_and_tokens_of_every_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     monkeypatch.setattr(blocks, 'SHAPES', [(SMALL, 2, 1)] * 2)
     monkeypatch.setattr(blocks, 'variants', lambda shape: {'dense': shape, 'none': replace(shape, ffn='none')})
-    bench.main(['decode', '--quick', '--device=cpu'])
+    bench.main(['decode', '--quick', '--device=cpu', f'--out={tmp_path}'])
     rows = json.loads(result_file(tmp_path, 'decode_quick.json').read_text())['rows']
     assert [row['block'] for row in rows] == ['dense', 'none']
     assert all(row['prefill tokens/s'] > 0 and row['decode tokens/s'] > 0 for row in rows)
@@ -192,15 +202,14 @@ def test_decode_times_prefill_and_tokens_of_every_block(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('limit, per_row', [(4.05, 0.1), (1.05, 0.1), (1.05, 0.4), (100.0, 0.01)])
 def test_the_largest_batch_is_found_to_a_sixteenth_without_trying_what_cannot_fit(tmp_path, monkeypatch, limit, per_row):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     tried = []
 
-    def two_steps(model, rows, device, dtype):
+    def two_steps(model, rows, device, dtype, options):
         tried.append(rows)
         return 0.6 + per_row * rows
-    monkeypatch.setattr(blocks, 'two_steps', two_steps)
-    monkeypatch.setattr(blocks, 'ProcessPoolExecutor', SamePool)
-    bench.main(['batch', f'--card_gb={limit}', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
+    monkeypatch.setattr(presets, 'two_steps', two_steps)
+    monkeypatch.setattr(presets, 'ProcessPoolExecutor', SamePool)
+    bench.main(['batch', f'--card_gb={limit}', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}", f'--out={tmp_path}'])
     row, = json.loads(result_file(tmp_path, 'batch.json').read_text())['rows']
     most = int((limit - 0.6) / per_row + 1e-6)
     assert row['largest batch'] <= most < row['largest batch'] + max(1, row['largest batch'] // 16)
@@ -208,23 +217,68 @@ def test_the_largest_batch_is_found_to_a_sixteenth_without_trying_what_cannot_fi
 
 
 def test_a_batch_that_is_out_of_memory_is_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
-    monkeypatch.setattr(blocks, 'ProcessPoolExecutor', SamePool)
-    monkeypatch.setattr(blocks, 'two_steps', lambda model, rows, *rest: None if rows > 5 else 0.1)
-    bench.main(['batch', '--card_gb=1', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
+    monkeypatch.setattr(presets, 'ProcessPoolExecutor', SamePool)
+    monkeypatch.setattr(presets, 'two_steps', lambda model, rows, *rest: None if rows > 5 else 0.1)
+    bench.main(['batch', '--card_gb=1', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}", f'--out={tmp_path}'])
     assert json.loads(result_file(tmp_path, 'batch.json').read_text())['rows'][0]['largest batch'] == 5
-    monkeypatch.setattr(blocks, 'two_steps', lambda model, rows, *rest: None)
+    monkeypatch.setattr(presets, 'two_steps', lambda model, rows, *rest: None)
     with pytest.raises(UserError, match='not even one sequence of 256 tokens fits'):
-        bench.main(['batch', '--card_gb=1', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}"])
+        bench.main(['batch', '--card_gb=1', '--device=cpu', f"--model={measure.ROOT / 'config' / 'trix_tiny.py'}", f'--out={tmp_path}'])
 
 
 def test_two_real_steps_tell_their_peak_and_running_out_of_memory(monkeypatch):
-    assert 0.05 < blocks.two_steps(SMALL, 2, 'cpu', 'auto') < 5
+    assert 0.05 < presets.two_steps(SMALL, 2, 'cpu', 'auto', settings.load([])) < 5
 
-    def no_memory(*words):
+    def no_memory(*words, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-    monkeypatch.setattr(blocks, 'training_step', no_memory)
-    assert blocks.two_steps(SMALL, 2, 'cpu', 'auto') is None
+    monkeypatch.setattr(presets, 'training_step', no_memory)
+    assert presets.two_steps(SMALL, 2, 'cpu', 'auto', settings.load([])) is None
+
+
+def test_batch_has_the_activation_checkpointing_and_the_optimizer_of_the_config_file(tmp_path, monkeypatch):
+    (tmp_path / 'x.py').write_text("activation_checkpointing = True\noptimizer = 'muon'\nbatch_size = 1\n")
+    monkeypatch.setattr(presets, 'ProcessPoolExecutor', SamePool)
+    seen = []
+    monkeypatch.setattr(presets, 'two_steps', lambda *words: seen.append(words[-1]) or 2.0)
+    with pytest.raises(UserError, match='not even one sequence'):
+        bench.main(['batch', '--card_gb=1', '--device=cpu', f"--model={tmp_path / 'x.py'}", f'--out={tmp_path}/out'])
+    assert (seen[0].activation_checkpointing, seen[0].optimizer) == (True, 'muon')
+    model, step = measure.training_step(SMALL, 2, torch.device('cpu'), torch.float32, options=settings.load(['--activation_checkpointing=true']))
+    assert model.activation_checkpointing and not measure.training_step(SMALL, 2, torch.device('cpu'), torch.float32)[0].activation_checkpointing
+
+
+def test_steps_measures_one_change_at_a_time_and_counts_tokens(tmp_path, monkeypatch):
+    (tmp_path / 'x.py').write_text("mixer = 'resonance'\nchunk_size = 64\nblock_size = 128\nbatch_size = 4\n")
+    seen = {}
+
+    def side_by_side(title, candidates, repeats, config):
+        seen.update(candidates)
+        name = list(candidates)[-1]
+        if name == 'batch_size=8':
+            raise UserError('a process has died')
+        return {'base': [2.0, 2.0], name: [4.0 if name == 'compile' else 2.0] * 2}, dict.fromkeys(candidates, 0.5)
+    monkeypatch.setattr(presets, 'side_by_side', side_by_side)
+    bench.main(['steps', '--device=cpu', f"--model={tmp_path / 'x.py'}", f'--out={tmp_path}/out'])
+    rows = {row['change']: row for row in json.loads(result_file(tmp_path / 'out', 'steps_x.json').read_text())['rows']}
+    assert list(rows) == ['base', 'compile', 'activation checkpointing on', 'chunk_size=16', 'batch_size=2', 'batch_size=8: out of memory']
+    assert (rows['base']['tokens/s'], rows['compile']['ratio'], rows['batch_size=2']['ratio']) == (256, 0.5, 0.5)
+    assert rows['batch_size=8: out of memory']['ratio'] == '' and seen['chunk_size=16'].shape.chunk_size == 16
+    base, on = seen['base'], seen['activation checkpointing on']
+    assert (base.dtype, base.compile, base.options.activation_checkpointing, on.options.activation_checkpointing) == ('float32', 'false', False, True)
+
+
+def test_the_memory_table_has_every_batch_precision_and_card(tmp_path, monkeypatch):
+    def estimate(run, kind, dtype):
+        assert kind == 'cuda' and run.n_layer == 12
+        size = 1e9 if dtype == torch.float32 else 0.5e9
+        return lambda rows, checkpointing: {**dict.fromkeys(('parameters', 'gradients', 'buffers', 'copies', 'loss'), 0.5e9), 'optimizer': 1e9,
+                                            'activations': rows * size / (4 if checkpointing else 1)}
+    monkeypatch.setattr(presets.plan, 'estimate', estimate)
+    bench.main(['memory', f"--model={measure.ROOT / 'config' / 'wikitext_medium.py'}", '--device=cpu', f'--out={tmp_path}'])
+    rows = json.loads(result_file(tmp_path, 'memory_wikitext_medium.json').read_text())['rows']
+    found = {(row['batch'], row['precision'], row['checkpointing']): (row['total GB'], row['fits on']) for row in rows}
+    assert len(found) == 12 and found[8, 'fp32', 'off'] == (11.5, '12, 16, 24 GB') and found[32, 'fp32', 'off'] == (35.5, 'none')
+    assert found[16, 'fp16', 'on'] == (5.5, '8, 12, 16, 24 GB')
 
 
 class SamePool:
@@ -241,6 +295,78 @@ class SamePool:
 
     def submit(self, function, *words):
         return type('Done', (), {'result': staticmethod(lambda: function(*words))})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A sweep
+
+@pytest.fixture
+def sweeping(tmp_path, monkeypatch):
+    """sweep(...) in an empty directory, with runs that only write their files. `started` lists their command lines."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'x.py').write_text('n_layer = 1\neval_interval = 5\nmax_steps = 10\n')
+    monkeypatch.setattr('benchmarks.quality.open_dataset', lambda config: SimpleNamespace(fingerprint='data'))
+    started = []
+
+    def run_train(words, **options):
+        run = settings.load(words)
+        started.append((run.learning_rate, run.ffn, run.seed))
+        out = Path(run.out_dir)
+        out.mkdir(parents=True)
+        state = 'diverged' if run.learning_rate > 1 else 'finished'
+        (out / 'config.json').write_text(json.dumps({**run.as_dict(), 'data_fingerprint': 'data'}))
+        (out / 'status.json').write_text(json.dumps({'state': state}))
+        loss = abs(run.learning_rate - 3e-3) + (0.5 if run.ffn == 'gelu' else 0) + run.seed / 1e6
+        lines = [{'kind': 'eval', 'step': 5 * i, 'tokens': 100 * i, 'loss': 5 - i + loss} for i in range(3)]
+        lines.append({'kind': 'train', 'step': 10, 'tokens': 200, 'loss': 3, 'tokens_per_s': 1000.0})
+        (out / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        return 3 if state == 'diverged' else 0
+    monkeypatch.setattr(sweep, 'run_train', run_train)
+    return started
+
+
+def test_a_sweep_runs_the_grid_once_and_names_the_winner(sweeping, capsys, tmp_path):
+    words = ['sweep', 'x.py', '--learning_rate=1e-3,3e-3,2', '--ffn=gelu,swiglu', '--n_embd=32', '--device=cpu', '--seeds=2']
+    bench.main(words)
+    assert sweeping == [(rate, ffn, seed) for seed in (1337, 1) for rate in (1e-3, 3e-3, 2) for ffn in ('gelu', 'swiglu')]
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1] == 'python train.py x.py --n_embd=32 --device=cpu --learning_rate=3e-3 --ffn=swiglu'
+    assert 'run 12 of 12: learning_rate=2 ffn=swiglu, seed 1, about' in output and 'is best, 0.0020 nats a token before' in output
+    result = json.loads(result_file(tmp_path / 'runs' / 'bench', 'sweep_x.json').read_text())
+    first, *_, last = result['rows']
+    assert (first['learning_rate'], first['ffn'], first['runs'], first['state']) == ('3e-3', 'swiglu', 2, 'finished')
+    assert first['loss'] == pytest.approx(3 + (1337 + 1) / 2e6) and last['state'] == 'diverged' and last['loss'] == ''
+    picture = result_file(tmp_path / 'runs' / 'bench', 'sweep_x.png').read_bytes()
+    assert picture.startswith(b'\x89PNG') and len(picture) > 5000
+    sweeping.clear()
+    bench.main([word for word in words if 'rate' not in word] + ['--learning_rate=1e-3,3e-3'])  # in another order
+    assert not sweeping and capsys.readouterr().out.count('finished already') == 8  # what exists is used
+
+
+def test_a_sweep_keeps_to_its_minutes_and_goes_on_later(sweeping, monkeypatch, capsys):
+    clock = iter(range(0, 100_000, 40))  # each look at the clock is 40 s later
+    monkeypatch.setattr(sweep.time, 'monotonic', lambda: next(clock))
+    words = ['sweep', 'x.py', '--learning_rate=1e-3,2e-3,3e-3,4e-3', '--device=cpu']
+    bench.main([*words, '--minutes=3'])
+    assert [rate for rate, *_ in sweeping] == [1e-3, 2e-3]
+    output = capsys.readouterr().out
+    assert '2 of 4 runs were not started within --minutes=3' in output and 'not run' in output
+    bench.main(words)
+    assert [rate for rate, *_ in sweeping] == [1e-3, 2e-3, 3e-3, 4e-3]
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--learning_rate=1e-3'], 'nothing to sweep: give an option several values'),
+    (['--learning_rate=1e-3,-1'], 'learning_rate=-1.0 must be over 0'),
+    (['--learnig_rate=1,2'], "unknown key 'learnig_rate', did you mean 'learning_rate'"),
+    (['--vocab_size=300,400'], 'a sweep compares losses per token'),
+    (['--n_layer=1,2', '--eval_interval=0'], 'eval_interval=0: a sweep compares validation losses'),
+    (['--n_layer=1,2', '--seed=3'], 'a sweep sets seed of its runs itself'),
+    (['--n_layer=1,2', '--seeds=0'], 'seeds=0 must be at least 1')], ids=str)
+def test_a_sweep_refuses_mistakes_before_the_first_run(sweeping, words, message):
+    with pytest.raises(UserError, match=message):
+        bench.main(['sweep', 'x.py', *words])
+    assert not sweeping
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,8 +441,10 @@ def test_a_table_that_cannot_be_filled_is_one_line_and_leaves_the_page_alone(sma
 
 
 def test_a_report_prints_the_table_that_the_page_shows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path)
     rows = [{'name': 'a', 'seconds': 0.123456, 'tokens': 4096}]
-    measure.report('head', rows, bench.load(['--device=cpu'], bench.BenchConfig))
-    assert capsys.readouterr().out == f'\n{tables.markdown(rows)}\n'
-    assert json.loads(result_file(tmp_path, 'head.json').read_text())['rows'] == rows
+    measure.report('head', rows, bench.load(['--device=cpu', f'--out={tmp_path}'], bench.BenchConfig))
+    file = result_file(tmp_path, 'head.json')
+    assert capsys.readouterr().out == f'\n{tables.markdown(rows)}\nwritten to {file}\n'
+    result = json.loads(file.read_text())
+    assert result['rows'] == rows and result['hardware']['matmul dtype'] == 'float32'
+    assert result['hardware']['matmul TFLOP/s'] > 1e-4 and 0.5 < result['hardware']['memory GB'] < 1e5

@@ -105,7 +105,7 @@ def test_any_corpus_is_packed_as_rows_validated_shown_and_split(packed, monkeypa
     assert re.search('sequences +(.*)', said)[1] == '1,200' and re.search('format +(.*)', said)[1] == 'bin'
     run('show', 'rows', '--n=2')
     said = capsys.readouterr().out
-    assert said.count('--- row') == 2 and 'résumé' in said and (packed / 'data_rows.png').read_bytes()[1:4] == b'PNG'
+    assert said.count('--- row') == 2 and 'résumé' in said and (packed / 'runs' / 'data_rows.png').read_bytes()[1:4] == b'PNG'
     run('split', 'rows/train', 'again', '--val_ratio=0.4')
     assert len(meta(packed / 'again')['files']['train']) == 5 and shards.open_data(packed / 'again', 1024, 300).tokenizer is None
     for words, message in ((['split', 'rows/train', 'new', '--val_ratio=1'], '--val_ratio=1'),

@@ -10,7 +10,6 @@ import bench
 import checkpoint
 from benchmarks import deployed
 import evaluate
-from benchmarks import measure
 from configurator import UserError
 from model import GPT, GPTConfig
 from runs import arguments, finish
@@ -23,7 +22,6 @@ def rows_of(tmp_path, name):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path / 'results')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -37,7 +35,7 @@ def test_a_conversion_is_followed_from_the_dense_model_to_the_recovered_one(corp
         code, said = finish(arguments(corpus, here / out, '--ffn=gelu', '--dropout=0', '--sample_interval=0', '--max_steps=200'))
         assert code == 0, said
     monkeypatch.setattr(deployed, 'ensure_trained', trained)
-    bench.main(['convert', '--repeats=1', '--device=cpu'])
+    bench.main(['convert', '--repeats=1', '--device=cpu', f'--out={here}/results'])
     rows = rows_of(here, 'convert')
     assert [name.split(':')[0] for name in rows] == ['dense'] + 5 * ['trix'] + 2 * ['bitnet_ffn'] + 2 * ['bitnet']
     dense, cut, recovered = rows['dense'], rows['trix: cut into 8 tiles'], rows['trix: recovered']
@@ -66,7 +64,7 @@ def test_llama_cpp_and_packed_models_decode_in_turn(here, monkeypatch):
     small = GPTConfig(n_embd=256, n_layer=1, n_head=4, d_ff=256, vocab_size=600, ffn='swiglu', linear='bitnet')
     shapes = {'BitNet': small, 'TriX, as wide': replace(small, ffn='trix', trix_hidden=128, act_bits=8)}
     monkeypatch.setattr(deployed, 'shapes', lambda: shapes)
-    bench.main(['peers', '--llama_cpp', '--repeats=1', '--device=cpu'])
+    bench.main(['peers', '--llama_cpp', '--repeats=1', '--device=cpu', f'--out={here}/results'])
     rows = rows_of(here, 'peers_llama_cpp')
     assert list(rows) == ['BitNet fp32', 'BitNet packed', 'llama.cpp TQ2_0', 'llama.cpp F16', 'TriX, as wide packed']
     assert rows['llama.cpp TQ2_0']['ratio'] == 1 and all(row['tokens/s'] > 0 and row['prompt tokens/s'] > 0 for row in rows.values())

@@ -24,6 +24,28 @@ def test_mfu_is_unknown_where_the_peak_is():
     assert hardware.peak_flops(torch.device('cpu'), torch.float32) is None
 
 
+@pytest.mark.parametrize('name, key', [
+    ('NVIDIA GeForce RTX 3060', 'RTX 3060'), ('NVIDIA A100-SXM4-80GB', 'A100'), ('NVIDIA A100-PCIE-40GB', 'A100'), ('Tesla T4', 'T4'),
+    ('NVIDIA H100 80GB HBM3', 'H100'), ('NVIDIA H100 PCIe', 'H100 PCIe'), ('Tesla V100-SXM2-16GB', 'V100'), ('NVIDIA Thor', 'Jetson AGX Thor'),
+    ('Tesla V100-PCIE-32GB', 'V100 PCIe'), ('NVIDIA RTX A6000', 'RTX A6000'), ('NVIDIA A10G', 'A10G'), ('rtx3060', 'RTX 3060'),
+    ('4060ti 16 GB', 'RTX 4060 Ti'), ('NVIDIA GeForce RTX 4070 Ti', None), ('NVIDIA GeForce RTX 3060 Laptop GPU', None),
+    ('NVIDIA GH200 480GB', None), ('', None)])
+def test_a_card_is_found_by_its_whole_name_alone(name, key):
+    assert hardware.find_card(name) == key
+    if key and len(hardware.CARDS[key].gb) == 1:
+        assert hardware.choose_card(name) == (key, hardware.CARDS[key].gb[0])
+
+
+def test_the_peak_of_a_gpu_is_that_of_its_precision(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA A100-SXM4-80GB')
+    cuda = torch.device('cuda')
+    assert hardware.peak_flops(cuda, torch.bfloat16) == 312e12 and hardware.peak_flops(cuda, torch.float32) == 19.5e12
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'high')
+    assert hardware.peak_flops(cuda, torch.float32) == 156e12  # TF32
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Tesla T4')
+    assert hardware.peak_flops(cuda, torch.bfloat16) is hardware.peak_flops(cuda, torch.float32) is None
+
+
 def test_a_missing_device_is_refused():
     with pytest.raises(UserError, match='--device=cuda: torch .* finds no such device here; use --device=cpu'):
         hardware.resolve('cuda', 'auto')

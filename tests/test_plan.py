@@ -157,7 +157,8 @@ def rows_of(text):
 
 def test_the_page_for_another_card_has_the_figures_computed_by_hand(quick, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    text = planned(capsys, '--max_steps=1000', '--eval_interval=100', '--eval_tokens=3840', '--card_gb=16', '--dtype=float32')
+    text = planned(capsys, '--max_steps=1000', '--eval_interval=100', '--eval_tokens=3840', '--card=T4', '--dtype=float16',
+                   '--mandatory_steps=125', '--price=0.5')
     C, V, T = 16, 300, 32
     total, flops = V * C + 12 * C * C + 3 * C, 6 * (V * C + 12 * C * C) + 12 * C * T
     assert f'{total:,} parameters, {total:,} active (used by a token), {V * C:,} in embeddings (tied to the head)' in text
@@ -168,9 +169,17 @@ def test_the_page_for_another_card_has_the_figures_computed_by_hand(quick, tmp_p
     assert rows['1'][1:] == ['5.0 GB', 'fits', '4.2 GB', 'fits'] and rows['16'][1:] == ['20.0 GB', 'does not fit', '8.0 GB', 'fits']
     assert rows['4'][0] == '4 (this run)' and 'what to change' not in text
     seconds = flops * 128_000 * (1 + 11 * 1280 / 128_000) / (0.35 * 65e12)
-    assert f'T4 {plan.duration(seconds)}' in text and 'as agreed' not in text
+    assert 'plan for T4 with 16 GB, float16; this card is not in this machine' in text
+    assert f'{plan.duration(seconds)} in all, with 11 validations' in text and 'as agreed' not in text
+    hours = seconds / 3600
+    assert f'cost: {plan.number(hours / 2)} = {plan.number(hours)} h x 0.5 an hour\n' in text
+    table = {line.split()[0]: line.split() for line in text[text.index('    hours'):].splitlines()[1:]}
+    assert list(table) == ['0', '50', '125', '250', '500', '750', '999', '1,000']  # corners, quarters, mandatory steps
+    assert table['250'][3:] == [plan.number(hours / 4), plan.number(hours / 8), '1/4', 'of', 'the', 'run']
+    assert table['125'][5:] == ['mandatory', 'checkpoint'] and table['1,000'][-1] == 'end'
     size = 12 * total  # weights and two moments
-    assert f'5 checkpoints at most (keep=3, the best, one being written) of {readable(size)} = {readable(5 * size)} in runs/default' in text
+    assert (f'6 checkpoints at most (keep=3, the best, 1 permanent, one being written) of {readable(size)} = {readable(6 * size)} '
+            'in runs/default') in text
     assert 'learning rate, schedule=cosine' in text and not list(tmp_path.iterdir())
 
 
@@ -199,10 +208,13 @@ def test_what_to_change_is_said_with_numbers_and_is_accepted(quick, capsys, monk
     assert 'of 6.5 GB of a card of 6.5 GB: DOES NOT FIT' in text
     said = [line.strip() for line in text[text.index('what to change:'):].splitlines()[1:] if line.startswith('  --')]
     assert '--batch_size=2 --batch_tokens=128 (same results): 6.0 GB, fits' in said
+    assert '--parallel=fsdp (on 8 devices, same results): 4.5 GB, fits' in said
     assert '--activation_checkpointing=true (same results, slower): 5.0 GB, fits' in said
-    assert '--parallel=fsdp on 8 devices (same results): 4.5 GB, fits' in said
+    assert '--dtype=bfloat16 (faster, rounds more): 6.0 GB, fits' in said
+    assert '--batch_size=2 --batch_tokens=128 --activation_checkpointing=true (same results, slower): 4.5 GB, fits' in said
     for line in said:
-        train.load([*TINY, *shlex.split(line.split(':')[0].split(' (')[0].split(' on ')[0])])
+        train.load([*TINY, *shlex.split(line.split(' (')[0])])
+    assert 'time: unknown, because --card_gb gives the memory of a card alone' in text and '    hours' not in text
     assert 'or a smaller model' in planned(capsys, '--card_gb=0.1') and 'or a smaller model' not in text
 
 
@@ -222,6 +234,30 @@ def test_a_directory_whose_preparation_was_interrupted_is_left_as_it_is(quick, t
 def test_a_disk_without_room_is_named(quick, capsys, monkeypatch):
     monkeypatch.setattr(plan, 'free_bytes', lambda path: 1000)
     assert '1.0 kB are free: NOT ENOUGH' in planned(capsys)
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--card=RTX 3070'], '--card=RTX 3070: this card is not in the table. The nearest names are .*RTX 3080'),
+    (['--card=A100'], '--card=A100: A100 comes with 40 or 80 GB. Say which: --card="A100 40GB"'),
+    (['--card=T4', '--dtype=bfloat16'], '--dtype=bfloat16: T4 does not have it; use --dtype=float16')], ids=str)
+def test_a_card_that_is_unknown_or_cannot_do_it_is_refused_with_what_to_write(words, message):
+    with pytest.raises(UserError, match=message):
+        plan.find_target(train.load(['--plan', *words]))
+
+
+@pytest.mark.parametrize('key', ['--card=T4', '--card_gb=16', '--price=1'])
+def test_options_of_a_plan_are_refused_without_one(key):
+    with pytest.raises(UserError, match='is for --plan'):
+        train.load([key])
+
+
+def test_a_card_with_another_memory_keeps_its_speed_and_a_precision_has_its_own():
+    plain, larger, tf32, fp32, apple = (plan.find_target(train.load(['--plan', *words])) for words in (
+        ['--card=RTX 3060'], ['--card=RTX 3060', '--card_gb=24'], ['--card=RTX 3060', '--dtype=tf32'],
+        ['--card=A100 80GB', '--dtype=float32'], ['--card=Apple M2 Max', '--card_gb=64']))
+    assert (plain.memory_limit, plain.dtype, plain.half, plain.speed) == (12e9, torch.bfloat16, torch.bfloat16, 0.35 * 25.5e12)
+    assert (larger.memory_limit, larger.speed) == (24e9, plain.speed) and (tf32.dtype, tf32.speed) == (torch.float32, 0.35 * 12.7e12)
+    assert (fp32.memory_limit, fp32.speed) == (80e9, 0.35 * 19.5e12) and (apple.dtype, apple.half) == (torch.float32, None)
 
 
 @pytest.mark.parametrize('gb', ['-1', 'inf'])

@@ -10,7 +10,7 @@ import torch
 
 import bench
 import train
-from benchmarks import measure, quality
+from benchmarks import quality
 from benchmarks.measure import whole_process
 from configurator import UserError
 from model import GPTConfig
@@ -106,7 +106,6 @@ def test_runs_have_the_length_of_the_preset_or_of_tokens(preset, words, steps):
 
 
 def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path / 'results')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quality, 'ensure_trained', lambda words: codes.append(finish(words)[0]))
     monkeypatch.setattr(quality, 'side_by_side', lambda *words: ({'relu2': [1.0, 1.0], 'gelu': [2.0, 2.0]}, {}))
@@ -115,7 +114,7 @@ def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
     small = ('dense_tiny.py', quality.SOURCE, '--dataset=data/x', '--vocab_size=300', '--n_layer=1', '--n_embd=16', '--n_head=2', '--block_size=16',
              '--batch_size=4', '--batch_tokens=64', '--compile=false')
     monkeypatch.setattr(quality, 'PRESETS', {'ffn': {'relu2': (*small, '--ffn=relu2'), 'gelu': small}})
-    bench.main(['quality', '--tokens=1280', '--seeds=2', '--match=params', '--repeats=1', '--device=cpu'])
+    bench.main(['quality', '--tokens=1280', '--seeds=2', '--match=params', '--repeats=1', '--device=cpu', f'--out={tmp_path}/results'])
     assert codes == [0] * 4
     folder, = (tmp_path / 'results').iterdir()
     result = json.loads((folder / 'quality_ffn_params.json').read_text())
@@ -130,19 +129,19 @@ def test_quality_trains_evaluates_ranks_and_draws(tmp_path, monkeypatch):
 
 def test_a_run_that_was_made_with_other_options_is_not_taken_for_this_one(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(quality.subprocess, 'run', lambda words: started.append(words) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(quality, 'run_train', lambda words: started.append(words) or 0)
     words = ['--n_embd=64', f'--out_dir={tmp_path}', '--device=cpu']
     (tmp_path / 'config.json').write_text(json.dumps({**train.load(words).as_dict(), 'device': 'cuda', 'data_fingerprint': 'x'}))
     quality.ensure_trained(words)
     assert len(started) == 1
-    with pytest.raises(UserError, match='has a run with other options .learning_rate, seed.: move it away'):
+    with pytest.raises(UserError, match='has a run with other options .learning_rate, seed.. Move it away'):
         quality.ensure_trained([*words, '--learning_rate=0.5', '--seed=7'])
     assert len(started) == 1
 
 
 def test_a_finished_run_is_not_started_again_unless_the_data_has_changed(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(quality.subprocess, 'run', lambda words: started.append(words) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(quality, 'run_train', lambda words: started.append(words) or 0)
     monkeypatch.setattr(quality, 'open_dataset', lambda config: SimpleNamespace(fingerprint='now'))
     words = ['--n_embd=64', f'--out_dir={tmp_path}']
     for fingerprint, state, times in (('now', 'finished', 0), ('now', 'stopped', 1), ('before', 'finished', 1)):
@@ -181,7 +180,6 @@ class GPT(torch.nn.Module):
 
 
 def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, 'RESULTS', tmp_path / 'results')
     monkeypatch.chdir(tmp_path)
     data = prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x')
     (tmp_path / 'nano').mkdir()
@@ -197,7 +195,7 @@ def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(
         (out / 'metrics.jsonl').write_text(''.join(json.dumps({'kind': 'eval', 'step': i, 'tokens': 1000 * i, 'loss': loss}) + '\n'
                                                    for i, loss in enumerate(next(losses))))
     monkeypatch.setattr(quality, 'ensure_trained', trained)
-    config = bench.load(['peers', f"--nanogpt={tmp_path / 'nano'}", '--seeds=2', '--device=cpu'], bench.BenchConfig, positional=('command',))
+    config = bench.load(['peers', f"--nanogpt={tmp_path / 'nano'}", '--seeds=2', '--device=cpu', f'--out={tmp_path}/results'], bench.BenchConfig, positional=('command',))
     quality.race(config, quality.TokenData(data, 16, 300), {'nanoGPT': 2e-3, 'ours': 1e-3, 'speedrun_tiny': 1e-3})
     folder, = (tmp_path / 'results').iterdir()
     result = json.loads((folder / 'peers_race.json').read_text())

@@ -211,8 +211,8 @@ def test_the_picture_is_a_file_of_its_own_and_the_data_stay_as_they_are(tmp_path
     before = {file: file.read_bytes() for file in path.iterdir()}
     monkeypatch.chdir(tmp_path)
     text, out = said(show.show, path, n=1)
-    assert out == Path('data_my$data.png') and out.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
-    assert text.endswith('picture: data_my$data.png')
+    assert out == Path('runs/data_my$data.png') and out.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+    assert text.endswith('picture: runs/data_my$data.png')
     (path / '.verified.json').unlink()  # says that the bins were read and found right
     assert {file: file.read_bytes() for file in path.iterdir()} == before and not list(tmp_path.glob('*.tmp'))
 

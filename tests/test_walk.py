@@ -42,7 +42,7 @@ COMMANDS = {  # name: (its main, words, what it makes in the place {d})
     'prepare pack': (prepare, ['pack', '--dataset={d}/data', '--row=32', '--rows_per_shard=100', '--out={d}/out'], 'out/meta.json'),
     'prepare split': (prepare, ['split', '{d}/rows', '{d}/out', '--val_ratio=0.3'], 'out/meta.json'),
     'prepare validate': (prepare, ['validate', '{d}/rows'], ''),
-    'prepare show': (prepare, ['show', '{d}/data'], 'data_data.png'),
+    'prepare show': (prepare, ['show', '{d}/data'], 'runs/data_data.png'),
     'prepare recommend': (prepare, ['recommend', '{d}/rows'], ''),
     'prepare join': (prepare, ['join', '{d}/shards'], 'shards/meta.json'),
     'sample': (sample, ['{d}/run', '--prompt=aé', '--num=2', '--max_new_tokens=20'], ''),

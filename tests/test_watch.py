@@ -445,9 +445,9 @@ def test_runs_are_compared_in_one_picture_and_one_page(drawn, tmp_path, monkeypa
     lines = [train_line(step, loss=3.0, tokens_per_s=4096.0) for step in range(10, 110, 10)]
     other = make(tmp_path / 'other', lines, options={**OPTIONS, 'learning_rate': 0.125})
     watch.main([str(drawn), str(other), '--plot', '--report'])
-    assert 'wrote compare.png\nwrote compare.html' in capsys.readouterr().out
-    assert blue('compare.png') > 1000 and pixels('compare.png', 255, 127, 14) > 300  # a curve of each
-    text = check_page(tmp_path / 'compare.html').text
+    assert 'wrote runs/compare.png\nwrote runs/compare.html' in capsys.readouterr().out
+    assert blue('runs/compare.png') > 1000 and pixels('runs/compare.png', 255, 127, 14) > 300  # a curve of each
+    text = check_page(tmp_path / 'runs' / 'compare.html').text
     assert text.count('svg') == 0 and '0.125' in text and 'learning_rate' in text and 'batch_tokens' not in text  # that is the same
     axes = Figure().subplots()
     watch.panels([watch.Run(drawn), watch.Run(other)])['training loss over time'](axes)
@@ -480,7 +480,7 @@ def test_runs_on_different_data_are_compared_by_bits_per_byte_alone(tmp_path, ca
 def test_the_schedule_of_a_config_is_drawn_before_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     watch.main([str(ROOT / 'config/trix_tiny.py'), '--plot', '--max_steps=50', '--warmup_steps=10'])
-    assert capsys.readouterr().out == 'wrote schedule.png\n' and blue('schedule.png') > 500
+    assert capsys.readouterr().out == 'wrote runs/schedule.png\n' and blue('runs/schedule.png') > 500
     with pytest.raises(UserError, match="did you mean 'learning_rate'"):
         watch.main([str(ROOT / 'config/trix_tiny.py'), '--plot', '--learnig_rate=1'])
 

@@ -1,7 +1,7 @@
 # The smallest of three sizes in the plan for TriX (a sparse, ternary FFN): 2,033,024 parameters. 0.8M are in ternary
 # tiles. Each token uses a quarter of the tiles. The run trains on 5M tokens of Python's own standard library and takes
 # about 15 minutes on two CPU cores. The dense twin is config/dense_tiny.py.
-# `--dataset=fineweb_edu` sets the plan's corpus. config/recipes/source.py sets the plan's recipe.
+# `--dataset=fineweb_edu` sets the plan's corpus. config/recipes/trix_tiny_source.py sets the plan's whole run.
 ffn = 'trix'
 n_layer, n_head, n_embd = 3, 4, 128
 block_size, vocab_size = 256, 8192

@@ -7,7 +7,7 @@ n_layer, n_head, n_embd = 8, 16, 1024  # n_head is for the attention twin: heads
 num_frequencies, chunk_size = 128, 256
 block_size, vocab_size = 32_768, 50_257  # GPT-2's vocabulary
 
-dataset = 'shards:data/shards'
+dataset, tokenizer = 'shards:data/shards', 'gpt2'  # --tokenizer=none: no samples, no bits per byte
 batch_size = 4
 batch_tokens = 4 * batch_size * block_size  # 4 micro-steps
 max_steps = 100_000_000 // batch_tokens  # under an hour at the original's 35,000 tokens a second

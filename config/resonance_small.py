@@ -1,15 +1,15 @@
 # The smallest of four sizes of an FFT resonance trainer for a context of 32k. The trainer calls it 50M:
-# 81,725,184 parameters.
-# Weights, gradients and AdamW take 1.31 GB at 16 bytes a parameter. Activation checkpointing keeps 2.42 GB of block
-# inputs (fp32) on top, and the activations of one block at a time. `--positions=learned` adds a table of positions.
-# `--mixer=attention` trains the attention twin (with rotary positions, which only attention layers use).
+# 106,891,008 parameters.
+# Weights, gradients and AdamW take 1.71 GB at 16 bytes a parameter. Activation checkpointing keeps 2.42 GB of block
+# inputs (fp32) on top, and the activations of one block at a time.
+# `--mixer=attention` trains the attention twin. Elsewhere we use `--norm=rmsnorm` and `--positions=rotary`.
 mixer, ffn = 'resonance', 'swiglu'
+norm, positions = 'layernorm', 'learned'
 n_layer, n_head, n_embd = 6, 12, 768  # n_head is for the attention twin: heads of size 64
 num_frequencies = 64
 block_size, vocab_size = 32_768, 50_257  # GPT-2's vocabulary
 
-
-dataset = 'shards:data/shards'
+dataset, tokenizer = 'shards:data/shards', 'gpt2'  # --tokenizer=none: no samples, no bits per byte
 epochs = 3
 batch_size = 4
 batch_tokens = 8 * batch_size * block_size  # 8 micro-steps

@@ -1,15 +1,15 @@
 # The largest of four sizes of an FFT resonance trainer for a context of 32k. The trainer calls it 1B,
-# but these widths have 5,146,148,864 parameters. config/resonance_large.py is nearest to 1B.
-# Weights, gradients and AdamW take 82.3 GB at 16 bytes a parameter. Activation checkpointing keeps 12.9 GB of block
-# inputs (fp32) on top, and the activations of one block at a time. `--positions=learned` adds a table of positions.
-# `--mixer=attention` trains the attention twin (with rotary positions, which only attention layers use).
+# but these widths have 5,280,366,592 parameters. config/resonance_large.py is nearest to 1B.
+# Weights, gradients and AdamW take 84.5 GB at 16 bytes a parameter. Activation checkpointing keeps 12.9 GB of block
+# inputs (fp32) on top, and the activations of one block at a time.
+# `--mixer=attention` trains the attention twin. Elsewhere we use `--norm=rmsnorm` and `--positions=rotary`.
 mixer, ffn = 'resonance', 'swiglu'
+norm, positions = 'layernorm', 'learned'
 n_layer, n_head, n_embd = 24, 64, 4096  # n_head is for the attention twin: heads of size 64
 num_frequencies = 512
 block_size, vocab_size = 32_768, 50_257  # GPT-2's vocabulary
 
-
-dataset = 'shards:data/shards'
+dataset, tokenizer = 'shards:data/shards', 'gpt2'  # --tokenizer=none: no samples, no bits per byte
 epochs = 3
 batch_size = 1
 batch_tokens = 32 * batch_size * block_size  # 32 micro-steps

@@ -125,7 +125,7 @@ def test_a_preset_of_resonance_trains_on_rows_by_one_command(packed, monkeypatch
     out = packed / f'run{block_size}'
     words = [f'{ROOT}/config/resonance_small.py', f'--dataset=shards:{rows}', f'--block_size={block_size}', '--num_frequencies=8',
              f'--batch_tokens={4 * block_size}', '--max_steps=6', '--warmup_steps=1', '--schedule=constant', '--eval_interval=3',
-             f'--eval_tokens={4 * block_size}', '--save_interval=0']
+             f'--eval_tokens={4 * block_size}', '--save_interval=0', '--tokenizer=none']
     code, said = finish([*words, *small, f'--out_dir={out}'])
     assert code == 0, said
     assert ('preparing shards:rows' in said) == (rows == 'rows/train')  # the others are split already

@@ -98,23 +98,20 @@ ORIGINALS = {  # the config files: the numbers of the original; parameters are (
 THE_CARD_DECIDES = ('dtype=auto takes bfloat16 where the card has it. It is as fast and as small, and needs no scaler. '
                     '--dtype=float16 is theirs')
 NOT_THOSE_DIMENSIONS = 'the stated width, depth and vocabulary have this many parameters'
-THE_ORDER_IS_KNOWN = 'a decaying oscillator knows the order of the tokens. --positions=learned adds the table'
-ONE_NORM = 'RMSNorm is the norm of the attention twins that these models are compared with. --norm=layernorm is theirs'
 DEVIATIONS = {  # (config files, number): (ours, reason)
     ('trix_tiny recipes/trix_tiny_source', 'warmup_steps'): (7, 'a run of 76 steps has no 100 steps of warm-up'),
     ('trix_tiny recipes/trix_tiny_source', 'parameters'): (2_032_512, NOT_THOSE_DIMENSIONS),
     ('trix_small', 'parameters'): (12_061_952, NOT_THOSE_DIMENSIONS),
     ('trix_medium', 'parameters'): (58_335_744, NOT_THOSE_DIMENSIONS),
-    ('resonance_small', 'parameters'): (81_725_184, NOT_THOSE_DIMENSIONS),
-    ('resonance_large', 'parameters'): (926_560_256, NOT_THOSE_DIMENSIONS),
-    ('resonance_xlarge', 'parameters'): (5_146_148_864, f'{NOT_THOSE_DIMENSIONS}. resonance_large is nearest to 1B'),
+    ('resonance_small', 'parameters'): (106_891_008, NOT_THOSE_DIMENSIONS),
+    ('resonance_medium', 'parameters'): (240_133_120, NOT_THOSE_DIMENSIONS),
+    ('resonance_large', 'parameters'): (993_669_120, NOT_THOSE_DIMENSIONS),
+    ('resonance_xlarge', 'parameters'): (5_280_366_592, f'{NOT_THOSE_DIMENSIONS}. resonance_large is nearest to 1B'),
     ('resonance_32k', 'parameters'): (154_873_856, NOT_THOSE_DIMENSIONS),
     ('wikitext_medium', 'parameters'): (124_439_808, f'{NOT_THOSE_DIMENSIONS}, as GPT-2 small has'),
     ('bitnet_95m', 'tokenizer'): (
         'bpe', 'LLaMA-2\'s licence must be accepted before a download. --tokenizer=llama2/tokenizer.json uses a copy. '
                'A BPE of the same size replaces it'),
-    **{(f'resonance_{size}', key): value for size in ('small', 'medium', 'large', 'xlarge')
-       for key, value in (('norm', ('rmsnorm', ONE_NORM)), ('positions', ('rotary', THE_ORDER_IS_KNOWN)))},
     **{(name, 'dtype'): ('auto', THE_CARD_DECIDES)
        for name in ('trix_tiny recipes/trix_tiny_source', 'trix_small', 'trix_medium', 'wikitext_medium')}}
 NUMBERS = [(files, key) for files, numbers in ORIGINALS.items() for key in numbers]

@@ -357,7 +357,7 @@ def test_a_sweep_keeps_to_its_minutes_and_goes_on_later(sweeping, monkeypatch, c
 
 @pytest.mark.parametrize('words, message', [
     (['--learning_rate=1e-3'], 'nothing to sweep: give an option several values'),
-    (['--learning_rate=1e-3,-1'], 'learning_rate=-1.0 must be over 0'),
+    (['--learning_rate=1e-3,-1'], 'learning_rate=-1.0 must not be negative'),
     (['--learnig_rate=1,2'], "unknown key 'learnig_rate', did you mean 'learning_rate'"),
     (['--vocab_size=300,400'], 'a sweep compares losses per token'),
     (['--n_layer=1,2', '--eval_interval=0'], 'eval_interval=0: a sweep compares validation losses'),

@@ -284,7 +284,7 @@ def test_memory_stays_bounded_for_one_large_row_group(tmp_path):
 
 
 @pytest.mark.parametrize('dataset, changes, message', [
-    ('nolib', {}, '--dataset=nolib: unknown, expected pylib, wikitext2, wikitext103, fineweb_edu, text:PATH or bins:PATH'),
+    ('nolib', {}, '--dataset=nolib: unknown, expected pylib, shakespeare, wikitext2, wikitext103, fineweb_edu, text:PATH or bins:PATH'),
     ('text:{tmp}/none', {}, '{tmp}/none: no such file'),
     ('text:{tmp}/*.none', {}, '{tmp}/*.none: no such file'),
     ('text:{tmp}/empty', {}, '{tmp}/empty: no such file, and no directory or glob with .txt, .jsonl, .parquet files'),

@@ -667,7 +667,7 @@ def test_a_console_that_lacks_a_character_does_not_end_a_run(corpus, tmp_path, e
 
 
 @pytest.mark.parametrize('word, says', [
-    ('--learning_rate=0', 'learning_rate=0.0 must be greater than 0'), ('--learning_rate=-1', 'learning_rate=-1.0 must be greater than 0'),
+    ('--learning_rate=0', 'learning_rate=0.0 must be greater than 0'), ('--learning_rate=-1', 'learning_rate=-1.0 must not be negative'),
     (f'--seed={2**63}', f'seed={2**63} must be below 2^63')])
 def test_numbers_that_no_run_can_have_are_refused(word, says):
     with pytest.raises(UserError, match=re.escape(says)):

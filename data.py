@@ -160,11 +160,12 @@ class TokenData:
             raise UserError(f'{file}: broken ({error!r}): {self.again}')
         if self.n_vocab > vocab_size:
             raise UserError(f'{self.path} has a vocabulary of {self.n_vocab}, the model only {vocab_size}: '
-                            f'--vocab_size={self.n_vocab}')
+                            f'use --vocab_size={self.n_vocab}')
         tokens = load_tokenizer(self.path).n_vocab
         self.tokenizer = read_json(self.path / 'tokenizer.json')
         if tokens != self.n_vocab:
-            raise UserError(f"{self.path / 'tokenizer.json'}: {tokens} tokens, but meta.json says {self.n_vocab}: {self.again}")
+            raise UserError(f"{self.path / 'tokenizer.json'}: {tokens} tokens, but meta.json says {self.n_vocab}: "
+                            f'{self.again}')
         content.append(self.tokenizer)
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -198,8 +199,8 @@ class TokenData:
             share = val_ratio if split == 'val' else 1 - val_ratio
             more += f' (about {window_kb / share:,.1f} kB)'
         ratio = ', or a larger --val_ratio' if split == 'val' and val_ratio is not None else ''
-        return (f'{self.path}: the {split} split has {tokens} tokens, fewer than one window of block_size + 1 = {window}'
-                f'{size}: {shorter}, {more}{ratio}')
+        return (f'{self.path}: the {split} split has {tokens} tokens, fewer than one window of block_size + 1 = '
+                f'{window}{size}: use {shorter}, {more}{ratio}')
 
     def verify(self, reread):
         """Read the bins without a verification record, or all bins (reread) -> {name: result of verification.scan}."""
@@ -222,7 +223,8 @@ class TokenData:
         """Tokens [start, stop) of a split. The range may span several shards."""
         starts = self.starts[split]
         first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
-        return np.concatenate([self.shards[split][k][max(0, start - starts[k]):stop - starts[k]] for k in range(first, last)])
+        return np.concatenate([self.shards[split][k][max(0, start - starts[k]):stop - starts[k]]
+                               for k in range(first, last)])
 
     def position(self, split, window):
         """The position of a window's first token in its split."""
@@ -231,11 +233,12 @@ class TokenData:
     def gather(self, split, windows):
         """(n,) windows -> x, y: (n, T) int64"""
         starts = [self.position(split, window) for window in windows.tolist()]
-        tokens = np.stack([self.read(split, start, start + self.block_size + 1) for start in starts]).astype(np.int64)  # (n, T + 1)
+        rows = [self.read(split, start, start + self.block_size + 1) for start in starts]
+        tokens = np.stack(rows).astype(np.int64)  # (n, T + 1)
         if tokens.max() >= self.n_vocab:
             row, column = np.argwhere(tokens >= self.n_vocab)[0]
-            raise UserError(f'{self.path}: id {tokens[row, column]} at position {starts[row] + column} of the {split} split '
-                            f'is outside the vocabulary of {self.n_vocab}: {self.again}')
+            raise UserError(f'{self.path}: id {tokens[row, column]} at position {starts[row] + column} of the {split} '
+                            f'split is outside the vocabulary of {self.n_vocab}: {self.again}')
         return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
     def limit(self, windows):
@@ -246,8 +249,8 @@ class TokenData:
         """A line that says how often a run of so many tokens reads the training data. None if it repeats nothing."""
         times = tokens / (self.n_windows * self.block_size)
         if times > 1:
-            return (f'this run reads its training data {times:.1f} times: to see no text twice, prepare more of it, '
-                    'or take fewer steps (--max_steps)')
+            return (f'this run reads its training data {times:.1f} times: to see no text twice, prepare more text, '
+                    'or train for fewer steps (--max_steps)')
 
     def rows(self, step, micro, batch_size, batch_rows, rank=0, world=1, seed=0, offset=0):
         """

@@ -16,7 +16,7 @@ text: reads .txt, .jsonl and .parquet files, the first two also as .gz or .zst.
 Rows of token ids that another program made (.npy, .pt):
 
     python prepare.py validate DIR                                  # reads everything and names every broken file
-    python prepare.py split DIR OUT --val_ratio=0.01 --tokenizer=gpt2    # OUT is for train.py: links to the files of DIR
+    python prepare.py split DIR OUT --val_ratio=0.01 --tokenizer=gpt2    # OUT is for train.py: links to DIR's files
     python prepare.py pack --dataset=pylib --row=32768 --out=DIR    # writes any corpus as such rows
     python prepare.py recommend DIR                                 # presets to train on it, with size, time, memory
 
@@ -52,7 +52,7 @@ class SplitConfig:
     path: str = ''  # .npy and .pt files: a directory, a file or a glob
     out: str = ''  # directory to make
     val_ratio: float = 0.01  # fraction of the files for validation
-    tokenizer: str = ''  # that made the ids: gpt2, byte or a tokenizer.json (empty: the one beside the files, if any)
+    tokenizer: str = ''  # that made the ids: gpt2, byte or a tokenizer.json (empty: tokenizer.json beside the files)
     vocab_size: int = 0  # without a tokenizer: ids must be below it (0: any id)
     seed: int = 1337  # of the random split
 

@@ -5,7 +5,7 @@ Imported by every script:
     content = named('gpt2')                           # or 'byte', or a path: 'llama2/tokenizer.json'
     content = train_bpe(texts, 8192)                  # or characters(texts)
     encoding = load_tokenizer(content)                # or load_tokenizer('data/pylib'), a prepared directory
-    ids = encoding.encode_ordinary('Hello world')     # plain text only: '<|endoftext|>' in it is no special token
+    ids = encoding.encode_ordinary('Hello world')     # all of it is plain text, even '<|endoftext|>'
     encoding.decode(ids) == 'Hello world'
     lengths = token_bytes(encoding)                   # for bits per byte
 
@@ -64,7 +64,8 @@ def named(name):
     if name in FIXED:
         return gpt2() if name == 'gpt2' else byte()
     if not os.path.exists(name):
-        raise UserError(f'{name}: No such file: expected {", ".join(FROM_TEXT + FIXED)}, or the path of a tokenizer.json')
+        raise UserError(f'--tokenizer={name}: no such file; expected {", ".join(FROM_TEXT + FIXED)}, '
+                        'or the path of a tokenizer.json')
     return from_file(name)
 
 
@@ -74,7 +75,7 @@ def byte():
 
 
 def characters(texts):
-    """The content of the tokenizer with one token for each character of `texts`, sorted, and one for the end of text."""
+    """The content of the tokenizer with one token for each character of `texts`, sorted, and an end-of-text token."""
     found = ''.join(sorted(set().union(*texts)))
     return {'format': 'nanotrix-tokenizer', 'version': VERSION, 'name': 'char', 'special_tokens': {EOT: len(found)},
             'characters': found}
@@ -94,9 +95,11 @@ def train_bpe(texts, vocab_size):
         vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=sorted(BYTE_OF), show_progress=False))
     vocab = bpe.get_vocab()
     if len(vocab) < vocab_size - 1:
-        raise UserError(f'--vocab_size={vocab_size}: this corpus makes at most {len(vocab) + 1} tokens: give that, or more text')
+        raise UserError(f'--vocab_size={vocab_size}: this corpus is too small for so many tokens: '
+                        f'use --vocab_size={len(vocab) + 1} or less, or more text')
     merged = sorted(vocab, key=vocab.get)[256:]
-    return native(f'nanotrix-{vocab_size}', [bytes([byte]) for byte in range(256)] + [spelled(token) for token in merged])
+    return native(f'nanotrix-{vocab_size}',
+                  [bytes([byte]) for byte in range(256)] + [spelled(token) for token in merged])
 
 
 def affordable(texts):
@@ -113,7 +116,8 @@ def affordable(texts):
         seen |= new
         size += sum(len(word.encode()) for word in new)
         if size > LONG_WORDS:
-            print(f'tokenizer: {size / 1e6:.1f} MB of text without spaces are enough to train on, the rest is left out', flush=True)
+            print(f'tokenizer: trained on only the first {size / 1e6:.1f} MB of words over 40 characters, '
+                  'to limit memory', flush=True)
             return
 
 
@@ -122,9 +126,10 @@ def gpt2():
     try:
         encoding = tiktoken.get_encoding('gpt2')
     except Exception as error:  # tiktoken doesn't wrap the errors of its libraries: network, disk, sha256, ...
-        raise UserError(f"GPT-2's tokenizer: tiktoken can't download it ({error!r:.200}): give Hugging Face's tokenizer.json of "
-                        'it as --tokenizer=FILE, or set TIKTOKEN_CACHE_DIR to a directory with its files. Without it: '
-                        '--tokenizer=bpe for text, --tokenizer=none for rows of ids')
+        raise UserError(f"tiktoken cannot download GPT-2's tokenizer ({error!r:.200}): give Hugging Face's "
+                        'tokenizer.json of GPT-2 with --tokenizer=FILE, set TIKTOKEN_CACHE_DIR to a directory with '
+                        "tiktoken's files, or do without it: --tokenizer=bpe for text, --tokenizer=none for rows of "
+                        'ids')
     return native('gpt2', [encoding.decode_single_token_bytes(token) for token in range(encoding.eot_token)])
 
 
@@ -146,10 +151,11 @@ def from_file(path):
     BPE with byte fallback (LLaMA-2, Mistral). Raises UserError for all others.
     """
     file = json_of(path)
-    content = read_json(file, 'expected a tokenizer.json, ours or of Hugging Face')
+    content = read_json(file, "expected a tokenizer.json, ours or Hugging Face's")
     if content.get('format') != 'nanotrix-tokenizer':
         if 'model' not in content:
-            raise UserError(f"{file}: no tokenizer: neither ours (no 'format') nor of Hugging Face (no 'model')")
+            raise UserError(f"{file}: not a tokenizer: it is neither in our format (no 'format') "
+                            "nor in Hugging Face's (no 'model')")
         content = checked(file, content, from_huggingface)
     checked(file, content, build)
     return content
@@ -222,7 +228,7 @@ def build(content):
     except BaseException as error:  # a panic of the Rust libraries is no Exception
         raise ValueError(error)
     if not exact:
-        raise UserError('a text changes when it is encoded and decoded: choose another tokenizer')
+        raise UserError('encoding and decoding changes a text: choose another tokenizer')
     return encoding
 
 
@@ -235,7 +241,7 @@ def from_ranks(content):
     if missing := set(range(256)) - {rank[0] for rank in ranks if len(rank) == 1}:
         raise ValueError(f'no rank for the byte {min(missing)}')
     if len(set(ranks)) < len(ranks) or b'' in ranks:
-        raise ValueError('a rank is empty or there twice')
+        raise ValueError('a rank is empty or occurs twice')
     if EOT not in special or sorted(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
         raise ValueError(f'special tokens {special}, expected {EOT} and ids from {len(ranks)} on')
     check_size(len(ranks) + len(special))
@@ -246,7 +252,7 @@ def from_ranks(content):
 
 def check_size(n_vocab):
     if n_vocab > MAX_VOCAB:
-        raise UserError(f'{n_vocab} tokens, more than the largest vocabulary of {MAX_VOCAB}')
+        raise UserError(f'{n_vocab} tokens: the largest possible vocabulary is {MAX_VOCAB}')
 
 
 def id_dtype(n_vocab):
@@ -255,7 +261,7 @@ def id_dtype(n_vocab):
 
 
 def normalizer_of(content):
-    """'NFC' if the tokenizer normalizes a text to NFC before encoding, else ''."""
+    """'NFC' if the tokenizer normalises a text to NFC before encoding, else ''."""
     return (content.get('huggingface', {}).get('normalizer') or {}).get('type', '')
 
 
@@ -311,8 +317,9 @@ class Characters:
         known[known] = self.codes[ids[known]] == codes[known]
         if not known.all():
             unknown = chr(codes[np.argmin(known)])
-            raise UserError(f'the character {unknown!r} is none of the {len(self.codes):,} characters of the tokenizer '
-                            '(--tokenizer=char): leave it out, or use --tokenizer=byte, which encodes every text')
+            raise UserError(f'the character {unknown!r} is not among the {len(self.codes):,} characters of the '
+                            'tokenizer (--tokenizer=char): remove it from the text, or use --tokenizer=byte, '
+                            'which encodes every text')
         return ids.astype(np.uint32)
 
     def encode_ordinary(self, text):
@@ -341,9 +348,10 @@ def from_huggingface(file):
     model, added = file['model'], file.get('added_tokens') or []
     kind = model.get('type') or ('BPE' if 'merges' in model else None)  # the oldest files have no type
     if kind != 'BPE':
-        raise UserError(f'a model of type {kind}, which can lose text: expected a BPE, byte-level or with byte fallback')
+        raise UserError(f'a model of type {kind} can lose text: expected a byte-level BPE or a BPE with byte fallback')
     if any(model.get(key) for key in ('continuing_subword_prefix', 'end_of_word_suffix')):
-        raise UserError('a BPE that marks the parts of a word, which can lose spaces: expected one without prefix and suffix')
+        raise UserError('a BPE that marks the parts of a word can lose spaces: '
+                        'expected a BPE without prefix and suffix')
     before, after = file.get('normalizer'), file.get('pre_tokenizer')
     normalizer, pre_tokenizer, prefix = spacing(before, after, model.get('byte_fallback'))
 
@@ -352,11 +360,12 @@ def from_huggingface(file):
     vocab = model['vocab'] | {token['content']: token['id'] for token in texts}
     for token in added:
         if model['vocab'].get(token['content'], token['id']) != token['id']:
-            raise ValueError(f"{token['content']!r} is there twice, as {token['id']} and as {model['vocab'][token['content']]}")
+            raise ValueError(f"{token['content']!r} occurs twice, as {token['id']} and as "
+                             f"{model['vocab'][token['content']]}")
     end = next((name for name in ENDS if name in special or name in vocab), None)
     if end is None:
-        raise UserError(f"no token for the end of a text, expected one of {' '.join(ENDS)}: "
-                        f"the special tokens are {' '.join(special) or 'none'}")
+        raise UserError(f"no end-of-text token: expected one of {' '.join(ENDS)}, "
+                        f"but the special tokens are {' '.join(special) or 'none'}")
     special = {EOT: special.pop(end, vocab.get(end)), **special}
     vocab = {text: token for text, token in vocab.items() if text not in special and text != end}
     pairs = [tuple(merge.split(' ') if isinstance(merge, str) else merge) for merge in model['merges']]
@@ -394,13 +403,13 @@ def matched(texts, prefix, vocab, end):
     if prefix is None:
         for text in (token['content'] for token in tokens):
             if text in vocab and BYTE_OF.keys() >= {*text} and spelled(text) != text.encode():
-                raise UserError(f'the added token {text!r} is in the vocabulary, too, where it stands for other bytes')
+                raise UserError(f'the added token {text!r} is also in the vocabulary, where it stands for other bytes')
     elif prefix == ' ':
         return []
     else:
         if spaced := [token['content'] for token in tokens if ' ' in token['content']]:
             raise UserError(f'the added token {spaced[0]!r} has a space, which this kind of BPE writes as {SPACE}')
-        # A token that is not normalized matches the character SPACE, never a space. SPACE is spelled in bytes here.
+        # A token that is not normalised matches the character SPACE, never a space. SPACE is spelled in bytes here.
         tokens = [token for token in tokens if token['normalized'] or SPACE not in token['content']]
     return [token for token in tokens if token['content'] != end]
 
@@ -426,11 +435,12 @@ def spacing(normalizer, pre_tokenizer, byte_fallback):
         lossy += [step for step in after if step['type'] not in ('ByteLevel', 'Split', 'Digits', 'Punctuation')
                           or step.get('behavior') == 'Removed' or step.get('add_prefix_space')]
         if lossy:
-            raise UserError(f"{lossy[0]['type']} before the BPE, which can change a text: "
-                            'expected no normalizer but NFC, and a pre-tokenizer that keeps every character')
+            raise UserError(f"{lossy[0]['type']} before the BPE can change a text: "
+                            'expected no normalizer except NFC, and a pre-tokenizer that keeps every character')
         return before[0] if before else None, pre_tokenizer, None
     if not byte_fallback:
-        raise UserError('a BPE that is neither byte-level nor has byte fallback, which loses the characters it does not know')
+        raise UserError('a BPE that is not byte-level and has no byte fallback loses unknown characters: '
+                        'choose another tokenizer')
     replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
     # Gemma has this step. It has no effect, because all spaces were replaced before it.
     no_effect = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}
@@ -440,8 +450,9 @@ def spacing(normalizer, pre_tokenizer, byte_fallback):
         never = after[0].get('prepend_scheme') == 'never' or after[0].get('add_prefix_space') is False
         words = {'type': 'Split', 'pattern': {'String': SPACE}, 'behavior': 'MergedWithNext', 'invert': False}
         return None, words if after[0].get('split', True) else None, '' if never else ' '
-    raise UserError(f"{', '.join(step['type'] for step in before + after) or 'nothing'} before the BPE, which can change a text: "
-                    f'expected what writes a space as {SPACE} and does nothing else')
+    kinds = ', '.join(step['type'] for step in before + after) or 'nothing'
+    raise UserError(f'{kinds} before the BPE can change a text: '
+                    f'expected steps that write a space as {SPACE} and change nothing else')
 
 
 def steps(part):
@@ -468,7 +479,7 @@ class HuggingFace:
         vocab = parts['model']['vocab']
         ids = [*vocab.values(), *special.values()]
         if not all(type(token) is int and token >= 0 for token in ids) or len(set(ids)) < len(ids):
-            raise ValueError('an id is there twice or is no id')
+            raise ValueError('an id occurs twice or is not a whole number')
         self.n_vocab = max(ids) + 1
         check_size(self.n_vocab)
         if missing := (BYTE_OF.keys() if self.prefix is None else {SPACE, *BYTES}) - vocab.keys():
@@ -491,9 +502,10 @@ class HuggingFace:
             raise ValueError(f'normalizer {normalizer!r}, expected NFC or none')
         self.normalizer = normalizers.NFC() if normalizer else None
         try:
+            tokens = [{'id': vocab[token['content']], **token, **flags} for token in added]
             self.bpe = Tokenizer.from_str(json.dumps({
                 'version': '1.0', 'normalizer': normalizer, 'pre_tokenizer': parts['pre_tokenizer'],
-                'model': parts['model'], 'added_tokens': [{'id': vocab[token['content']], **token, **flags} for token in added]}))
+                'model': parts['model'], 'added_tokens': tokens}))
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(error)
 

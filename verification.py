@@ -62,7 +62,7 @@ def verify(folder, files, n_vocab, again, reread=False):
             except UserError as error:
                 raise UserError(f'{error}: {again}')
             if found['sha256'] != file.sha256:
-                raise UserError(f'{folder / name}: damaged, its sha256 is not the one in meta.json: {again}')
+                raise UserError(f'{folder / name}: damaged: its sha256 differs from meta.json: {again}')
             return found
 
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # reading, hashing and numpy release the GIL
@@ -120,8 +120,8 @@ def save(folder, entries):
                 path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {'version': 1, 'files': read_record(path) | entries})
             return
-    print(f'{folder}: neither this directory nor {path.parent} can be written to remember that the tokens were '
-          'verified: every start will read them again', flush=True)
+    print(f'{folder}: every start will read all tokens again, because neither this directory nor {path.parent} '
+          'can be written to record that they were verified', flush=True)
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def blocks(source, size):
     while size:
         block = source.read(min(size, BLOCK))
         if len(block) < min(size, BLOCK):
-            raise OSError('it became shorter while it was read')
+            raise OSError('the file became shorter while it was read')
         size -= len(block)
         yield block
 
@@ -165,7 +165,8 @@ def scan(file, offset, count, dtype, limit):
                 least, most = int(ids.min()), int(ids.max())
                 if least < 0 or most >= limit:
                     k = int(np.argmax((ids < 0) | (ids >= limit)))
-                    raise UserError(f'{file}: id {ids[k]} at position {at + k:,} is outside the vocabulary of {limit:,}')
+                    raise UserError(f'{file}: id {ids[k]} at position {at + k:,} is outside '
+                                    f'the vocabulary of {limit:,}')
                 if most >= len(seen):
                     seen = np.pad(seen, (0, most + 1 - len(seen)))
                 seen[ids] = True
@@ -175,4 +176,5 @@ def scan(file, offset, count, dtype, limit):
             size = source.tell()
     except OSError as error:
         raise UserError(f'{file}: {error.strerror or error}')
-    return {'tokens': count, 'min_id': low, 'max_id': high, 'bytes': size, 'sha256': digest.hexdigest(), 'seen': seen[:high + 1]}
+    return {'tokens': count, 'min_id': low, 'max_id': high, 'bytes': size, 'sha256': digest.hexdigest(),
+            'seen': seen[:high + 1]}

@@ -56,12 +56,13 @@ def build(config, corpus, content, request, work, start):
         print(f'{encoding.n_vocab:,} ids need 32 bits: the bins are uint32, which nanoGPT does not read', flush=True)
     if normalizer := normalizer_of(read_json(work / 'tokenizer.json')):
         facts['normalizer'] = normalizer
-        print(f'this tokenizer changes text to the Unicode form {normalizer}: so is the text that is learned', flush=True)
+        print(f'this tokenizer normalises all text to the Unicode form {normalizer}', flush=True)
     print(f'encoding, after {time.time() - start:.1f} s', flush=True)
     try:
         counts, files = encode_corpus(corpus, work, config, cut)
     except sqlite3.Error as error:
-        raise UserError(f"{work / 'seen.sqlite'}: {error}: make room on the disk and try again, or remove {work} and start again")
+        raise UserError(f"{work / 'seen.sqlite'}: {error}: free some space on the disk and try again, "
+                        f'or remove {work} and start again')
     if not counts['train'] or not counts['val']:
         documents = counts['train'] + counts['val']
         sizes = {split: sum(file['bytes'] for file in files[split]) for split in files}
@@ -78,8 +79,8 @@ def build(config, corpus, content, request, work, start):
                          'sha256': hashlib.sha256(text.encode()).hexdigest()}
     remember(work, hashes_of(files), encoding.n_vocab)  # just written: no need to verify
     write_json(work / 'meta.json', {
-        **request, 'vocab_size': encoding.n_vocab, **facts, 'eot_id': encoding.eot_token, 'documents': counts, 'files': files, **extra,
-        'created': now(), 'seconds': round(time.time() - start, 1)})
+        **request, 'vocab_size': encoding.n_vocab, **facts, 'eot_id': encoding.eot_token, 'documents': counts,
+        'files': files, **extra, 'created': now(), 'seconds': round(time.time() - start, 1)})
 
 
 def write_tokenizer(content, sample, config, work):
@@ -88,8 +89,8 @@ def write_tokenizer(content, sample, config, work):
     """
     if config.tokenizer == 'char':
         content = tokenizer.characters(sample.characters)
-        part = '' if sample.is_whole else f' of the first {SAMPLE // BATCH} MB: another one later in the text is an error'
-        print(f'tokenizer: one token for each of {len(sample.characters):,} characters{part}', flush=True)
+        part = '' if sample.is_whole else f' in the first {SAMPLE // BATCH} MB (a new character after them is an error)'
+        print(f'tokenizer: one token for each of the {len(sample.characters):,} characters{part}', flush=True)
     elif not content:
         print(f'tokenizer: training {config.vocab_size} tokens on {len(sample.train):,} documents', flush=True)
         content = tokenizer.train_bpe(sample.train, config.vocab_size)
@@ -109,10 +110,9 @@ def split_by_position(corpus, config, documents, sizes, work):
     if cut is None:
         return None
     share = sizes['val'] / max(1, sum(sizes.values()))
-    part = {0: 'none', 1: 'all'}.get(share, f'{share:.1%} of the text')
     noun = 'document' if documents == 1 else 'documents'
-    print(f'split by position: of {documents} {noun} the hash put {part} into val; now val is the last part of the text',
-          flush=True)
+    print(f'split by position: val is the last part of the text, because a split of {documents} {noun} by hash '
+          f'puts {share:.1%} of the text into val', flush=True)
     (work / 'state.json').unlink(missing_ok=True)  # first, because it describes the others
     for path in work.iterdir():
         if path.name != 'request.json':
@@ -126,10 +126,10 @@ def empty_split(config, corpus, counts):
     empty, other = ('val', 'larger') if counts['train'] else ('train', 'smaller')
     line = f"{config.dataset}: none of {counts['train'] + counts['val']} documents fell into the {empty} split: "
     if config.shard:
-        return f'{line}a corpus so small needs no --shard'
+        return f'{line}leave --shard out for so small a corpus'
     if corpus.own_splits:
         return f'{line}read more documents (--max_documents, --max_tokens)'
-    return f'{line}more documents, or a {other} --val_ratio'
+    return f'{line}use more documents, or a {other} --val_ratio'
 
 
 def hashes_of(files):
@@ -219,7 +219,7 @@ def read_sample(corpus, config, enough, cut=None):
         if not is_whole and train:
             break
     if not documents:
-        raise UserError(f'{config.dataset}: the corpus is empty, no document has any text')
+        raise UserError(f'{config.dataset}: the corpus is empty: no document has any text')
     return Sample(train, documents, sizes, share, is_whole, characters)
 
 
@@ -237,10 +237,11 @@ def check_room(encoding, sample, size, config, work):
     if not tokens:
         return
     need, free = id_dtype(encoding.n_vocab).itemsize * tokens, shutil.disk_usage(work).free
-    print(f'about {tokens / 1e6:,.1f}M tokens, {need / 1e9:,.3f} GB of disk ({free / 1e9:,.3f} GB are free)', flush=True)
+    print(f'about {tokens / 1e6:,.1f}M tokens, {need / 1e9:,.3f} GB on disk ({free / 1e9:,.3f} GB are free)',
+          flush=True)
     if need > free:
-        raise UserError(f'{work.parent}: about {need / 1e9:,.3f} GB of tokens, but only {free / 1e9:,.3f} GB are free: make room, '
-                        f'choose another --out, or prepare less with --max_tokens or --max_documents')
+        raise UserError(f'{work.parent}: about {need / 1e9:,.3f} GB of tokens, but only {free / 1e9:,.3f} GB are free: '
+                        'free some space, choose another --out, or prepare less with --max_tokens or --max_documents')
 
 
 def encode_corpus(corpus, work, config, cut=None):
@@ -253,12 +254,13 @@ def encode_corpus(corpus, work, config, cut=None):
     done = read_json(work / 'state.json') if (work / 'state.json').exists() else {}
     encoding = load_tokenizer(work)
     lengths, dtype, eot = token_bytes(encoding), id_dtype(encoding.n_vocab), encoding.eot_token
-    counts = Counter(dict.fromkeys(('read', 'unreadable', 'empty', 'duplicates', 'train', 'val'), 0) | done.get('counts', {}))
+    kinds = ('read', 'unreadable', 'empty', 'duplicates', 'train', 'val')
+    counts = Counter(dict.fromkeys(kinds, 0) | done.get('counts', {}))
     entries = done.get('files', {})
     bins = {split: Bins(work, split, lengths, dtype, entries.get(split, [])) for split in ('train', 'val')}
     number, position = done.get('batches', 0), done.get('position', (0, None))
     if number:
-        print(f"going on behind {position[0]:,} documents, {bins['train'].tokens:,} train tokens", flush=True)
+        print(f"continuing after {position[0]:,} documents, {bins['train'].tokens:,} train tokens", flush=True)
     budgets = token_budgets(config, cut)
     say = progress(corpus, config, position[1], bins)
     with Seen(work / 'seen.sqlite', number) as seen:
@@ -311,7 +313,7 @@ def progress(corpus, config, position, bins):
         share = corpus.progress(position[1]) or 0
         if config.max_tokens:
             share = max(share, bins['train'].tokens / config.max_tokens)
-        left = f'{seconds * (1 - share) / (share - there):,.0f} s left' if share > there else 'of an unknown size'
+        left = f'{seconds * (1 - share) / (share - there):,.0f} s left' if share > there else 'time left unknown'
         size = bins['train'].dtype.itemsize * total['tokens'] / 1e9
         need = f' of {size / share:,.2f}' if share else ''
         print(f"  {counts['train'] + counts['val']:,} documents, {total['tokens'] / 1e6:,.1f}M tokens, "
@@ -355,7 +357,7 @@ def encoded(stream, work, num_proc):
                 batch, ids = ahead.popleft()
                 yield batch, ids.result()
     except BrokenProcessPool:
-        raise UserError(f'one of the {num_proc} processes that encode died (out of memory?): try a smaller --num_proc')
+        raise UserError(f'one of the {num_proc} encoding processes died (out of memory?): use a smaller --num_proc')
 
 
 def start_worker(work):
@@ -373,5 +375,6 @@ def open_tokenizer(work):
 def encode(texts):
     """{split: [str]} -> {split: (n,) ids}. Every document is followed by the end-of-text token."""
     eot = np.array([encoding.eot_token], id_dtype(encoding.n_vocab))
-    return {split: np.concatenate([part for document in documents for part in (tokenizer.encode(encoding, document), eot)] or [eot[:0]])
-            for split, documents in texts.items()}
+    parts = {split: [part for document in documents for part in (tokenizer.encode(encoding, document), eot)]
+             for split, documents in texts.items()}
+    return {split: np.concatenate(part or [eot[:0]]) for split, part in parts.items()}

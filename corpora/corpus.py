@@ -111,8 +111,8 @@ def pylib_corpus():
             text = sources[index]()
             yield Document(text, '' if text is not None else 'unreadable', None, index)
 
-    return Corpus({'dataset': 'pylib', 'python': f'{platform.python_implementation()} {platform.python_version()}'}, '', documents,
-                  lambda position: 0 if position is None else (position + 1) / count())
+    source = {'dataset': 'pylib', 'python': f'{platform.python_implementation()} {platform.python_version()}'}
+    return Corpus(source, '', documents, lambda position: 0 if position is None else (position + 1) / count())
 
 
 def pylib_sources():
@@ -131,7 +131,8 @@ def pylib_sources():
     extensions = {path.name.partition('.')[0] for root in roots for path in (root / 'lib-dynload').glob('*.*')}
     modules = sorted(extensions | set(sys.builtin_module_names))
     return [*(partial(python_source, path) for _, path in sorted(files.items())),
-            *(partial(c_docstrings, name) for name in modules if 'test' not in name and not name.lstrip('_').startswith('xx'))]
+            *(partial(c_docstrings, name) for name in modules
+              if 'test' not in name and not name.lstrip('_').startswith('xx'))]
 
 
 def python_source(path):
@@ -158,7 +159,8 @@ def c_docstrings(name):
         return [textwrap.indent(f'"""{inspect.cleandoc(doc)}"""', indent)] if isinstance(doc, str) else []
 
     def function(key, thing, indent=''):
-        signature = re.sub(r'\$module(, /)?(, )?', '', getattr(thing, '__text_signature__', None) or '(...)').replace('$', '')
+        signature = getattr(thing, '__text_signature__', None) or '(...)'
+        signature = re.sub(r'\$module(, /)?(, )?', '', signature).replace('$', '')
         doc = docstring(thing, indent + '    ')
         return [f'\n{indent}def {key}{signature}:', *doc] if doc else []
 
@@ -182,8 +184,8 @@ def c_docstrings(name):
 
 def shakespeare_corpus(config):
     """
-    The 1,115,394 characters of nanoGPT's Shakespeare. As there, the first 90 % are train and the last 10 % are val, each
-    one document (data/shakespeare_char/prepare.py in github.com/karpathy/nanoGPT).
+    The 1,115,394 characters of nanoGPT's Shakespeare. As in nanoGPT, the first 90 % are train and the last 10 % are
+    val, each one document (data/shakespeare_char/prepare.py in github.com/karpathy/nanoGPT).
 
     The text is read from config.source, or from SHAKESPEARE_FILE, which is downloaded once.
     """
@@ -218,7 +220,7 @@ def check_shakespeare(content, where):
     if len(content) != SHAKESPEARE_BYTES:
         raise UserError(f'{where}: {len(content):,} bytes, expected the {SHAKESPEARE_BYTES:,} of {SHAKESPEARE}')
     if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        raise UserError(f'{where}: another text, its sha256 is not that of {SHAKESPEARE}')
+        raise UserError(f'{where}: this is another text: its sha256 differs from {SHAKESPEARE}')
 
 
 def download_shakespeare(file):
@@ -228,7 +230,7 @@ def download_shakespeare(file):
         with urlopen(SHAKESPEARE, timeout=30) as response:
             content = response.read(SHAKESPEARE_BYTES + 1)
     except (OSError, HTTPException) as error:
-        raise UserError(f"shakespeare: can't download {SHAKESPEARE} ({error}): bring the file to {file}, or name it: "
+        raise UserError(f'shakespeare: cannot download {SHAKESPEARE} ({error}): copy the file to {file}, or run '
                         'python prepare.py --dataset=shakespeare --source=FILE')
     check_shakespeare(content, SHAKESPEARE)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -253,8 +255,8 @@ def nanochat_corpus(config, path):
     """
     files, left_out = find_files(path, ('parquet',))
     if len(files) < 2:
-        raise UserError(f'{path}: one .parquet file, expected two at least, the last of which is validation '
-                        f'(--dataset=text:{path} splits the documents of a single one)')
+        raise UserError(f'{path}: one .parquet file, expected at least two, because the last one is validation '
+                        f'(--dataset=text:{path} splits the documents of a single file)')
     return files_corpus(config, [files[-1], *files[:-1]], left_out, own_splits=True)
 
 
@@ -387,8 +389,8 @@ def wikitext_corpus(config):
 
     if config.max_documents:
         documents, _ = of_train_documents(config.max_documents, documents)
-    return Corpus(source, '', documents, own_splits=True, test=lambda: ''.join(line for line, *_ in split_lines('test')),
-                  inputs=inputs, check=check)
+    return Corpus(source, '', documents, own_splits=True, inputs=inputs, check=check,
+                  test=lambda: ''.join(line for line, *_ in split_lines('test')))
 
 
 def wikitext_files(folder, subset):
@@ -406,9 +408,10 @@ def wikitext_files(folder, subset):
             files[split[1]].append(file)
     for split, found in files.items():
         if not found:
-            raise UserError(f'{folder}: no file of the {split} split ({split}*.parquet, .jsonl or .txt, or wiki.{split}*.raw)')
+            raise UserError(f'{folder}: no file of the {split} split '
+                            f'({split}*.parquet, .jsonl or .txt, or wiki.{split}*.raw)')
         if len({file.suffix for file in found}) > 1:
-            raise UserError(f"{folder}: the {split} split is there twice: {', '.join(file.name for file in found)}")
+            raise UserError(f"{folder}: the {split} split exists twice: {', '.join(file.name for file in found)}")
     return files
 
 

@@ -11,7 +11,7 @@ import re
 from configurator import UserError
 
 HEAD = 64 * 1024  # bytes read to detect the content of a file
-GO_ON = ' (--bad_text=skip or replace goes on)'
+GO_ON = '; --bad_text=skip or replace continues'
 MARKS = {codecs.BOM_UTF8: 'utf-8',
          # UTF-32 comes before UTF-16, because its marks start with the UTF-16 marks.
          codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
@@ -35,8 +35,8 @@ def encoding_of(path, data, encoding):
         if data.startswith(mark):
             return marked
     if encoding in ('utf-16', 'utf-32') and data:
-        raise UserError(f'{path}: no mark says which byte comes first: --encoding={encoding}-le (on most machines) '
-                        f'or {encoding}-be')
+        raise UserError(f'{path}: no byte order mark, so the byte order is unknown: use --encoding={encoding}-le '
+                        f'(on most machines) or --encoding={encoding}-be')
     return encoding
 
 
@@ -114,7 +114,7 @@ def wide_encoding(data):
 def encoding_hint(data):
     """Advice for an error message: which --encoding may read this text, which is not UTF-8."""
     guess = likely_encoding(data[:HEAD])
-    return f', perhaps {guess}, which --encoding={guess} reads' if guess else ' (--encoding=NAME reads other encodings)'
+    return f', perhaps {guess} (--encoding={guess})' if guess else ' (--encoding=NAME reads other encodings)'
 
 
 def likely_encoding(data):

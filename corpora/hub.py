@@ -1,5 +1,5 @@
 """
-Streams the rows of a dataset from the Hugging Face Hub, and goes on after network errors. Imported by corpus.py:
+Streams the rows of a dataset from the Hugging Face Hub, and continues after network errors. Imported by corpus.py:
 
     stream = Stream('fineweb_edu', 'HuggingFaceFW/fineweb-edu', 'sample-10BT', 'train', Reading())
     for row, dropped, position in stream.rows(position):    # position None: from the beginning
@@ -58,9 +58,9 @@ class Stream:
                 hopeless = failures > RETRIES or not arrived and time.monotonic() - begin > HOPELESS
                 if hopeless or offline or not is_transient(error):
                     times = f'{failures} time' if failures == 1 else f'{failures} times'
-                    raise UserError(f"{self.name}: can't read {self.where} behind row {position[1]:,}, tried {times} "
-                                    f'({offline}{reason}). Without a network: --source=PATH of downloaded .parquet '
-                                    'files of it, --dataset=text:PATH or --dataset=pylib') from error
+                    raise UserError(f'{self.name}: cannot read {self.where} after row {position[1]:,}, tried {times} '
+                                    f'({offline}{reason}). Without a network, use --source=PATH for .parquet files '
+                                    'that you have downloaded, --dataset=text:PATH or --dataset=pylib') from error
                 print(f'{self.name}: {reason}: trying again in {2**(failures - 1)} s', file=sys.stderr, flush=True)
                 time.sleep(2**(failures - 1))
 

@@ -54,8 +54,8 @@ def find_bins(path):
     if not files and any(name.endswith('.parquet') for name in found):
         return None
     if not files:
-        raise UserError(f'{path}: no such file, and no directory or glob with .bin files of tokens or .parquet files of '
-                        'text')
+        raise UserError(f'{path}: no such file, and no directory or glob with .bin files of tokens '
+                        'or .parquet files of text')
     return files
 
 
@@ -69,7 +69,8 @@ def inspect(file, n_vocab):
         raise UserError(f'{file}: ' + (f'broken symbolic link to {os.readlink(file)}' if broken else error.strerror))
     magic = int(header[0]) if len(header) else 0
     if magic == EVALUATION:
-        raise UserError(f"{file}: questions with their answers (llm.c's evaluation format), no text to train on")
+        raise UserError(f"{file}: this file holds questions with answers (llm.c's evaluation format), "
+                        'not text to train on')
     if magic not in HEADERS:
         if len(header) == 256 and not header[3:].any():
             raise UserError(f'{file}: its header has the unknown magic number {magic}, expected '
@@ -86,7 +87,7 @@ def inspect(file, n_vocab):
     tokens = int(header[2])
     missing = HEADER_BYTES + tokens * dtype.itemsize - size
     if tokens < 1:
-        raise UserError(f'{file}: its header says {tokens:,} tokens, expected some')
+        raise UserError(f'{file}: its header says {tokens:,} tokens, expected at least 1')
     if missing:
         raise UserError(f'{file}: its header says {tokens:,} tokens, but {abs(missing):,} bytes are '
                         + ('missing' if missing > 0 else 'too many'))
@@ -118,7 +119,8 @@ def deal(files, val_ratio, say):
         last = train.pop()
         kept = last.tokens - min(need, last.tokens - 1)
         if not kept or kept == last.tokens:
-            raise UserError(f'{last.file}: {last.tokens} token can\'t be both training and validation: bring more')
+            raise UserError(f'{last.file}: {last.tokens} token cannot be both training and validation: '
+                            'provide more tokens')
         train.append(last._replace(tokens=kept))
         val.insert(0, last._replace(offset=last.offset + kept * last.dtype.itemsize, tokens=last.tokens - kept))
     return {'train': train, 'val': val}
@@ -141,21 +143,21 @@ def link(path, out, content, val_ratio, say=print):
     files = find_bins(path)
     if content is None:
         pickled = any((file.parent / 'meta.pkl').exists() for file in files)
-        advice = ('. Its meta.pkl is not read: opening a pickle can run any program. Prepare the text itself instead: '
-                  '--dataset=text:FILE') if pickled else ''
-        raise UserError(f'{path}: name the tokenizer that made these tokens: --tokenizer=gpt2 or --tokenizer=FILE, '
-                        f'a tokenizer.json{advice}')
+        advice = ('. Its meta.pkl is not read, because opening a pickle can run any program. Prepare the text itself '
+                  'instead: --dataset=text:FILE') if pickled else ''
+        raise UserError(f'{path}: give the tokenizer that made these tokens: --tokenizer=gpt2, or --tokenizer=FILE '
+                        f'for a tokenizer.json{advice}')
     encoding = load_tokenizer(content)
     request = make_request(path, {'tokenizer': label(content), 'vocab_size': encoding.n_vocab}, val_ratio)
     if is_prepared(out, request):
         say(f'{out} is already prepared: nothing to do')
         return
     if twice := [name for name, count in Counter(file.name for file in files).items() if count > 1]:
-        raise UserError(f'{path}: two files are named {twice[0]}: name one directory')
+        raise UserError(f'{path}: two files are named {twice[0]}: give only one directory')
     inspected = [inspect(file, encoding.n_vocab) for file in files]
     dtypes = sorted({bin.dtype.name for bin in inspected})
     if len(dtypes) > 1:
-        raise UserError(f'{path}: ids of {" and ".join(dtypes)}: name files of one kind')
+        raise UserError(f'{path}: ids of {" and ".join(dtypes)}: give files of only one kind')
     splits = deal(inspected, val_ratio, say)
     read = {bin.file for split in splits.values() for bin in split}
     inspected = [bin for bin in inspected if bin.file in read]
@@ -165,7 +167,7 @@ def link(path, out, content, val_ratio, say=print):
         try:
             return scan(bin.file, bin.offset, bin.tokens, bin.dtype, encoding.n_vocab)
         except UserError as error:
-            raise UserError(f'{error}: another tokenizer has made it, or it is in another format')
+            raise UserError(f'{error}: another tokenizer made this file, or it has another format')
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         found = dict(zip((bin.file for bin in inspected), pool.map(check, inspected)))
@@ -190,4 +192,4 @@ def link(path, out, content, val_ratio, say=print):
             write_json(work / 'meta.json', meta)
             publish(work, out)
     train, val = (sum(bin.tokens for bin in splits[split]) for split in ('train', 'val'))
-    say(f'{out}: {train:,} train + {val:,} val tokens of {len(found):,} files, linked')
+    say(f'{out}: {train:,} train + {val:,} val tokens, linked to {len(found):,} files')

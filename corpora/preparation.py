@@ -52,7 +52,7 @@ class PrepareConfig:
     tokenizer: str = 'bpe'  # bpe (trained on the text), char (one token per character), byte, gpt2, or a tokenizer.json
     # for token ids: the tokenizer that made them: gpt2, byte or a tokenizer.json; for shards:DIR also none
     vocab_size: int = 8192  # bpe: number of tokens, including the end-of-text token
-    val_ratio: float = 0.05  # fraction of the documents for validation (wikitext* and shakespeare have their own splits)
+    val_ratio: float = 0.05  # fraction of the documents for validation (wikitext*, shakespeare have their own splits)
     max_tokens: int = 0  # stop after this many train tokens (0: read all)
     max_documents: int = 0  # stop after this many documents (0: read all); if the corpus has its own splits, of train
     shard: str = ''  # i/n: prepare only part i (from 0) of n parts, for one of n machines
@@ -71,15 +71,15 @@ class PrepareConfig:
         if self.tokenizer == 'none' and not self.dataset.startswith('shards:'):
             yield f'--tokenizer=none: only for --dataset=shards:DIR, but --dataset={self.dataset} needs a tokenizer'
         if self.source and self.dataset not in DATASETS[1:]:
-            yield (f'--source={self.source}: --dataset={self.dataset} has none (for your own files: '
+            yield (f'--source={self.source}: --dataset={self.dataset} has no such option (for your own files: '
                    f'--dataset=text:{self.source})')
         if self.bad_text not in ('refuse', 'skip', 'replace'):
             yield f'--bad_text={self.bad_text}: expected refuse, skip or replace'
         if not 0 <= self.bad_rows <= 1:
             yield f'--bad_rows={self.bad_rows}: expected a fraction from 0 to 1'
         if not encoding_name(self.encoding):
-            yield (f'--encoding={self.encoding}: unknown, expected an encoding that Python knows, such as cp1252, gb18030, '
-                   'shift_jis or utf-16-le')
+            yield (f'--encoding={self.encoding}: unknown, expected an encoding that Python knows, such as cp1252, '
+                   'gb18030, shift_jis or utf-16-le')
         if not 257 <= self.vocab_size <= MAX_VOCAB:
             yield f'--vocab_size={self.vocab_size}: expected 257 (bytes and end of text) to {MAX_VOCAB}'
         if not 0 < self.val_ratio < 1:
@@ -92,8 +92,8 @@ class PrepareConfig:
             if not (i.isdecimal() and n.isdecimal() and int(i) < int(n) <= 99_999):
                 yield f'--shard={self.shard}: expected i/n with 0 <= i < n, as in --shard=0/4'
             if self.max_tokens:
-                yield (f'--max_tokens={self.max_tokens}: with --shard no machine knows the tokens of the others: use '
-                       '--max_documents')
+                yield (f'--max_tokens={self.max_tokens}: with --shard, a machine cannot count the tokens of the other '
+                       'machines: use --max_documents')
 
 
 def directory(config):
@@ -166,7 +166,8 @@ def open_dataset(config, prepare=True, verify='once', say=speak):
             if advice := advice_for(Path(name)):
                 raise UserError(f'dataset={name}: the directory {name} {advice}')
             raise UserError(f'dataset={name}: no directory {path}, and prepare.py knows only {", ".join(DATASETS)}, '
-                            'text:PATH, shards:DIR and bins:PATH: bring the tokens there, or choose --dataset=pylib')
+                            'text:PATH, shards:DIR and bins:PATH: copy the prepared data there, '
+                            'or use --dataset=pylib')
         return open_prepared(path, config, verify)
 
     if (path / 'meta.json').is_file():
@@ -174,15 +175,16 @@ def open_dataset(config, prepare=True, verify='once', say=speak):
     elif not prepare:
         return None
     else:
-        speak(f'No prepared data at {path}: preparing {name} (one-time' + ('; under a minute)' if name == 'pylib' else ')'))
+        duration = '; under a minute' if name == 'pylib' else ''
+        speak(f'No prepared data at {path}: preparing {name} (one-time{duration})')
         others = sorted(str(file.parent) for file in path.parent.glob('fineweb_edu*/meta.json'))
         if name == 'fineweb_edu' and others:
-            speak(f'  prepared already, for --dataset=DIR: {", ".join(others)}')
+            speak(f'  already prepared (use them with --dataset=DIR): {", ".join(others)}')
         command = [sys.executable, str(SCRIPT), f'--dataset={name}', f'--out={path}', *words]
         if code := subprocess.run(command).returncode:  # prepare.py has printed the reason
             if code == 2 and name.startswith('text:'):
-                speak(f'prepare.py has more options: python prepare.py --dataset={name} --out=DIR ..., then --dataset=DIR '
-                      'here')
+                speak(f'prepare.py has more options: python prepare.py --dataset={name} --out=DIR ..., '
+                      'then train with --dataset=DIR')
             sys.exit(code)
     return open_prepared(path, config, verify)
 
@@ -206,7 +208,9 @@ def tokenizer_of_rows(rows, name):
 
 
 def open_prepared(path, config, verify):
-    """The loader of a prepared directory. Says if it has another tokenizer or a much smaller vocabulary than the config."""
+    """The loader of a prepared directory.
+
+    Prints a line if its tokenizer is not the tokenizer of the config, or if its vocabulary is much smaller."""
     data = open_data(path, config.block_size, config.vocab_size, verify)
     name = config.tokenizer
     if name not in ('bpe', 'none') and not data.tokenizer:
@@ -215,8 +219,8 @@ def open_prepared(path, config, verify):
     elif name not in ('bpe', 'none') and not is_named(data.tokenizer, name):
         say_once(f"{path} has its own tokenizer, {data.tokenizer['name']}: tokenizer={name} is not used")
     if 2 * data.n_vocab < config.vocab_size:
-        say_once(f'{path} has a vocabulary of {data.n_vocab:,}, the model of {config.vocab_size:,}: '
-                 f'--vocab_size={data.n_vocab} makes it smaller and faster')
+        say_once(f'{path} has a vocabulary of {data.n_vocab:,}, the model has {config.vocab_size:,}: '
+                 f'--vocab_size={data.n_vocab} makes the model smaller and faster')
     return data
 
 
@@ -313,7 +317,7 @@ def check_prepared(config, path, say=speak):
     try:
         corpus = None if is_linked else open_corpus(config, check=False)
     except SourceMissing as error:
-        say(f'{error}. Using what was prepared from it in {path}')
+        say(f'{error}. Using the data in {path}, which were prepared from it earlier')
         return
     if config.tokenizer == 'gpt2':  # known without the file, which may need a download
         known = {'tokenizer': 'gpt2', 'vocab_size': 50_257}
@@ -323,8 +327,8 @@ def check_prepared(config, path, say=speak):
         request = linked.make_request(config.dataset.removeprefix('bins:'), known, config.val_ratio)
     else:
         request = make_request(config, corpus, known)
-    compare(read_json(path / 'meta.json'), request, f'{path}: was prepared',
-            f'remove it to prepare it anew, or use it as it is by --dataset={path}')
+    compare(read_json(path / 'meta.json'), request, f'{path} was prepared',
+            f'remove it to prepare it again, or use it as it is with --dataset={path}')
 
 
 def summary(out):
@@ -348,7 +352,7 @@ def check_shards(out, request, n):
     """Raises UserError if an existing shard in `out` does not match this request."""
     for meta in out.glob('shard-*/meta.json'):
         theirs = {**read_json(meta), 'inputs': request.get('inputs')}  # file times differ between machines
-        compare(theirs, request | {'shard': f"{int(meta.parent.name[6:11])}/{n}"}, f'{meta.parent}: was prepared',
+        compare(theirs, request | {'shard': f"{int(meta.parent.name[6:11])}/{n}"}, f'{meta.parent} was prepared',
                 'remove it, or choose another --out')
 
 
@@ -365,17 +369,18 @@ def join(out, ask=False):
         need = f"{out}: {len(missing)} of {n} shards are missing ({', '.join(numbers)})"
         if ask:
             raise UserError(f'{need}: copy their directories here')
-        print(f'{need}: with all of them here, python prepare.py join {out}')
+        print(f'{need}. Copy them here, then run: python prepare.py join {out}')
         return
     first = next(iter(metas.values()))
     own = ('shard', 'inputs', 'documents', 'files', 'test', 'created', 'seconds')  # these differ between shards
     request = {key: value for key, value in first.items() if key not in own}
     tokenizers = {name: read_json(out / name / 'tokenizer.json') for name in metas}
     for name, meta in metas.items():
-        compare(meta, request | {'shard': f'{int(name[6:11])}/{n}'}, f'{out / name}: was prepared',
-                'it is no part of this corpus')
+        compare(meta, request | {'shard': f'{int(name[6:11])}/{n}'}, f'{out / name} was prepared',
+                'it does not belong to this corpus')
         if tokenizers[name] != next(iter(tokenizers.values())):
-            raise UserError(f'{out / name}: its tokenizer is not that of the other shards: prepare it again')
+            raise UserError(f'{out / name}: its tokenizer differs from the tokenizer of the other shards: '
+                            'prepare it again')
     files = {'train': [], 'val': []}
     for name, meta in metas.items():
         for split in files:

@@ -104,8 +104,8 @@ def find_files(path, kinds):
     left_out = Counter(''.join(ending(file)) or '(no ending)' for file in left_out)
     if not files:
         endings = ', '.join(f'.{kind}' for kind in kinds)
-        raise SourceMissing(f'{path}: no such file, and no directory or glob with {endings} files '
-                            '(.gz or .zst too, except .parquet)' + (f'; left out: {listed(left_out)}' if left_out else ''))
+        line = f'{path}: no such file, and no directory or glob with {endings} files (.gz or .zst too, except .parquet)'
+        raise SourceMissing(line + (f'; left out: {listed(left_out)}' if left_out else ''))
     return files, left_out
 
 
@@ -147,8 +147,8 @@ def kind_of(path, encoding):
     if starts_with_object(head, is_cut):
         return 'jsonl'
     if head.strip() and name == '.json' or JSON_START.match(head):
-        raise UserError(f"{path}: JSON without an object on its first line: convert it to one object a line "
-                        "(an array by jq -c '.[]', objects by jq -c .), or leave it out")
+        raise UserError(f"{path}: JSON without an object on its first line: convert it to one object per line "
+                        "(an array with jq -c '.[]', objects with jq -c .), or leave it out")
     if MARKUP_START.match(head):
         raise UserError(f"{path}: {NOT_TEXT['.html']}")
     return kind(path) or 'txt'
@@ -165,16 +165,20 @@ def read_head(path, encoding):
     is_utf8 = b'\0' not in data and not_utf8_at(data) is None
     unmarked = encoding == encoding_of(path, data, encoding)
     # Text in another encoding is rarely valid UTF-8 by accident, and almost never for ten characters beyond ASCII.
-    if is_utf8 and unmarked and not encoding.startswith('utf') and len(re.sub('[\0-\x7f]+', '', data.decode(errors='ignore'))) >= 10:
-        raise UserError(f'{path}: its text is UTF-8, not {encoding}: leave --encoding out, or name the files of one encoding alone')
+    if is_utf8 and unmarked and not encoding.startswith('utf'):
+        if len(re.sub('[\0-\x7f]+', '', data.decode(errors='ignore'))) >= 10:
+            raise UserError(f'{path}: its text is UTF-8, not {encoding}: leave --encoding out, '
+                            'or prepare only files of one encoding')
     if encoding == 'utf-8' and (escape := ISO_2022_JP.search(data)):
-        raise UserError(f'{path}: an escape sequence of iso2022_jp at byte {escape.start()}, which --encoding=iso2022_jp reads')
+        raise UserError(f'{path}: an escape sequence of iso2022_jp at byte {escape.start()}: '
+                        'try --encoding=iso2022_jp')
     for magic, content in (MAGIC if is_utf8 else MAGIC | PRINTABLE_MAGIC).items():
         if data.startswith(magic):
             raise UserError(f'{path}: its content is {content}')
     encoding = encoding_of(path, data, encoding)
     if encoding == 'utf-8' and (wide := wide_encoding(data)):
-        raise UserError(f'{path}: every other byte is NUL: likely {wide} without a mark, which --encoding={wide} reads')
+        raise UserError(f'{path}: every other byte is NUL, so it is likely {wide} without a mark: '
+                        f'try --encoding={wide}')
     if encoding != 'utf-8':
         data = codecs.getincrementaldecoder(encoding)('replace').decode(data).encode('utf-8', 'replace')
     data = data.removeprefix(codecs.BOM_UTF8)
@@ -242,8 +246,9 @@ def check_files(files, reading):
             check_names(file, names, reading.scores)
     if len(without_text) == len(checked):
         file, names = without_text[0]
-        raise UserError(f'{file}: none of its first lines has a text in a field {reading.field!r}, which --text_field names'
-                        + (f", but the last of them has: {', '.join(names)[:200]}" if names else ''))
+        known = f"; the last of them has: {', '.join(names)[:200]}" if names else ''
+        raise UserError(f'{file}: none of its first lines has a text in the field {reading.field!r} '
+                        f'(--text_field){known}')
 
 
 def check_names(where, names, one_of):
@@ -262,7 +267,7 @@ def file_rows(files, reading, start=None, text=None):
     [index of the file, position in the file], plus the counts that BadRows adds.
     """
     number, inner = (start or (0, None))[:2]
-    outdated = UserError('the unfinished preparation is of an earlier version: remove its directory, .NAME.tmp, '
+    outdated = UserError('an earlier version began this preparation: remove its directory, .NAME.tmp, '
                          'and start again')
     if not isinstance(number, int):
         raise outdated
@@ -317,13 +322,14 @@ class BadRows:
     def judge(self, count, bad, reading, where):
         if bad / count > self.limit:
             score = ' or no score' if reading.scores else ''
-            raise UserError(f'{where}: {bad:,} of {count:,} rows up to here have no text in a field {reading.field!r}{score}, '
-                            f'more than --bad_rows={self.limit:g} allows: name another --text_field or allow more')
+            raise UserError(f'{where}: {bad:,} of {count:,} rows up to here have no text in the field '
+                            f'{reading.field!r}{score}, more than --bad_rows={self.limit:g} allows: '
+                            'use another --text_field, or a larger --bad_rows')
 
 
 def missing(row, reading):
     if not row or not isinstance(row.get(reading.field), str):
-        return f'no text in a field {reading.field!r}'
+        return f'no text in the field {reading.field!r}'
     scores = ' and '.join(f'{name} is {row[name]!r}'[:100] for name in reading.scores if name in row)
     return f"{scores or 'no score'}, expected a number"
 
@@ -399,7 +405,9 @@ def pieces(path, reading=Reading(), start=0):
     changes only the last document. Raises UserError if bad_text is 'refuse' and the text is not UTF-8.
     """
     blank_line, offset = re.compile(rb'\n[ \t\r]*\n'), start or 0
-    with readable(lambda: f'{path}: after byte {offset}' if offset else path), opened(path, reading, offset) as (file, _):
+    def where():
+        return f'{path}: after byte {offset}' if offset else path
+    with readable(where), opened(path, reading, offset) as (file, _):
         text = b'' if offset else file.read(3)
         if text == codecs.BOM_UTF8:
             offset, text = 3, b''
@@ -425,7 +433,8 @@ def lines(path, reading, start=None):
         while line := file.readline(LONGEST_LINE + 1):
             offset, number = offset + len(line), number + 1
             if len(line) > LONGEST_LINE:
-                raise UserError(f'{path}:{number}: longer than {LONGEST_LINE >> 20} MB: is this a file with one document a line?')
+                raise UserError(f'{path}:{number}: this line is longer than {LONGEST_LINE >> 20} MB: '
+                                'does the file have one document per line?')
             yield line.removeprefix(codecs.BOM_UTF8), [offset, number]
 
 
@@ -477,7 +486,7 @@ def jsonl(path, reading, start=None):
             value = row.get(reading.field) if isinstance(row, dict) else row
             if not isinstance(row, dict) or not isinstance(value, (str, types.NoneType)):
                 names = f", but it has {', '.join(row)[:200]}" if isinstance(row, dict) else ''
-                raise ValueError(f'no text in a field {reading.field!r}, which --text_field names{names}')
+                raise ValueError(f'no text in the field {reading.field!r} (--text_field){names}')
             if value is None:
                 dropped = 'unreadable'
             elif SURROGATE.search(value):  # json accepts half of a surrogate pair
@@ -532,13 +541,13 @@ def open_parquet(path, reading=None):
         # These buffer settings avoid loading a whole row group into memory.
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or f'no .parquet file: {error}'}")
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or f'not a .parquet file: {error}'}")
     with file:
         names, field = file.schema_arrow.names, reading and reading.field
         if field and names.count(field) != 1:
-            raise UserError(f"{path}: no column {field!r}, which --text_field names, but it has: {', '.join(names)}")
+            raise UserError(f"{path}: no column {field!r} (--text_field); it has: {', '.join(names)}")
         if field and (column := file.schema_arrow.field(field).type) not in (pa.string(), pa.large_string()):
-            raise UserError(f'{path}: column {field!r}, which --text_field names, holds {column}, expected string')
+            raise UserError(f'{path}: column {field!r} (--text_field) holds {column}, expected string')
         yield file
 
 
@@ -551,7 +560,7 @@ def decoded(data, bad_text, where):
         return (None, 'unreadable') if data is None else (data.decode(), '')
     except UnicodeDecodeError as error:
         if bad_text == 'refuse':
-            raise UserError(f'{where}: not UTF-8 at byte {error.start} of it{GO_ON}')
+            raise UserError(f'{where}: not UTF-8 at byte {error.start} of the text{GO_ON}')
         return (None, 'bad_text') if bad_text == 'skip' else (data.decode(errors='replace'), 'replaced')
 
 

@@ -78,21 +78,22 @@ def recommend(path, device='auto', card_gb=0.0, say=print):
     say(f'{path}: {corpus.tokens:,} train tokens' + (f' in rows of {corpus.row:,}' if corpus.row else '')
         + f', vocabulary {corpus.vocab_size:,}' + ('' if corpus.val_tokens else ', validation not split off yet'))
     if '--tokenizer=none' in corpus.words:
-        say('no tokenizer.json beside these rows: with --tokenizer=NAME instead of none, a run writes samples'
-            + (' (the highest id is that of gpt2)' if corpus.vocab_size == GPT2_IDS else ''))
+        say('no tokenizer.json beside these rows: give --tokenizer=NAME instead of none to get samples from a run'
+            + (" (the highest id is gpt2's highest id)" if corpus.vocab_size == GPT2_IDS else ''))
     say(f'compute-optimal for one epoch: {count(N)} parameters, {TOKENS_A_PARAMETER} tokens each (arXiv:2203.15556); '
         f'{EPOCHS} epochs lose little (arXiv:2305.16264): {count(EPOCHS * N)}')
     if left_out:
         say('\nleft out:\n' + columns([(f'  {name}', reason) for name, reason in left_out]))
     if presets and not plans:
-        return say('\nnone of the presets can be trained here: see what a GPU could do by --card_gb=N, its memory')
+        return say('\nnone of the presets can be trained here: --card_gb=N shows what a GPU with N GB could train')
     if not plans:
         sizes = f', --block_size={" or ".join(map(str, nearest(corpus.row, 1024)))}' if corpus.row else ''
-        return say(f'\nno preset suits the data as it is: give the nearest one a --vocab_size that does{sizes}')
+        return say(f'\nno preset suits these data: use the nearest one with --vocab_size={corpus.vocab_size}{sizes}')
     say('\n' + columns(plan_rows(plans, corpus, speed, size)))
-    say(f'tokens/parameter: of one epoch; the other figures: of all max_steps of the preset. {how}.\n'
-        f'Memory: an estimate, weights, gradients, optimizer and what a micro-step keeps in {str(dtype).removeprefix("torch.")}, '
-        f'against {readable(size)} of {whose}.')
+    say('tokens/parameter is for one epoch, the other figures are for the whole run of the preset (max_steps). '
+        f'{how}.\n'
+        'Memory is an estimate: weights, gradients, optimizer state, and what a micro-step keeps in '
+        f'{str(dtype).removeprefix("torch.")}. The memory of {whose} is {readable(size)}.')
     for each in best(plans, corpus.tokens, size):
         say('\n' + advice(each, corpus, speed, size))
 
@@ -112,7 +113,7 @@ def corpus_of(path):
     files, checked, _ = read_all(path, {}, 0, lambda line: None)
     rows, row = sum(found['rows'] for found in checked), checked[0]['length']
     if rows < 2:
-        raise UserError(f"{files[0]}: a single row can't be both train and val: bring more")
+        raise UserError(f"{files[0]}: a single row cannot be both train and val: provide more rows")
     vocab_size, words = 1 + max(found['max_id'] for found in checked), ('--tokenizer=none',)
     if file := tokenizer_beside(path, files):
         vocab_size, words = load_tokenizer(from_file(file)).n_vocab, ()
@@ -132,7 +133,7 @@ def suited(path, corpus):
             shortest = min(shortest, config.block_size)
             reason = unsuited(config, corpus)
             if config.init_from:
-                reason = f'it finetunes {config.init_from}, which has a tokenizer of its own'
+                reason = f'it finetunes {config.init_from}, which has its own tokenizer'
         except UserError as error:
             reason = ' '.join(str(error).splitlines())
         if reason:
@@ -140,8 +141,8 @@ def suited(path, corpus):
         else:
             presets.append((file.stem, config))
     if not corpus.row and min(corpus.tokens, corpus.val_tokens) < shortest + 1:
-        raise UserError(f'{path}: {corpus.tokens:,} train and {corpus.val_tokens:,} val tokens, fewer in one than a window of the '
-                        f'smallest preset, block_size + 1 = {shortest + 1}: prepare more text')
+        raise UserError(f'{path}: {corpus.tokens:,} train and {corpus.val_tokens:,} val tokens, but each split needs '
+                        f'one window of the smallest preset, block_size + 1 = {shortest + 1}: prepare more text')
     return presets, left_out
 
 
@@ -149,7 +150,7 @@ def unsuited(config, corpus):
     """The reason why this config can't be trained on the data, '' if it can."""
     T, row = config.block_size, corpus.row
     if corpus.vocab_size > config.vocab_size:
-        return f'its vocabulary of {config.vocab_size:,} is smaller than that of the data, {corpus.vocab_size:,}'
+        return f'its vocabulary of {config.vocab_size:,} is smaller than the {corpus.vocab_size:,} of the data'
     if row and (T > row or row % T and (row - 1) % T):
         return f'its block_size of {T:,} divides neither rows of {row:,} tokens nor {row - 1:,}'
     if not row:
@@ -164,8 +165,8 @@ def unsuited(config, corpus):
 
 def plan(name, config, kind, dtype, size):
     """
-    The Plan of a preset: its size, FLOPs and memory. If it does not fit into `size` bytes, with smaller micro-steps and
-    activation checkpointing, as far as these are needed.
+    The Plan of a preset: its size, FLOPs and memory. If it does not fit into `size` bytes, the plan has smaller
+    micro-steps and activation checkpointing, as far as needed.
     """
     with torch.device('meta'):
         model = GPT(shape_of(config))
@@ -178,8 +179,8 @@ def plan(name, config, kind, dtype, size):
     rows, recompute = next((choice for choice in choices if memory[choice] <= size), (own, checkpointing))
     words = [f'--batch_size={rows}'] if rows != own else []
     words += ['--activation_checkpointing=true'] if recompute != checkpointing else []
-    return Plan(name, parameters, model.flops_per_token(), config.batch_tokens, config.max_steps, memory[rows, recompute],
-                config.epochs, tuple(words))
+    return Plan(name, parameters, model.flops_per_token(), config.batch_tokens, config.max_steps,
+                memory[rows, recompute], config.epochs, tuple(words))
 
 
 def tokens_of(p, corpus):
@@ -194,15 +195,15 @@ def steps_of(p, corpus):
 
 def runnable(plans, corpus, speed):
     """
-    (plans, smallest first, [(name, reason)] of those that are left out): commands must be accepted, and runs end within
-    a year. speed: FLOP/s, 0 if unknown.
+    (plans, smallest first, [(name, reason)] of the plans that are left out). A plan is left out if train.py would not
+    accept its command, or if its run takes over a year. speed: FLOP/s, 0 if unknown.
     """
     kept, left_out = [], []
     for p in sorted(plans, key=lambda p: p.parameters):
         tokens = max(tokens_of(p, corpus), steps_of(p, corpus) * p.batch_tokens)
         seconds = p.flops * tokens / speed if speed else 0
         if seconds > LONGEST:
-            left_out.append((p.name, 'a run of it would take over a year on this machine'))
+            left_out.append((p.name, 'its run would take over a year on this machine'))
             continue
         try:
             command(p, corpus)
@@ -232,9 +233,10 @@ def plan_rows(plans, corpus, speed, size):
     rows = [('preset', 'parameters', 'tokens/parameter', 'epochs', 'FLOPs', 'time', 'memory', 'fits')]
     for p in plans:
         tokens = tokens_of(p, corpus)
+        time_taken = duration(p.flops * tokens / speed) if speed else '-'
+        fits = ' '.join(('with', *p.words)) if p.words else 'yes' if p.memory <= size else 'no'
         rows.append((p.name, f'{p.parameters:,}', number(corpus.tokens / p.parameters), number(tokens / corpus.tokens),
-                     f'{p.flops * tokens:.2e}', duration(p.flops * tokens / speed) if speed else '-', readable(p.memory),
-                     ' '.join(('with', *p.words)) if p.words else 'yes' if p.memory <= size else 'no'))
+                     f'{p.flops * tokens:.2e}', time_taken, readable(p.memory), fits))
     return rows
 
 
@@ -264,15 +266,18 @@ def advice(p, corpus, speed, size):
     reason = (f'config/{p.name}.py: {TOKENS_A_PARAMETER} tokens for each of {count(p.parameters)} parameters: '
               f'{number(epochs)} epochs of the data')
     if epochs > EPOCHS:
-        reason += (f', over {EPOCHS}: with {EPOCHS} it has seen {tokens / p.parameters:.2g} a parameter; a smaller model '
-                   '(--n_layer, --n_embd) or more text would suit better')
+        reason += (f'. More than {EPOCHS} epochs bring little, and {EPOCHS} epochs are '
+                   f'{tokens / p.parameters:.2g} tokens per parameter: '
+                   'a smaller model (--n_layer, --n_embd) or more text would suit better')
     elif epochs < 1:
-        reason += ': the data would feed a larger model'
+        reason += '. The data are enough for a larger model'
     time_taken = f', about {duration(p.flops * tokens / speed)} on one device' if speed else ''
-    lines = [reason, f'  {steps_of(p, corpus):,} steps of {p.batch_tokens:,} tokens, {p.flops * tokens:.2e} FLOPs{time_taken}']
+    lines = [reason, f'  {steps_of(p, corpus):,} steps of {p.batch_tokens:,} tokens, {p.flops * tokens:.2e} FLOPs'
+                     f'{time_taken}']
     if p.memory > size:
-        return '\n'.join([*lines, f'  {readable(p.memory)} do not fit: a smaller model (--n_layer, --n_embd), or --parallel=fsdp '
-                                  'over several devices'])
+        lines.append(f'  {readable(p.memory)} do not fit into memory: use a smaller model (--n_layer, --n_embd), '
+                     'or --parallel=fsdp on several devices')
+        return '\n'.join(lines)
     words, config = command(p, corpus)
     lines.append(f'  python train.py {shlex.join(words)}')
     processes = max(2, torch.cuda.device_count())

@@ -70,8 +70,10 @@ def find_shards(path):
         found = [path] if os.path.lexists(path) else [Path(name) for name in glob.glob(str(path), recursive=True)]
     files = sorted(file for file in found if file.suffix in ('.npy', '.pt'))
     if not files:
-        raise UserError(f'{path}: ' + ('no .npy or .pt files in it' if path.is_dir() else
-                                       'no shard, they end in .npy or .pt' if found else 'no such file, directory or glob'))
+        if path.is_dir():
+            raise UserError(f'{path}: no .npy or .pt files in it')
+        raise UserError(f'{path}: not a shard: shards end in .npy or .pt' if found else
+                        f'{path}: no such file, directory or glob')
     return files
 
 
@@ -95,14 +97,16 @@ def inspect(file):
         if dtype not in DTYPES:
             raise UserError(f'ids of type {dtype}, expected little-endian whole numbers of 1 to 8 bytes')
         if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
-            raise UserError(f'shape {shape}, expected (rows, tokens of a row), at least (1, 2)')
+            raise UserError(f'shape {shape}, expected (rows, tokens per row), at least (1, 2)')
         missing = offset + math.prod(shape) * np.dtype(dtype).itemsize - status.st_size
         if missing > 0 or missing and header is npy_header:
-            raise UserError(f'truncated, {missing:,} bytes are missing' if missing > 0 else f'{-missing:,} bytes too many')
+            raise UserError(f'truncated, {missing:,} bytes are missing' if missing > 0 else
+                            f'{-missing:,} bytes too many')
         return *shape, np.dtype(dtype), offset
     except OSError as error:
-        broken = file.is_symlink() and not file.exists()
-        raise UserError(f'{file}: ' + (f'broken symbolic link to {os.readlink(file)}' if broken else error.strerror or str(error)))
+        if file.is_symlink() and not file.exists():
+            raise UserError(f'{file}: broken symbolic link to {os.readlink(file)}')
+        raise UserError(f'{file}: {error.strerror or error}')
     except UserError as error:
         raise UserError(f'{file}: {str(error)[:300]}')
     except Exception as error:  # numpy and zipfile raise many types for damaged files
@@ -114,9 +118,9 @@ def npy_header(source, size):
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, fortran, dtype = read[np.lib.format.read_magic(source)](source)
     if dtype.hasobject:
-        raise UserError('an array of Python objects, which is a pickle: not opened')
+        raise UserError('not opened: an array of Python objects is a pickle, which could run code')
     if fortran:
-        raise UserError('in Fortran order, column by column: save numpy.ascontiguousarray(array)')
+        raise UserError('the array is in Fortran order (column by column): save numpy.ascontiguousarray(array)')
     return tuple(map(int, shape)), str(dtype), source.tell()
 
 
@@ -125,7 +129,7 @@ def pt_header(source, size):
     with zipfile.ZipFile(source) as archive:
         records = {info.filename.lower(): info for info in archive.infolist()}  # torch ignores case
         if len(records) < len(archive.infolist()) or any(info.compress_type for info in records.values()):
-            raise UserError('not what torch.save writes: compressed, or two records of one name')
+            raise UserError('not written by torch.save: it is compressed, or two records have the same name')
         if sum(info.file_size for info in records.values()) > size:
             raise UserError('truncated')
         top = archive.namelist()[0].partition('/')[0]
@@ -136,11 +140,11 @@ def pt_header(source, size):
             raise UserError('its ids are not little-endian')
         named = [arg for code, arg, _ in pickletools.genops(archive.read(f'{top}/data.pkl')) if code.name == 'GLOBAL']
         if wrong := [name for name in named if not PICKLED.fullmatch(name)]:
-            raise UserError(f'its pickle names {wrong[0].replace(" ", ".")}, expected one plain tensor: not opened')
+            raise UserError(f'not opened: its pickle names {wrong[0].replace(" ", ".")}, expected one plain tensor')
         record = archive.getinfo(tensors[0])
     source.seek(-22, os.SEEK_END)
     if not re.fullmatch(rb'PK\x05\x06.{16}\0\0', source.read(), re.DOTALL):  # end record of a zip without a comment
-        raise UserError('there are other bytes behind its end')
+        raise UserError('other bytes follow its end')
     source.seek(record.header_offset + 26)
     start = source.tell() + 4 + sum(struct.unpack('<2H', source.read(4)))  # after name and padding
 
@@ -152,7 +156,7 @@ def pt_header(source, size):
     if type(tensor) is not torch.Tensor:
         raise UserError(f'it holds a {type(tensor).__name__}, expected one tensor')
     if not tensor.is_contiguous() or tensor.is_neg():
-        raise UserError('its rows do not follow each other in memory: save tensor.contiguous()')
+        raise UserError('its rows are not contiguous in memory: save tensor.contiguous()')
     offset = tensor.storage_offset() * tensor.element_size()
     if offset + tensor.numel() * tensor.element_size() > record.file_size:
         raise UserError('truncated')
@@ -246,8 +250,10 @@ def read_all(path, meta, vocab_size, say):
                  for found in checked if found['length'] != usual[0][0]]
     if entries and not problems:
         hashes = {found['file'].relative_to(path).as_posix(): found['sha256'] for found in checked}
-        problems = [f'{path / name}: not the file that meta.json tells of: remove {path} and split it again'
-                    for name in sorted({*entries, *hashes}) if name not in entries or hashes.get(name) != entries[name]['sha256']]
+        wrong = [name for name in sorted({*entries, *hashes})
+                 if name not in entries or hashes.get(name) != entries[name]['sha256']]
+        problems = [f'{path / name}: not the file that meta.json describes: remove {path} and split it again'
+                    for name in wrong]
         checked = list({found['file'].resolve(): found for found in checked}.values())  # one file may serve both splits
     if problems:
         raise UserError(*problems)
@@ -275,12 +281,13 @@ def summary(kind, checked, seen, vocab_size, say, documents=0):
     shape = f"{count}, {checked[0]['length']:,}"
     say(columns([
         ('format', kind), ('files', f"{len(checked):,}, {total['bytes'] / 1e6:,.1f} MB"),
-        ('shape', f'({shape})' if rows[-1] else f"({total['tokens']:,},)"), ('dtype', dtype), ('ids', f'{low} to {high:,}'),
-        ('sequences', f"{total['rows'] or documents:,}"),
-        ('tokens', f"{total['tokens']:,}"), ('vocabulary', f'{size:,}' + ('' if vocab_size else ' (the highest id + 1)')),
+        ('shape', f'({shape})' if rows[-1] else f"({total['tokens']:,},)"),
+        ('dtype', dtype), ('ids', f'{low} to {high:,}'),
+        ('sequences', f"{total['rows'] or documents:,}"), ('tokens', f"{total['tokens']:,}"),
+        ('vocabulary', f'{size:,}' + ('' if vocab_size else ' (the highest id + 1)')),
         ('unique tokens', f'{unique:,} ({unique / size:.1%} of the vocabulary)')]))
-    return {'format': kind, 'files': len(checked), **total, 'length': checked[0]['length'], 'dtype': dtype, 'min_id': low,
-            'max_id': high, 'vocab_size': size, 'unique': unique, 'checked': checked}
+    return {'format': kind, 'files': len(checked), **total, 'length': checked[0]['length'], 'dtype': dtype,
+            'min_id': low, 'max_id': high, 'vocab_size': size, 'unique': unique, 'checked': checked}
 
 
 def tokenizer_beside(path, files):
@@ -305,24 +312,24 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print, content
     if not 0 < val_ratio < 1:
         raise UserError(f'val_ratio={val_ratio}: expected a fraction between 0 and 1')
     if (path / 'meta.json').is_file():
-        raise UserError(f'{path}: prepared already (it has a meta.json): use it as it is')
+        raise UserError(f'{path} is already prepared (it has a meta.json): use it as it is')
     if path.resolve() in [out.resolve(), *out.resolve().parents]:
-        raise UserError(f'{out}: inside {path}, whose shards it would be split from: choose another place')
+        raise UserError(f'{out} lies inside {path}, which holds the shards: choose another place')
     files = find_shards(path)
     root = path if path.is_dir() else os.path.commonpath([file.parent.absolute() for file in files])
     if beside := tokenizer_beside(path, files):
         given, content = content, tokenizer.from_file(beside)
         if given and given != content:
-            say(f'{beside} is the tokenizer of these rows: the given one, {tokenizer.label(given)}, is not used')
+            say(f'{beside} is the tokenizer of these rows: --tokenizer ({tokenizer.label(given)}) is not used')
     encoding = tokenizer.load_tokenizer(content) if content else None
     label = tokenizer.label(content) if content else None
     request = {'version': VERSION, 'kind': 'shards', **source_of(path, files), 'seed': seed, 'val_ratio': val_ratio,
                'given_vocab_size': vocab_size, 'tokenizer': label}
     if is_prepared(out, request):
-        say(f'{out}: split already, nothing to do')
+        say(f'{out} is already prepared: nothing to do')
         return read_json(out / 'meta.json')
     if encoding and vocab_size not in (0, encoding.n_vocab):
-        say(f'the tokenizer {label} has {encoding.n_vocab} tokens: that is the vocabulary, not {vocab_size}')
+        say(f'vocab_size={vocab_size} is not used: the tokenizer {label} has {encoding.n_vocab} tokens')
 
     _, checked, seen = read_all(path, {}, 0 if encoding else vocab_size, say)
     if encoding:
@@ -341,7 +348,8 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print, content
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 (work / name).symlink_to(checked['file'].absolute())
             finish(work, out, meta, content)
-    counts = [f'{sum(rows for *_, rows in dealt):,} {part} rows of {len(dealt):,} files' for part, dealt in parts.items()]
+    counts = [f'{sum(rows for *_, rows in dealt):,} {part} rows from {len(dealt):,} files'
+              for part, dealt in parts.items()]
     say(f"{out}: {', '.join(counts)}")
     return meta
 
@@ -351,8 +359,8 @@ def check_tokenizer(checked, n_vocab, name, say):
     highest = max(checked, key=lambda found: found['max_id'])
     max_id = highest['max_id']
     if max_id >= n_vocab:
-        remedy = ('put the tokenizer that made these rows there, or remove it' if isinstance(name, Path) else
-                  'name the tokenizer that made these rows, or --tokenizer=none to train without text')
+        remedy = ('replace this file with the tokenizer that made these rows, or remove it' if isinstance(name, Path)
+                  else 'give the tokenizer that made these rows, or --tokenizer=none to train without text')
         raise UserError(f"{highest['file']}: id {max_id:,} is outside the vocabulary of {n_vocab:,} tokens of {name}: "
                         f'{remedy}')
     if 2 * max_id < n_vocab:
@@ -368,8 +376,8 @@ def source_of(path, files):
 def check_split(path, out):
     """Raises UserError if the files at `path` have changed since they were split into the directory `out`."""
     path = Path(path).expanduser()
-    compare(read_json(out / 'meta.json'), source_of(path, find_shards(path)), f'{out}: was prepared',
-            f'remove it to split them anew, or use it as it is by --dataset={out}')
+    compare(read_json(out / 'meta.json'), source_of(path, find_shards(path)), f'{out} was prepared',
+            f'remove it to split them again, or use it as it is with --dataset={out}')
 
 
 def deal(checked, val_ratio, seed, say):
@@ -387,7 +395,7 @@ def deal(checked, val_ratio, seed, say):
     if len(checked) == 1:
         (name, found), = checked.items()
         if found['rows'] == 1:
-            raise UserError(f"{found['file']}: a single row can't be both train and val: bring more")
+            raise UserError(f"{found['file']}: a single row cannot be both train and val: provide more rows")
         last = min(max(1, round(val_ratio * found['rows'])), found['rows'] - 1)
         first = found['rows'] - last
         return {'train': [(f'train/{name}', found, 0, first)], 'val': [(f'val/{name}', found, first, last)]}
@@ -414,32 +422,36 @@ def pack(data_path, row, out, rows_per_shard=100, say=print):
     tokens. Tokens at the end of a split that do not fill a row are left out.
     """
     if row < 2 or rows_per_shard < 1:
-        raise UserError(f'row={row}, rows_per_shard={rows_per_shard}: expected at least 2 tokens in a row and a row in a shard')
+        raise UserError(f'row={row}, rows_per_shard={rows_per_shard}: expected at least 2 tokens per row '
+                        'and 1 row per shard')
     out, data = Path(out), open_data(data_path, 1, LARGEST_VOCAB, verify='never')
     if isinstance(data, ShardData):
-        raise UserError(f'{data_path}: shards already')
-    request = {'version': VERSION, 'kind': 'shards', 'source': data.meta['source'], 'row': row, 'rows_per_shard': rows_per_shard,
-               'packed': data.fingerprint}
+        raise UserError(f'{data_path} already holds shards')
+    request = {'version': VERSION, 'kind': 'shards', 'source': data.meta['source'], 'row': row,
+               'rows_per_shard': rows_per_shard, 'packed': data.fingerprint}
     if is_prepared(out, request):
-        say(f'{out}: packed already, nothing to do')
+        say(f'{out} is already packed: nothing to do')
         return read_json(out / 'meta.json')
-    counts = {part: divmod(sum(entry['tokens'] for entry in data.meta['files'][part]), row) for part in ('train', 'val')}
+    counts = {part: divmod(sum(entry['tokens'] for entry in data.meta['files'][part]), row)
+              for part in ('train', 'val')}
     for part, (rows, rest) in counts.items():
         if not rows:
             larger = ' or use a larger --val_ratio' if part == 'val' else ''
-            raise UserError(f'{data_path}: the {part} split has {rest:,} tokens, less than a row of {row:,}: '
-                            f'--row={rest} or less, or prepare more text{larger}')
-        say(f'{part}: {rows:,} rows of {row:,} tokens; the last {rest:,} tokens fill no row and are left out')
+            raise UserError(f'{data_path}: the {part} split has {rest:,} tokens, fewer than one row of {row:,}: '
+                            f'use --row={rest} or less, or prepare more text{larger}')
+        say(f'{part}: {rows:,} rows of {row:,} tokens; the last {rest:,} tokens do not fill a row and are left out')
     validate_bins(data, say)
     with workspace(out, request) as work:
         if work:
             clear(work)
             need = data.dtype.itemsize * row * sum(rows for rows, _ in counts.values())
             free = shutil.disk_usage(work).free
-            say(f'{out}: {need / 1e6:,.1f} MB, of {free / 1e6:,.1f} MB that are free')
+            say(f'{out} needs {need / 1e6:,.1f} MB ({free / 1e6:,.1f} MB are free)')
             if need > free:
-                raise UserError(f'{out}: {need / 1e6:,.1f} MB do not fit on the disk: make room, or choose another place')
-            files = {part: pack_split(data, part, row, rows, rows_per_shard, work / part) for part, (rows, _) in counts.items()}
+                raise UserError(f'{out}: {need / 1e6:,.1f} MB do not fit on the disk: free some space, '
+                                'or choose another place')
+            files = {part: pack_split(data, part, row, rows, rows_per_shard, work / part)
+                     for part, (rows, _) in counts.items()}
             finish(work, out, {**request, 'filter': data.meta.get('filter'), 'vocab_size': data.n_vocab,
                                'eot_id': data.meta.get('eot_id'), 'created': now(), 'files': files}, data.tokenizer)
     meta = read_json(out / 'meta.json')
@@ -482,7 +494,8 @@ def entries_of(meta, path):
                    for split in ('train', 'val')}
         if meta['version'] != VERSION:
             raise ValueError(f"version {meta['version']!r}, expected {VERSION}")
-        if not all(entries.values()) or any(entry['first'] < 0 or entry['rows'] < 1 for entry in chain(*entries.values())):
+        if not all(entries.values()) or any(entry['first'] < 0 or entry['rows'] < 1
+                                            for entry in chain(*entries.values())):
             raise ValueError('a split without files, or a file without rows')
         if int(meta['row']) < 2 or int(meta['vocab_size']) < 1:
             raise ValueError('no row or no vocab_size')
@@ -514,7 +527,7 @@ class ShardData(TokenData):
         self.row, self.n_vocab = int(self.meta['row']), int(self.meta['vocab_size'])
         if self.n_vocab > vocab_size:
             raise UserError(f'{self.path} has a vocabulary of {self.n_vocab}, the model only {vocab_size}: '
-                            f'--vocab_size={self.n_vocab}')
+                            f'use --vocab_size={self.n_vocab}')
         self.tokenizer, file = None, self.path / 'tokenizer.json'
         if file.exists():
             self.tokenizer = read_json(file)
@@ -528,7 +541,7 @@ class ShardData(TokenData):
         if not self.whole and self.row % block_size:
             sizes = ' or '.join(f'--block_size={size}' for size in nearest(self.row, block_size))
             raise UserError(f'{self.path}: block_size={block_size} divides neither its rows of {self.row} tokens nor '
-                            f'{self.row - 1}: {sizes}')
+                            f'{self.row - 1}: use {sizes}')
         self.per_row = (self.row - self.whole) // block_size
         self.files, self.starts, rows = {}, {}, {}
         for split, listed in entries.items():
@@ -545,8 +558,8 @@ class ShardData(TokenData):
         file = self.path / name
         there, length, dtype, offset = inspect(file)
         if file.stat().st_size != bytes or length != self.row or there < first + rows:
-            raise UserError(f'{file}: {there} rows of {length} tokens in {file.stat().st_size} bytes, but meta.json says '
-                            f'{first + rows} rows of {self.row} in {bytes} bytes: {self.again}')
+            raise UserError(f'{file}: {there} rows of {length} tokens in {file.stat().st_size} bytes, '
+                            f'but meta.json says {first + rows} rows of {self.row} in {bytes} bytes: {self.again}')
         return file, dtype, offset + first * length * dtype.itemsize
 
     def gather(self, split, windows):
@@ -563,18 +576,19 @@ class ShardData(TokenData):
             except OSError as error:
                 raise UserError(f'{file}: {error.strerror or error}: {self.again}')
             if len(ids) < T + self.whole:
-                raise UserError(f'{file}: it became shorter: {self.again}')
+                raise UserError(f'{file}: the file became shorter: {self.again}')
             if ids.max() >= self.n_vocab or ids.min() < 0:
                 wrong = int(np.argmax((ids < 0) | (ids >= self.n_vocab)))
-                raise UserError(f'{file}: id {ids[wrong]} at position {at + wrong} of its {split} rows is outside the vocabulary '
-                                f'of {self.n_vocab}: {self.again}')
+                raise UserError(f'{file}: id {ids[wrong]} at position {at + wrong} of its {split} rows is outside the '
+                                f'vocabulary of {self.n_vocab}: {self.again}')
             tokens[i, :len(ids)] = ids
         return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
 
 def nearest(row, block_size):
     """The nearest block sizes below and above this one that divide row or row - 1."""
-    sizes = sorted({size for n in (row, row - 1) for i in range(1, math.isqrt(n) + 1) if n % i == 0 for size in (i, n // i)})
+    sizes = sorted({size for n in (row, row - 1) for i in range(1, math.isqrt(n) + 1) if n % i == 0
+                    for size in (i, n // i)})
     below, above = [size for size in sizes if size < block_size], [size for size in sizes if size > block_size]
     return below[-1:] + above[:1]
 
@@ -590,17 +604,17 @@ def holds_rows(path):
 
 def advice_for(path):
     """
-    The end of an error message for a directory that is not prepared: what it holds, and the dataset to name instead. ''
-    if it holds no data.
+    The end of an error message for a directory that is not prepared: what it holds, and which dataset to give instead.
+    '' if it holds no data.
     """
     if not Path(path).is_dir():
         return ''
     if holds_rows(path):
-        return f'holds rows of token ids: use shards:{path}'
+        return f'holds rows of token ids: use --dataset=shards:{path}'
     for ending in ('bin', 'txt', 'jsonl', 'parquet'):
         if found := sorted(Path(path).glob(f'*.{ending}')):
             content, kind = ('token files of another program', 'bins') if ending == 'bin' else ('text', 'text')
-            return f'holds {content} ({found[0].name}): use {kind}:{path}'
+            return f'holds {content} ({found[0].name}): use --dataset={kind}:{path}'
     return ''
 
 
@@ -611,6 +625,6 @@ def open_data(path, block_size, vocab_size, verify='once'):
     """
     file = Path(path) / 'meta.json'
     if not file.is_file() and (advice := advice_for(path)):
-        raise UserError(f'{path}: no prepared data (no meta.json), it {advice}')
+        raise UserError(f'{path} is not prepared data (no meta.json). It {advice}')
     shards = file.is_file() and read_json(file).get('kind') == 'shards'
     return (ShardData if shards else TokenData)(path, block_size, vocab_size, verify)

@@ -45,8 +45,8 @@ def read(data, start, stop):
         ids = data.read('train', start, stop)
         if ids.max() >= data.n_vocab:
             at = int(np.argmax(ids >= data.n_vocab))
-            raise UserError(f'{data.path}: id {ids[at]} at position {start + at} of the train split is outside the vocabulary of '
-                            f'{data.n_vocab}: {data.again}')
+            raise UserError(f'{data.path}: id {ids[at]} at position {start + at} of the train split is outside the '
+                            f'vocabulary of {data.n_vocab}: {data.again}')
         return ids
     first = start // row
     x, y = data.gather('train', np.arange(first, -(-stop // row)))
@@ -93,7 +93,7 @@ def show(path, n=3, seed=1337, say=print, out=''):
     path. Raises UserError.
     """
     if n < 0:
-        raise UserError(f'--n={n}: a number of windows, not negative')
+        raise UserError(f'--n={n}: the number of windows must not be negative')
     data = open_whole(path)
     encoding = load_tokenizer(data.tokenizer) if data.tokenizer else None
     try:
@@ -106,8 +106,8 @@ def show(path, n=3, seed=1337, say=print, out=''):
     counts, lengths, tail = survey(data)
     total = int(counts.sum())
     if total < data.train_tokens:
-        say(f'\nthe figures are those of a sample: {total:,} of {data.train_tokens:,} train tokens, in chunks of {CHUNK:,} '
-            'spread evenly')
+        say(f'\nthe figures come from a sample: {total:,} of {data.train_tokens:,} train tokens, '
+            f'in evenly spread chunks of {CHUNK:,}')
     say('\n' + columns(token_rows(counts, encoding)))
     say('\n' + columns(document_rows(lengths, tail, data.meta.get('eot_id'))))
 
@@ -117,7 +117,7 @@ def show(path, n=3, seed=1337, say=print, out=''):
         out.parent.mkdir(parents=True, exist_ok=True)
         draw(counts, lengths, f'{name}: {total:,} train tokens', out)
     except OSError as error:
-        raise UserError(f'{out}: {error.strerror}: start it in a directory that can be written')
+        raise UserError(f'{out}: {error.strerror}: start prepare.py in a directory that can be written')
     say(f'\npicture: {out}')
     return out
 
@@ -128,8 +128,9 @@ def meta_rows(meta):
         if isinstance(value, dict):
             return ', '.join(f'{key} {text(item)}' for key, item in value.items())
         return f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    names = {'vocab_size': 'vocabulary', 'eot_id': 'end of text', 'row': 'tokens a row'}
-    return [(names.get(key, key), str(value) if key == 'seed' else text(value)) for key, value in meta.items() if key != 'files']
+    names = {'vocab_size': 'vocabulary', 'eot_id': 'end of text', 'row': 'tokens per row'}
+    return [(names.get(key, key), str(value) if key == 'seed' else text(value))
+            for key, value in meta.items() if key != 'files']
 
 
 def split_rows(meta):
@@ -138,9 +139,10 @@ def split_rows(meta):
     for split, files in meta['files'].items():
         tokens, size = (sum(file.get(key, 0) for file in files) for key in ('tokens', 'bytes'))
         of_text = size and meta.get('kind') != 'shards'  # for shards, bytes is the file size
-        rows.append((split, f"{documents[split]:,}" if split in documents else '-', f'{tokens:,}', f'{size:,}' if size else '-',
-                     f'{size / tokens:.2f}' if of_text else '-', f'{len(files):,}',
-                     files[0]['sha256'][:12] + (f' and {len(files) - 1:,} more' if len(files) > 1 else '')))
+        more = f' and {len(files) - 1:,} more' if len(files) > 1 else ''
+        rows.append((split, f'{documents[split]:,}' if split in documents else '-', f'{tokens:,}',
+                     f'{size:,}' if size else '-', f'{size / tokens:.2f}' if of_text else '-', f'{len(files):,}',
+                     files[0]['sha256'][:12] + more))
     return rows
 
 
@@ -191,7 +193,7 @@ def token_rows(counts, encoding):
 
 def document_rows(lengths, tail, eot):
     if not (n := sum(lengths.values())):
-        return [('documents', 'no end-of-text id' if eot is None else f'none ends (the end of text is {eot})')]
+        return [('documents', 'no end-of-text id' if eot is None else f'no end-of-text token (id {eot}) occurs')]
     values = np.array(sorted(lengths))
     up_to = np.cumsum([lengths[value] for value in values.tolist()])  # documents of this length or shorter
 
@@ -200,9 +202,10 @@ def document_rows(lengths, tail, eot):
     mean = sum(value * count for value, count in lengths.items()) / n
     figures = {'mean': f'{mean:,.1f}', 'median': f'{quantile(0.5):,}', '10 % have at most': f'{quantile(0.1):,}',
                '90 % have at most': f'{quantile(0.9):,}', 'longest': f'{values[-1]:,}'}
-    return [('documents', f'{n:,}' + (f', and {tail:,} tokens of one that does not end' if tail else '')),
-            ('their tokens, without the end', ', '.join(map(' '.join, figures.items()))),
-            *((f'longer than {edge:,}', f'{sum(lengths[value] for value in lengths if value > edge) / n:.2%}') for edge in LONGER)]
+    longer = {edge: sum(lengths[value] for value in lengths if value > edge) / n for edge in LONGER}
+    return [('documents', f'{n:,}' + (f', and {tail:,} tokens of an unfinished one' if tail else '')),
+            ('tokens, without the end of text', ', '.join(map(' '.join, figures.items()))),
+            *((f'longer than {edge:,}', f'{share:.2%}') for edge, share in longer.items())]
 
 
 def zipf_fit(ranked):
@@ -237,7 +240,8 @@ def draw(counts, lengths, heading, out):
         values = np.maximum(list(lengths), 1)  # the log axis can't show length 0
         right.hist(values, bins=np.geomspace(1, values.max() + 1, 60), weights=list(lengths.values()))
         right.set(xscale='log')
-    right.set(title='documents by length' if lengths else 'no documents: no end of text', xlabel='tokens', ylabel='documents')
+    right.set(title='documents by length' if lengths else 'no end-of-text token, so no documents',
+              xlabel='tokens', ylabel='documents')
     for axes in (left, right):
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(alpha=0.3)

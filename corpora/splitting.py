@@ -61,7 +61,8 @@ def find_cut(corpus, config, limit):
     text, number = texts[last], numbers[texts[last]]
     if len(text) == 1:
         if not boundary:
-            raise UserError(f'{config.dataset}: a single character of text is not enough for train and val: more text')
+            raise UserError(f'{config.dataset}: a single character of text is not enough for train and val: '
+                        'provide more text')
         return Cut(numbers[texts[boundary]], 0)
     offset = len(text.encode()[:int(target) - starts[last]].decode(errors='ignore'))
     begin, end = len(text) - len(text.lstrip()), len(text.rstrip())  # so that neither part is blank

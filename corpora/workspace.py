@@ -32,7 +32,7 @@ def is_prepared(out, request, sharded=False):
         return False
     if not (out / 'meta.json').is_file():
         raise UserError(f'{out} exists but is not a prepared dataset (no meta.json): choose another --out')
-    compare(read_json(out / 'meta.json'), request, f'{out}: was prepared', 'remove it, or choose another --out')
+    compare(read_json(out / 'meta.json'), request, f'{out} was prepared', 'remove it, or choose another --out')
     return True
 
 
@@ -74,7 +74,8 @@ def workspace(out, request):
         if begun(work):
             if old.get('bad_text') == 'refuse':  # so far no text was bad, so this option may change
                 old['bad_text'] = request['bad_text']
-            compare(old, request, f'{work}: holds an unfinished preparation', 'finish that one, or remove this directory')
+            compare(old, request, f'{work} holds an unfinished preparation',
+                    'finish it with its own options, or remove this directory')
         elif old != request:
             clear(work)
         write_json(work / 'request.json', request)
@@ -221,7 +222,8 @@ class Bins:
             size = int(self.lengths[part].sum())
             self.file.write(part)
             self.sha256.update(part)
-            entry.update(tokens=entry['tokens'] + len(part), bytes=entry['bytes'] + size, max_id=max(entry['max_id'], int(part.max())))
+            entry.update(tokens=entry['tokens'] + len(part), bytes=entry['bytes'] + size,
+                         max_id=max(entry['max_id'], int(part.max())))
             self.tokens, self.bytes, ids = self.tokens + len(part), self.bytes + size, ids[len(part):]
 
     def sync(self):

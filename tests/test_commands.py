@@ -1,4 +1,4 @@
-"""From files as they are downloaded, or rows of ids, to a trained model, by the commands of the README alone."""
+"""From downloaded files or rows of ids to a trained model, with only the commands of the README."""
 import json
 import os
 import re
@@ -149,7 +149,7 @@ def test_a_run_is_refused_where_the_text_behind_its_data_has_changed(tmp_path, m
     data = preparation.open_dataset(wanted)
     assert re.fullmatch(r'data/text-notes\.jsonl-\w{6}-300', str(data.path)) and preparation.open_dataset(wanted).fingerprint == data.fingerprint
     write_jsonl(text, texts(301))
-    with pytest.raises(UserError, match=f'{data.path}: was prepared with source .*bytes.*--dataset={data.path}'):
+    with pytest.raises(UserError, match=f'{data.path} was prepared with source .*bytes.*--dataset={data.path}'):
         preparation.open_dataset(wanted)
     assert preparation.open_dataset(train.load([*SMALL, f'--dataset={data.path}'])).fingerprint == data.fingerprint
 
@@ -161,7 +161,7 @@ def test_rows_that_changed_since_they_were_split_are_refused(packed, tmp_path, m
     data = preparation.open_dataset(wanted)
     assert preparation.open_dataset(wanted).fingerprint == data.fingerprint
     os.utime(next(Path('rows').glob('*.npy')), ns=(0, 0))
-    with pytest.raises(UserError, match='before its source files were changed: remove it to split them anew, or use it as it is'):
+    with pytest.raises(UserError, match='before its source files were changed: remove it to split them again, or use it as it is'):
         preparation.open_dataset(wanted)
 
 

@@ -86,7 +86,7 @@ def without_positions(documents):
 
 
 def goes_on_behind_every_document(of):
-    """The documents, after going on behind each of them."""
+    """The documents, read again from the position after each of them."""
     documents = list(of.documents())
     assert all(isinstance(document, Document) for document in documents)
     assert all((document.text is None) == (document.dropped not in ('', 'replaced')) for document in documents)
@@ -290,29 +290,29 @@ def test_memory_stays_bounded_for_one_large_row_group(tmp_path):
     ('text:{tmp}/empty', {}, '{tmp}/empty: no such file, and no directory or glob with .txt, .jsonl, .parquet files'),
     ('text:{tmp}/links', {}, '{tmp}/links/gone.jsonl.gz: broken symbolic link to /nowhere/x'),
     ('text:{tmp}/links/gone.jsonl.gz', {}, '{tmp}/links/gone.jsonl.gz: broken symbolic link'),
-    ('text:{tmp}/list.jsonl', {}, "{tmp}/list.jsonl:1: broken line: no text in a field 'text', which --text_field"),
+    ('text:{tmp}/list.jsonl', {}, "{tmp}/list.jsonl:1: broken line: no text in the field 'text' (--text_field)"),
     ('text:{tmp}/many.jsonl', {'text_field': 'body'},
-     "{tmp}/many.jsonl: none of its first lines has a text in a field 'body', which --text_field names, but the last of them has: te"),
+     "{tmp}/many.jsonl: none of its first lines has a text in the field 'body' (--text_field); the last of them has: te"),
     ('text:{tmp}/many.jsonl', {'text_field': 'body', 'bad_text': 'skip'},
      "{tmp}/many.jsonl: none of its first lines has a text in"),
     ('text:{tmp}/surrogate.jsonl', {}, '{tmp}/surrogate.jsonl:1: broken line: '),
-    ('text:{tmp}/no.parquet', {}, '{tmp}/no.parquet: no .parquet file: '),
+    ('text:{tmp}/no.parquet', {}, '{tmp}/no.parquet: not a .parquet file: '),
     ('text:{tmp}/a.parquet', {'text_field': 'body'},
-     "{tmp}/a.parquet: no column 'body', which --text_field names, but it has: text, i"),
+     "{tmp}/a.parquet: no column 'body' (--text_field); it has: text, i"),
     ('text:{tmp}/a.parquet', {'text_field': 'id'},
-     "{tmp}/a.parquet: column 'id', which --text_field names, holds int64, expected st"),
+     "{tmp}/a.parquet: column 'id' (--text_field) holds int64, expected st"),
     ('text:{tmp}/no.txt.gz', {}, '{tmp}/no.txt.gz: damaged or cut off: '),
     ('text:{tmp}/no.jsonl.zst', {}, '{tmp}/no.jsonl.zst: damaged or cut off: '),
     ('fineweb_edu', {'source': '{tmp}/empty'}, '{tmp}/empty: no such file, and no directory or glob with .jsonl, .parquet files'),
     ('fineweb_edu', {'source': '{tmp}/many.jsonl'}, "{tmp}/many.jsonl: no column 'int_score' or 'score', it has: text, id"),
     ('fineweb_edu', {'source': '{tmp}/a.parquet'}, "{tmp}/a.parquet: no column 'int_score' or 'score', it has: text, id"),
     ('fineweb_edu', {'source': '{tmp}/list.jsonl'},
-     "{tmp}/list.jsonl:1: broken line: no text in a field 'text', which --text_field"),
+     "{tmp}/list.jsonl:1: broken line: no text in the field 'text' (--text_field)"),
     ('fineweb_edu', {'source': '{tmp}/score.parquet'},
-     "{tmp}/score.parquet: no column 'text', which --text_field names, but it has: score"),
+     "{tmp}/score.parquet: no column 'text' (--text_field); it has: score"),
     ('wikitext2', {'source': '{tmp}/wiki'},
      '{tmp}/wiki: no file of the test split (test*.parquet, .jsonl or .txt, or wiki.test*.raw)'),
-    ('wikitext2', {'source': '{tmp}/twice'}, '{tmp}/twice: the val split is there twice: valid.txt, validation.jsonl'),
+    ('wikitext2', {'source': '{tmp}/twice'}, '{tmp}/twice: the val split exists twice: valid.txt, validation.jsonl'),
 ])
 def test_what_cannot_be_read_is_refused_in_one_line_before_anything_is_read(tmp_path, dataset, changes, message):
     for folder in ('empty', 'links', 'wiki', 'twice'):
@@ -335,7 +335,7 @@ def test_what_cannot_be_read_is_refused_in_one_line_before_anything_is_read(tmp_
 def test_faults_in_the_middle_name_the_file_and_the_line_or_row(tmp_path, odd_files):
     (tmp_path / 'latin.txt').write_bytes(b'\xef\xbb\xbf' + b'line\n' * 4000 + b'abc\xe9def')
     assert refused(f'text:{tmp_path}/latin.txt') == (
-        f'{tmp_path}/latin.txt: not UTF-8 at byte 20006, perhaps cp1252, which --encoding=cp1252 reads (--bad_text=skip or replace goes on)')
+        f'{tmp_path}/latin.txt: not UTF-8 at byte 20006, perhaps cp1252 (--encoding=cp1252); --bad_text=skip or replace continues')
     assert refused(f'text:{odd_files}/b.jsonl').startswith(f'{odd_files}/b.jsonl:3: broken line: Expecting')
     assert refused(f'text:{odd_files}/c.parquet').startswith(f'{odd_files}/c.parquet: row 4: not UTF-8 at byte 0')
     for number in (1, 2):  # the position at which reading went on doesn't matter
@@ -363,7 +363,7 @@ def test_faults_in_the_middle_name_the_file_and_the_line_or_row(tmp_path, odd_fi
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, 'LONGEST_LINE', 2**20)
     (tmp_path / 'a.jsonl').write_bytes(b'{"text": "a"}\n[' + b'1, ' * 2**20)
-    assert refused(f'text:{tmp_path}/a.jsonl').startswith(f'{tmp_path}/a.jsonl:2: longer than 1 MB: is this a file with')
+    assert refused(f'text:{tmp_path}/a.jsonl').startswith(f'{tmp_path}/a.jsonl:2: this line is longer than 1 MB: does the file have')
 
 
 # fineweb_edu
@@ -569,7 +569,7 @@ def test_a_hub_that_stays_away_is_given_up_in_one_line_that_says_what_else_there
     message = refused('fineweb_edu')
     assert hub.waits == [1, 2, 4, 8, 16] and len(hub.asked) == 6 == hub_module.RETRIES + 1
     assert message.startswith("fineweb_edu: can't read HuggingFaceFW/fineweb-edu sample-10BT from the Hugging Face Hub "
-                              "behind row 0, tried 6 times (ConnectionError: Couldn't reach it)")
+                              "after row 0, tried 6 times (ConnectionError: Couldn't reach it)")
     assert all(way in message for way in ('--source=PATH', '--dataset=text:PATH', '--dataset=pylib'))
     assert len(capfd.readouterr().err.splitlines()) == 5
     clock = iter([0, 23.3])  # as long as the library below tries by itself
@@ -581,9 +581,9 @@ def test_a_hub_that_stays_away_is_given_up_in_one_line_that_says_what_else_there
                                    DatasetNotFoundError("doesn't exist"), PermissionError('no')])
 def test_what_trying_again_cannot_mend_is_told_at_once(hub, error):
     hub.faults = {1: error}
-    assert f'behind row 0, tried 1 time ({type(error).__name__}: {error})' in refused('fineweb_edu') and hub.waits == []
+    assert f'after row 0, tried 1 time ({type(error).__name__}: {error})' in refused('fineweb_edu') and hub.waits == []
     hub.faults = {'text 75': error}
-    assert f'behind row 75, tried 1 time ({type(error).__name__}: {error})' in refused('fineweb_edu') and hub.waits == []
+    assert f'after row 75, tried 1 time ({type(error).__name__}: {error})' in refused('fineweb_edu') and hub.waits == []
 
 
 def test_offline_mode_is_told_at_once(hub, monkeypatch):
@@ -688,7 +688,7 @@ def test_bad_text_in_wikitext_is_refused_or_replaced(tmp_path):
     folder = wikitext_folder(tmp_path / 'wiki', 'raw')
     (folder / 'wiki.valid.raw').write_bytes(b'one \n two \xe9 \n')
     message = refused('wikitext2', source=folder)
-    assert message == f'{folder}/wiki.valid.raw: not UTF-8 at byte 10, perhaps cp1252, which --encoding=cp1252 reads (--bad_text=skip or replace goes on)'
+    assert message == f'{folder}/wiki.valid.raw: not UTF-8 at byte 10, perhaps cp1252 (--encoding=cp1252); --bad_text=skip or replace continues'
     (folder / 'wiki.train.raw').write_bytes(''.join(ARTICLES).encode().replace(b'Text', b'T\xe9xt'))
     for choice, line, first in (('replace', ' two \ufffd \n', ARTICLES[0].replace('Text', 'T\ufffdxt')),
                                 ('skip', '', ARTICLES[0].replace(' Text of one . \n', ''))):
@@ -762,6 +762,6 @@ def test_another_text_than_shakespeare_is_refused_and_not_kept(shakespeare, monk
     def offline(url, timeout):
         raise OSError('no route')
     monkeypatch.setattr(corpus, 'urlopen', offline)
-    with pytest.raises(UserError, match=r"can't download .*input.txt \(no route\): bring the file to data/tinyshakespeare.txt, or"):
+    with pytest.raises(UserError, match=r'cannot download .*input.txt \(no route\): copy the file to data/tinyshakespeare.txt, or'):
         open_corpus(shakespeare_options())
     assert not Path('data').exists()

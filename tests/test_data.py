@@ -183,11 +183,11 @@ def break_meta(path):
     (break_meta, "{path}/meta.json: broken (KeyError('val')): remove {path} and prepare it again"),
     (lambda path: edit_meta(path, version=9), '{path}/meta.json: version 9, expected 1: remove {path}'),
     (lambda path: edit_meta(path, vocab_size=299), '{path}/tokenizer.json: 300 tokens, but meta.json says 299'),
-    (lambda path: edit_meta(path, vocab_size=301), '{path} has a vocabulary of 301, the model only 300: --vocab_size=301'),
+    (lambda path: edit_meta(path, vocab_size=301), '{path} has a vocabulary of 301, the model only 300: use --vocab_size=301'),
     (lambda path: (path / 'val.bin').unlink(), '{path}/val.bin: No such file or directory: remove {path}'),
     (lambda path: (path / 'tokenizer.json').unlink(), '{path}/tokenizer.json: No such file'),
     (lambda path: (path / 'train.bin').write_bytes(b'abc'), '{path}/train.bin: 3 bytes, but meta.json says 2000'),
-    (lambda path: corrupt(path / 'train.bin', 700, 1), '{path}/train.bin: damaged, its sha256 is not the one in meta.json'),
+    (lambda path: corrupt(path / 'train.bin', 700, 1), '{path}/train.bin: damaged: its sha256 differs from meta.json'),
     (lambda path: corrupt(path / 'val.bin', 123, 300), '{path}/val.bin: id 300 at position 123 is outside the vocabulary of 300'),
 ])
 def test_damaged_directory_is_refused_in_one_line(path, damage, message):

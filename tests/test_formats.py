@@ -1,4 +1,4 @@
-"""Text is read exactly whatever its file is called, in whatever encoding, with rows missing, or refused in a clear line."""
+"""Text with any file name and any encoding, or with missing rows, is read exactly or refused with one clear line."""
 import gzip
 import json
 import random
@@ -99,7 +99,7 @@ def test_the_text_field_is_part_of_what_is_prepared_where_the_content_decides(tm
 @pytest.mark.parametrize('position', [[0, 4], [{'examples_iterable': 1}, 4]])
 def test_a_position_of_an_earlier_version_is_one_line(tmp_path, position):
     of = opened(written(tmp_path / 'a', ROWS))
-    with pytest.raises(UserError, match='of an earlier version: remove its directory'):
+    with pytest.raises(UserError, match='an earlier version began this preparation: remove its directory'):
         list(of.documents(position))
 
 
@@ -116,12 +116,12 @@ OTHER_JSON = [b'[{"text": "a"}, {"text": "b"}]', b'[\n  {"text": "a"}\n]', b'{\n
 @pytest.mark.parametrize('content', [*OTHER_JSON, b'[\n', b'prose\n'])
 @pytest.mark.parametrize('name', ['a.json', 'a.json.gz'])
 def test_json_that_is_not_one_object_a_line_is_refused(tmp_path, name, content):
-    assert 'convert it to one object a line' in refused(written(tmp_path / name, content))
+    assert 'convert it to one object per line' in refused(written(tmp_path / name, content))
 
 
 def test_json_over_several_lines_is_recognised_without_an_ending(tmp_path):
     for content in (*OTHER_JSON, b'{"text": "torn'):
-        assert 'convert it to one object a line' in refused(written(tmp_path / 'x', content))
+        assert 'convert it to one object per line' in refused(written(tmp_path / 'x', content))
 
 
 def test_a_json_line_longer_than_what_is_looked_at_is_read(tmp_path):
@@ -190,7 +190,7 @@ def test_another_encoding_is_refused_with_the_one_that_reads_it(tmp_path, encodi
     path = written(tmp_path / 'a.txt', text.encode(encoding))
     position = min(error_at(text.encode(encoding)), 200)
     message = refused(path)
-    assert message.startswith(f'{path}: not UTF-8 at byte {position}, perhaps {encoding}, which --encoding={encoding} reads')
+    assert message.startswith(f'{path}: not UTF-8 at byte {position}, perhaps {encoding} (--encoding={encoding})')
     assert texts(path, encoding=encoding) == [text]
     lines = written(tmp_path / 'a.jsonl', json.dumps({'text': text}, ensure_ascii=False).encode(encoding))
     assert refused(lines).startswith(f'{lines}:1: not UTF-8 at byte ') and f'--encoding={encoding}' in refused(lines)
@@ -234,12 +234,12 @@ def test_utf_16_without_a_mark_is_refused_with_the_option_that_reads_it(tmp_path
 
 def test_what_the_named_encoding_cannot_decode_is_bad_text_with_its_place_in_the_file(tmp_path):
     path = written(tmp_path / 'a.txt', b'caf\xe9 ' * 40_000 + b'\x81 end')
-    assert refused(path, encoding='cp1252') == f'{path}: not cp1252 at byte 200000 (--bad_text=skip or replace goes on)'
+    assert refused(path, encoding='cp1252') == f'{path}: not cp1252 at byte 200000; --bad_text=skip or replace continues'
     assert ''.join(texts(path, encoding='cp1252', bad_text='replace')) == 'café ' * 40_000 + '\ufffd end'
     skipped = texts(path, encoding='cp1252', bad_text='skip')
     assert skipped[-1] is None and len(skipped) > 1 and ('café ' * 40_000).startswith(''.join(skipped[:-1]))
     torn = written(tmp_path / 'b.txt', 'text 🙂'.encode('utf-16')[:-1])
-    assert refused(torn) == f'{torn}: not utf-16 at byte 12 (--bad_text=skip or replace goes on)'
+    assert refused(torn) == f'{torn}: not utf-16 at byte 12; --bad_text=skip or replace continues'
     for encoding in ('gb18030', 'shift_jis', 'utf-16'):
         data = 'ab'.encode(encoding) + '漢'.encode(encoding)[-2:] * 70_000
         path = written(tmp_path / 'c.txt', data + b'\xff')
@@ -301,10 +301,10 @@ def test_rows_without_text_are_left_out_up_to_a_share_and_the_first_is_named(tmp
     place = f'{path}:11' if name == 'a.jsonl' else f'{path}: row 11'
     assert [document.dropped for document in documents].count('unreadable') == 3 and len(documents) == 300
     list(of.documents())  # the sample has been read, now all of it is encoded
-    assert capsys.readouterr().out == (f"{place}: no text in a field 'text': such rows are left out, "
+    assert capsys.readouterr().out == (f"{place}: no text in the field 'text': such rows are left out, "
                                        'up to a share of --bad_rows=0.01\n')
     message = refused(path, bad_rows=0.009)
-    assert message.startswith(place.replace('11', '300')) and '3 of 300 rows up to here have no text in a field' in message
+    assert message.startswith(place.replace('11', '300')) and '3 of 300 rows up to here have no text in the field' in message
     assert '--bad_rows=0.009 allows' in message
     assert texts(path, bad_rows=0.01).count(None) == texts(path, bad_rows=1).count(None) == 3
     assert 'no text' in refused(path, bad_rows=0)
@@ -331,8 +331,8 @@ def test_the_share_of_bad_rows_is_the_same_after_going_on(tmp_path):
 
 def test_a_wrong_text_field_is_named_at_once_with_what_there_is(tmp_path):
     path = write_rows(tmp_path / 'a.jsonl', [{'content': 'x', 'id': k} for k in range(300)])
-    assert refused(path, bad_rows=1) == (f"{path}: none of its first lines has a text in a field 'text', "
-                                         'which --text_field names, but the last of them has: content, id')
+    assert refused(path, bad_rows=1) == (f"{path}: none of its first lines has a text in the field 'text' "
+                                         '(--text_field); the last of them has: content, id')
 
 
 def fineweb(path, rows):
@@ -360,7 +360,7 @@ def test_scores_may_be_strings_and_what_is_no_number_is_named(tmp_path, capsys, 
     assert named.startswith("score is 'high', expected a number: such rows are left out")
     for row in rows:
         row['score'] = 'high'
-    with pytest.raises(UserError, match='200 of 200 rows up to here have no text in a field .text. or no score'):
+    with pytest.raises(UserError, match='200 of 200 rows up to here have no text in the field .text. or no score'):
         list(fineweb(tmp_path / name, rows).documents())
 
 
@@ -444,6 +444,6 @@ def test_utf8_is_not_read_as_another_encoding(tmp_path, encoding):
 def test_iso_2022_jp_is_recognised_and_read(tmp_path):
     text = '日本語のテキスト'
     written(tmp_path / 'a.txt', text.encode('iso2022_jp'))
-    with pytest.raises(UserError, match='an escape sequence of iso2022_jp at byte 0, which --encoding=iso2022_jp reads'):
+    with pytest.raises(UserError, match='an escape sequence of iso2022_jp at byte 0: try --encoding=iso2022_jp'):
         opened(f'{tmp_path}/a.txt')
     assert [document.text for document in opened(f'{tmp_path}/a.txt', encoding='iso2022_jp').documents()] == [text]

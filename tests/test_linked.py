@@ -128,11 +128,11 @@ IDS = counting(99)
 @pytest.mark.parametrize('make, message', [
     (header(IDS, count=100), 'train.bin: its header says 100 tokens, but 2 bytes are missing'),
     (header(IDS, count=98), 'train.bin: its header says 98 tokens, but 2 bytes are too many'),
-    (header([], count=0), 'train.bin: its header says 0 tokens, expected some'),
+    (header([], count=0), 'train.bin: its header says 0 tokens, expected at least 1'),
     (header([1], count=-1), 'train.bin: its header says -1 tokens'),
     (header(IDS, version=2), 'train.bin: version 2 of the format 20240520, expected 1'),
     (header(IDS, magic=20240519), 'has the unknown magic number 20240519, expected 20240520 or'),
-    (header(IDS, magic=20240522), "questions with their answers (llm.c's evaluation"),
+    (header(IDS, magic=20240522), "questions with answers (llm.c's evaluation"),
     (content(np.array([20240520], '<i4').tobytes()), 'train.bin: truncated, 4 bytes are less than'),
     (content(b'abc'), 'train.bin: 3 bytes, expected ids of 2 bytes each'),
     (content(b''), 'train.bin: 0 bytes, expected ids'),
@@ -142,7 +142,7 @@ IDS = counting(99)
     (header(IDS, 20240801, 7, dtype='<u4'), 'ids of uint16 and uint32: name files of one'),
     (lambda folder: None, 'theirs: none of its .bin files is for training: val.bin'),
     (lambda folder: (folder / 'val.bin').unlink(), 'theirs: no such file, and no directory or glob with .bin files'),
-    (single_token, "x.bin: 1 token can't be both training and validation"),
+    (single_token, 'x.bin: 1 token cannot be both training and validation'),
 ])
 def test_file_in_no_known_format_is_refused_in_one_line_and_nothing_is_left(names, tmp_path, make, message):
     raw(tmp_path / 'theirs' / 'val.bin', counting(100))
@@ -155,10 +155,10 @@ def test_file_in_no_known_format_is_refused_in_one_line_and_nothing_is_left(name
 
 def test_the_tokenizer_must_be_named_and_a_pickle_is_not_opened(names, tmp_path):
     raw(tmp_path / 'theirs' / 'train.bin', counting(1000))
-    with pytest.raises(UserError, match='theirs: name the tokenizer that made these tokens: --tokenizer=gpt2 or'):
+    with pytest.raises(UserError, match='theirs: give the tokenizer that made these tokens: --tokenizer=gpt2, or'):
         link(tokenizer='bpe')
     (tmp_path / 'theirs' / 'meta.pkl').write_bytes(b'cos\nsystem\n(S"touch opened"\ntR.')
-    with pytest.raises(UserError, match='Its meta.pkl is not read: opening a pickle can run any program'):
+    with pytest.raises(UserError, match='Its meta.pkl is not read, because opening a pickle can run any program'):
         link(tokenizer='bpe')
     assert not (tmp_path / 'opened').exists()
 
@@ -183,7 +183,7 @@ def test_linked_files_are_verified_packed_shown_and_read_again_when_they_change(
     os.utime(tmp_path / 'theirs' / 'a.bin', ns=(0, 1))
     with pytest.raises(UserError, match='a.bin: damaged'):
         TokenData('out', 16, VOCAB)
-    with pytest.raises(UserError, match='out: was prepared before its source files were changed'):
+    with pytest.raises(UserError, match='out was prepared before its source files were changed'):
         link('--val_ratio=0.1')
 
 
@@ -217,5 +217,5 @@ def test_nanochats_last_file_is_validation_even_of_a_part(names, tmp_path):
     assert TokenData('bpe', 16, 270).meta['documents']['val'] == 20
     for k in range(2):
         (tmp_path / 'theirs' / f'shard_{k:05d}.parquet').unlink()
-    with pytest.raises(UserError, match='theirs: one .parquet file, expected two at least, the last of which is'):
+    with pytest.raises(UserError, match='theirs: one .parquet file, expected at least two, because the last one is'):
         prepare.main(['--dataset=bins:theirs', '--vocab_size=270', '--out=other', '--num_proc=1'])

@@ -231,7 +231,7 @@ def test_shards_together_are_the_whole(tmp_path, n):
 def test_join_is_a_command_and_names_what_is_missing(corpus, tmp_path, capsys):
     for i in (0, 2):
         prepared(corpus, tmp_path / 'out', shard=f'{i}/3')
-    assert '1 of 3 shards are missing (1): with all of them here, python prepare.py join' in capsys.readouterr().out
+    assert '1 of 3 shards are missing (1). Copy them here, then run: python prepare.py join' in capsys.readouterr().out
     with pytest.raises(UserError, match=r'1 of 3 shards are missing \(1\): copy their directories here'):
         prepare.main(['join', str(tmp_path / 'out')])
     prepared(corpus, tmp_path / 'elsewhere', shard='1/3')
@@ -243,13 +243,13 @@ def test_join_is_a_command_and_names_what_is_missing(corpus, tmp_path, capsys):
 def test_shards_of_another_corpus_are_refused(corpus, tmp_path):
     prepared(corpus, tmp_path / 'out', shard='0/2')
     for change, said in (({'shard': '1/3'}, "shard '0/2', not '0/3'"), ({'shard': '1/2', 'seed': 5}, 'seed 1337, not 5')):
-        with pytest.raises(UserError, match=f'shard-00000-of-00002: was prepared with {said}'):
+        with pytest.raises(UserError, match=f'shard-00000-of-00002 was prepared with {said}'):
             prepared(corpus, tmp_path / 'out', **change)
     with pytest.raises(UserError, match='exists but is not a prepared dataset'):
         prepared(corpus, tmp_path / 'out')
     prepared(corpus, tmp_path / 'other', shard='1/2', val_ratio=0.3)
     (tmp_path / 'other' / 'shard-00001-of-00002').rename(tmp_path / 'out' / 'shard-00001-of-00002')
-    with pytest.raises(UserError, match='shard-00001-of-00002: was prepared with val_ratio 0.3, not 0.2'):
+    with pytest.raises(UserError, match='shard-00001-of-00002 was prepared with val_ratio 0.3, not 0.2'):
         prepare.main(['join', str(tmp_path / 'out')])
     assert not (tmp_path / 'out' / 'meta.json').exists()
 
@@ -278,13 +278,13 @@ def test_long_runs_of_spaces_are_encoded(large):
     ({'dataset': 'text:{tmp}/empty'}, '{tmp}/empty: no such file'),
     ({'dataset': 'text:{tmp}/blank.txt'}, 'text:{tmp}/blank.txt: the corpus is empty'),
     ({'dataset': 'text:{tmp}/broken.jsonl'}, '{tmp}/broken.jsonl:2: broken line: Expecting'),
-    ({'dataset': 'text:{tmp}/list.jsonl'}, "{tmp}/list.jsonl:1: broken line: no text in a field 'text', which --text_field"),
+    ({'dataset': 'text:{tmp}/list.jsonl'}, "{tmp}/list.jsonl:1: broken line: no text in the field 'text' (--text_field)"),
     ({'dataset': 'text:{tmp}/surrogate.jsonl'}, '{tmp}/surrogate.jsonl:1: broken line:'),
-    ({'text_field': 'body'}, "{tmp}/c.jsonl: none of its first lines has a text in a field 'body'"),
+    ({'text_field': 'body'}, "{tmp}/c.jsonl: none of its first lines has a text in the field 'body'"),
     ({'dataset': 'text:{tmp}/latin.txt'}, '{tmp}/latin.txt: not UTF-8 at byte 20006'),
     ({'vocab_size': 256}, '--vocab_size=256: expected 257'),
     ({'vocab_size': 1048577}, '--vocab_size=1048577: expected 257'),
-    ({'vocab_size': 60000}, '--vocab_size=60000: this corpus makes at most '),
+    ({'vocab_size': 60000}, '--vocab_size=60000: this corpus is too small for so many tokens: '),
     ({'val_ratio': 0}, '--val_ratio=0.0: expected a fraction'),
     ({'max_tokens': -1}, '--max_tokens=-1: must not be negative'),
     ({'out': '{tmp}/c.jsonl/out'}, '{tmp}/c.jsonl: '),
@@ -406,7 +406,7 @@ def test_preparation_killed_at_any_point_goes_on_to_the_same_bins(large, parts, 
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['.verified.json', 'meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
     assert {**meta(tmp_path / 'out'), 'created': 0, 'seconds': 0} == {**meta(parts), 'created': 0, 'seconds': 0}
     if (name, call) in (('encode', 77), ('commit', -9), ('sync', 4)):
-        assert 'going on behind' in said
+        assert 'continuing after' in said
 
 
 def test_ten_kills_at_random_moments_change_no_bit(large, parts, tmp_path):
@@ -426,7 +426,7 @@ def test_ten_kills_at_random_moments_change_no_bit(large, parts, tmp_path):
             break
         assert process.returncode == -signal.SIGKILL
         kills += 1
-        resumed += 'going on behind' in said
+        resumed += 'continuing after' in said
     assert kills == 10 and resumed >= 3
     assert bins(tmp_path / 'out') == bins(parts) and meta(tmp_path / 'out')['documents'] == meta(parts)['documents']
 
@@ -438,7 +438,7 @@ def test_finished_parts_are_neither_encoded_nor_read_again(large, parts, tmp_pat
             'def encode(texts):\n    count[0] += sum(map(len, texts.values()))\n    return original(texts)\n'
             'building.encode = encode\nprepare.main(sys.argv[1:])\nprint(count[0])')
     said = start(code, *arguments(large[0], tmp_path / 'out')).communicate(timeout=60)[0].splitlines()
-    behind = int(next(line for line in said if line.startswith('going on behind')).split()[3].replace(',', ''))
+    behind = int(next(line for line in said if line.startswith('continuing after')).split()[3].replace(',', ''))
     assert behind > 4000 and int(said[-1]) == 9000 - behind
 
 
@@ -446,7 +446,7 @@ def test_unfinished_work_of_another_request_is_neither_used_nor_lost(large, tmp_
     kill = KILLED.format(small=SMALL, owner='building', name='write_json', call=-4)
     start(kill, *arguments(large[0], tmp_path / 'out')).wait(60)
     before = {path: path.read_bytes() for path in (tmp_path / '.out.tmp').iterdir() if 'seen' not in path.name}
-    with pytest.raises(UserError, match=r'.out.tmp: holds an unfinished preparation with seed 1337, not 2: finish that one, or'):
+    with pytest.raises(UserError, match=r'.out.tmp holds an unfinished preparation with seed 1337, not 2: finish it with its own options, or'):
         prepared(large[0], tmp_path / 'out', seed=2)
     assert before == {path: path.read_bytes() for path in (tmp_path / '.out.tmp').iterdir() if 'seen' not in path.name}
 
@@ -501,7 +501,7 @@ def test_interrupted_preparation_keeps_its_parts_and_nothing_else(large, parts, 
 
 def test_a_disk_without_room_is_refused_before_the_work(large, tmp_path, monkeypatch):
     monkeypatch.setattr(building.shutil, 'disk_usage', lambda path: type('', (), {'free': 10**6})())
-    with pytest.raises(UserError, match=r'about 0.003 GB of tokens, but only 0.001 GB are free: make room, choose another --out, or'):
+    with pytest.raises(UserError, match=r'about 0.003 GB of tokens, but only 0.001 GB are free: free some space, choose another --out, or'):
         prepared(large[0], tmp_path / 'out')
     assert list(tmp_path.iterdir()) == []
 
@@ -515,7 +515,7 @@ def test_bad_text_may_be_skipped_after_it_stopped_a_preparation(large, tmp_path)
     assert process.returncode == 2 and errors.startswith(f'{tmp_path}/c.jsonl:6001: ') and errors.count('\n') == 1
     process = start(code, *arguments(tmp_path / 'c.jsonl', tmp_path / 'out', bad_text='skip'))
     said, errors = process.communicate(timeout=60)
-    assert errors == '' and 'going on behind' in said
+    assert errors == '' and 'continuing after' in said
     assert meta(tmp_path / 'out')['documents'] == meta(large[1])['documents'] | {'read': 9001, 'not_json': 1}
     assert sorted(documents(tmp_path / 'out', 'val')) == sorted(documents(large[1], 'val'))
 
@@ -542,7 +542,7 @@ def test_death_of_a_worker_ends_the_preparation(corpus, tmp_path):
     process = start(WITH_WORKERS.format(action='workers[0].kill()'), *arguments(corpus, tmp_path / 'out', num_proc=2))
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2, stderr
-    assert stderr == 'one of the 2 processes that encode died (out of memory?): try a smaller --num_proc\n'
+    assert stderr == 'one of the 2 encoding processes died (out of memory?): use a smaller --num_proc\n'
     assert list(tmp_path.iterdir()) == [corpus]
 
 
@@ -553,7 +553,7 @@ def test_a_pool_that_breaks_while_it_starts_a_process_is_a_process_that_died(mon
         def submit(self, *words):
             raise self.raised.pop()
     monkeypatch.setattr(building, 'ProcessPoolExecutor', Breaking)
-    with pytest.raises(UserError, match='one of the 2 processes that encode died'):
+    with pytest.raises(UserError, match='one of the 2 encoding processes died'):
         list(building.encoded([SimpleNamespace(texts=['a'])], None, 2))
     assert not Breaking.raised
 
@@ -616,8 +616,8 @@ def test_a_corpus_that_changed_since_it_was_prepared_is_refused(tmp_path, change
         text = (files / 'a.jsonl').read_text()
         (files / 'a.jsonl').write_text(text.replace('e', 'f'))
     before = sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir())
-    with pytest.raises(UserError, match=f"{out}: was prepared (with source|before its source files were changed).*: remove it to prepare it "
-                                        f"anew, or use it as it is by --dataset={out}"):
+    with pytest.raises(UserError, match=f"{out} was prepared (with source|before its source files were changed).*: remove it to prepare it "
+                                        f"again, or use it as it is with --dataset={out}"):
         preparation.check_prepared(asked(dataset=f'text:{files}', val_ratio=0.2), out)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir()) == before
 
@@ -626,7 +626,7 @@ def test_a_corpus_that_is_gone_is_used_as_it_was_prepared_and_that_is_said(corpu
     out = prepared(corpus, tmp_path / 'out')
     corpus.unlink()
     preparation.check_prepared(asked(dataset=f'text:{corpus}', val_ratio=0.2), out)
-    assert f'{corpus}: no such file' in (said := capsys.readouterr().out) and f'Using what was prepared from it in {out}' in said
+    assert f'{corpus}: no such file' in (said := capsys.readouterr().out) and f'Using the data in {out}, which were prepared' in said
 
 
 def test_another_tokenizer_under_the_same_path_is_refused(corpus, tmp_path):
@@ -636,7 +636,7 @@ def test_another_tokenizer_under_the_same_path_is_refused(corpus, tmp_path):
     wanted = asked(dataset=f'text:{corpus}', tokenizer=str(path), val_ratio=0.2)
     preparation.check_prepared(wanted, out)
     shutil.copy(second / 'tokenizer.json', tmp_path)
-    with pytest.raises(UserError, match='was prepared with tokenizer .*, not .*remove it to prepare it anew'):
+    with pytest.raises(UserError, match='was prepared with tokenizer .*, not .*remove it to prepare it again'):
         preparation.check_prepared(wanted, out)
 
 
@@ -679,6 +679,6 @@ def test_a_character_behind_the_sample_ends_the_preparation(tmp_path, monkeypatc
     monkeypatch.setattr(building, 'SAMPLE', 2000)
     monkeypatch.setattr(building, 'BATCH', 1000)
     write_jsonl(tmp_path / 'c.jsonl', ['abc' * 500, 'cab' * 500, 'bca' * 500, *texts(20), 'ab~'])
-    with pytest.raises(UserError, match='the character .* is none of the .* characters of the tokenizer'):
+    with pytest.raises(UserError, match='the character .* is not among the .* characters of the tokenizer'):
         prepare.main([f'--dataset=text:{tmp_path}/c.jsonl', '--tokenizer=char', f'--out={tmp_path}/out', '--num_proc=1'])
     assert not (tmp_path / 'out').exists()

@@ -1,4 +1,4 @@
-"""recommend: every figure is the one computed by hand, every command is accepted."""
+"""recommend: every figure equals the hand computation, and every printed command is accepted."""
 import json
 import math
 import re
@@ -70,9 +70,9 @@ def test_a_preset_that_can_not_hold_the_data_is_left_out_with_the_reason(tmp_pat
     text, _ = said(recommend.recommend, path, 'cpu')
     reasons = dict(re.split(r' {2,}', line.strip(), maxsplit=1) for line in text.splitlines() if line.startswith('  '))
     assert sorted(reasons) == sorted(file.stem for file in recommend.CONFIGS.glob('*.py'))
-    assert reasons.pop('finetune_shakespeare') == 'it finetunes gpt2, which has a tokenizer of its own'
+    assert reasons.pop('finetune_shakespeare') == 'it finetunes gpt2, which has its own tokenizer'
     assert all(re.match('its (vocabulary|block_size) of', reason) for reason in reasons.values()), reasons
-    assert reasons['trix_tiny'] == 'its vocabulary of 8,192 is smaller than that of the data, 9,000'
+    assert reasons['trix_tiny'] == 'its vocabulary of 8,192 is smaller than the 9,000 of the data'
     assert reasons['trix_small'] == 'its block_size of 256 divides neither rows of 300 tokens nor 299'
     assert text.endswith('give the nearest one a --vocab_size that does, --block_size=300')
 
@@ -92,7 +92,7 @@ def test_bins_must_hold_a_window_in_both_splits():
 def test_too_little_data_is_a_user_error(tmp_path):
     for train_tokens, val_tokens in ((256, 300), (300, 256)):
         path = bins(tmp_path / f'{train_tokens}', [np.zeros(train_tokens)], np.zeros(val_tokens))
-        with pytest.raises(UserError, match='fewer in one than a window of the smallest preset, block_size . 1 = 257: prepare'):
+        with pytest.raises(UserError, match='each split needs one window of the smallest preset, block_size . 1 = 257: prepare'):
             recommend.recommend(path, 'cpu', say=lambda _: None)
     with pytest.raises(UserError, match='no such file'):
         recommend.recommend(tmp_path / 'nothing', 'cpu', say=lambda _: None)
@@ -121,7 +121,7 @@ def test_enough_data_give_twenty_tokens_a_parameter_and_no_more():
     text = recommend.advice(p, Corpus('x/y', 10_000_000), 1e12, 2e9)
     assert '--max_steps=4882' in text and '2 epochs' in text and 'suit better' not in text
     assert f'{6e6 * 4882 * 4096:.2e} FLOPs, about 2 min' in text  # 4882 = 20e6 // 4096
-    assert 'would feed a larger model' in recommend.advice(p, Corpus('x/y', 30_000_000), 1e12, 2e9)
+    assert 'enough for a larger model' in recommend.advice(p, Corpus('x/y', 30_000_000), 1e12, 2e9)
     assert '1.0 GB do not fit' in recommend.advice(p, Corpus('x/y', 10_000_000), 1e12, 5e8)
 
 
@@ -228,8 +228,8 @@ def test_a_command_does_not_name_the_directory_of_another_run(tmp_path, quick, m
 def test_what_takes_years_is_left_out(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(recommend, 'achieved', lambda device, dtype: (1e6, 'as agreed'))
     text, _ = said(recommend.recommend, rows_of_gpt2(tmp_path), 'cpu')
-    assert re.search('  resonance_32k +a run of it would take over a year on this machine', text) and ' years' not in text
-    assert text.endswith('see what a GPU could do by --card_gb=N, its memory')
+    assert re.search('  resonance_32k +its run would take over a year on this machine', text) and ' years' not in text
+    assert text.endswith('--card_gb=N shows what a GPU with N GB could train')
 
 
 def test_a_directory_in_the_current_one_is_named_with_a_slash(tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_find_shards_takes_a_file_a_directory_and_all_below_it_or_a_glob(tmp_pat
     assert find_shards(tmp_path / 'x' / 'b.pt') == [tmp_path / 'x' / 'b.pt']
     (tmp_path / 'x' / 'circle').symlink_to(tmp_path / 'x')
     assert find_shards(tmp_path / 'x') == [tmp_path / 'x' / name for name in names[:5]]
-    assert 'no shard, they end in .npy or .pt' in refused(find_shards, tmp_path / 'x' / 'h.txt')
+    assert 'not a shard: shards end in .npy or .pt' in refused(find_shards, tmp_path / 'x' / 'h.txt')
     assert 'no such file, directory or glob' in refused(find_shards, tmp_path / 'none')
     (tmp_path / 'empty').mkdir()
     assert refused(find_shards, tmp_path / 'empty') == f'{tmp_path}/empty: no .npy or .pt files in it'
@@ -211,8 +211,8 @@ BAD = [
     ('a.npy', lambda file: file.write_bytes(b'\x93NUMPY\1\0\x76'), 'EOF'),
     ('a.npy', lambda file: npy(file, shape='(10**15, 3)'), 'damaged, or not what numpy.save writes'),
     ('a.npy', lambda file: npy(file, shape=f'({10**15}, 3)'), 'truncated, 5,999,999,999,999,988 bytes are missing'),
-    ('a.npy', lambda file: npy(file, shape='(-2, -3)'), 'shape (-2, -3), expected (rows, tokens of a row)'),
-    ('a.npy', lambda file: npy(file, shape='(6,)'), 'shape (6,), expected (rows, tokens of a row)'),
+    ('a.npy', lambda file: npy(file, shape='(-2, -3)'), 'shape (-2, -3), expected (rows, tokens per row)'),
+    ('a.npy', lambda file: npy(file, shape='(6,)'), 'shape (6,), expected (rows, tokens per row)'),
     ('a.npy', lambda file: npy(file, shape='(1, 2, 3)'), 'shape (1, 2, 3), expected'),
     ('a.npy', lambda file: npy(file, shape='(0, 3)', body=b''), 'shape (0, 3), expected'),
     ('a.npy', lambda file: npy(file, descr="'>u2'"), 'ids of type >u2, expected little-endian whole numbers'),
@@ -220,7 +220,7 @@ BAD = [
     ('a.npy', lambda file: npy(file, descr="'|b1'", body=bytes(6)), 'ids of type bool'),
     ('a.npy', lambda file: npy(file, descr="'<c8'", body=bytes(48)), 'ids of type complex64'),
     ('a.npy', lambda file: npy(file, descr="[('a', '<u2')]"), "ids of type [('a', '<u2')]"),
-    ('a.npy', lambda file: npy(file, descr="'|O'"), 'an array of Python objects, which is a pickle: not opened'),
+    ('a.npy', lambda file: npy(file, descr="'|O'"), 'not opened: an array of Python objects is a pickle'),
     ('a.npy', lambda file: npy(file, fortran=True), 'in Fortran order'),
     ('a.npy', lambda file: npy(file, version=9), 'damaged, or not what numpy.save writes (KeyError: (9, 0))'),
     ('a.npy', lambda file: file.write_bytes(pickle.dumps(Evil(file.parent / 'ran'))), 'magic string'),
@@ -248,7 +248,7 @@ BAD = [
     ('a.pt', lambda file: torch.save(torch.zeros(0, 3, dtype=torch.int), file), 'shape (0, 3), expected'),
     ('a.pt', lambda file: torch.save(torch.arange(6).view(2, 3).t(), file), 'save tensor.contiguous()'),
     ('a.pt', lambda file: torch.save(torch.zeros(1, 1, dtype=torch.int).expand(2, 3), file), 'save tensor.contiguous()'),
-    ('a.pt', lambda file: file.write_bytes(save_shard(file, rows(2, 3)).read_bytes() + b'more'), 'other bytes behind its end'),
+    ('a.pt', lambda file: file.write_bytes(save_shard(file, rows(2, 3)).read_bytes() + b'more'), 'other bytes follow its end'),
     ('a.pt', lambda file: file.write_bytes(save_shard(file, rows(2, 3)).read_bytes()[:-30]), 'damaged, or not what'),
     ('a.pt', lambda file: save_shard(file, -rows(2, 3).astype('i4')), 'id -1 at position 1'),
 ]
@@ -376,7 +376,7 @@ def test_validate_of_a_split_finds_the_file_that_has_changed_since(folder, tmp_p
     split(folder, tmp_path / 'out', say=silent)
     assert validate(tmp_path / 'out', say=silent)['rows'] == 30
     np.save(folder / '0.npy', rows(5, 33, 1))
-    assert '0.npy: not the file that meta.json tells of' in refused(validate, tmp_path / 'out', say=silent)
+    assert '0.npy: not the file that meta.json describes' in refused(validate, tmp_path / 'out', say=silent)
 
 
 def test_memory_of_a_check_is_bounded_whatever_the_size_of_the_file(tmp_path):
@@ -394,7 +394,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(folder, monkeyp
     rows_of = inspect(folder / '0.npy')
     os.truncate(folder / '0.npy', 201)
     monkeypatch.setattr(shards, 'inspect', lambda file: rows_of)
-    assert refused(check, folder / '0.npy') == f'{folder}/0.npy: it became shorter while it was read'
+    assert refused(check, folder / '0.npy') == f'{folder}/0.npy: the file became shorter while it was read'
 
 
 def test_torch_is_not_imported_for_npy(folder):
@@ -483,7 +483,7 @@ def test_split_again_is_fine_and_anything_else_is_refused(folder, tmp_path):
     split(folder, tmp_path / 'out', 0.3, say=silent)
     made, said = (tmp_path / 'out' / 'meta.json').stat().st_mtime_ns, []
     split(folder, tmp_path / 'out', 0.3, say=said.append)
-    assert said == [f'{tmp_path}/out: split already, nothing to do'] and (tmp_path / 'out' / 'meta.json').stat().st_mtime_ns == made
+    assert said == [f'{tmp_path}/out is already prepared: nothing to do'] and (tmp_path / 'out' / 'meta.json').stat().st_mtime_ns == made
     assert 'was prepared with val_ratio 0.3, not 0.4' in refused(split, folder, tmp_path / 'out', 0.4, say=silent)
     assert 'was prepared with given_vocab_size 0, not 1000' in refused(split, folder, tmp_path / 'out', 0.3, 1000, say=silent)
     (folder / 'tokenizer.json').write_text(json.dumps(tokenizer()))
@@ -492,7 +492,7 @@ def test_split_again_is_fine_and_anything_else_is_refused(folder, tmp_path):
     (tmp_path / 'other' / 'letters.txt').touch()
     assert 'exists but is not a prepared' in refused(split, folder, tmp_path / 'other', say=silent)
     assert 'inside' in refused(split, folder, folder / 'out', say=silent)
-    assert 'prepared already' in refused(split, tmp_path / 'out', tmp_path / 'again', say=silent)
+    assert 'is already prepared' in refused(split, tmp_path / 'out', tmp_path / 'again', say=silent)
     for ratio in (0, 1, -0.1, 2, float('nan')):
         assert 'val_ratio' in refused(split, folder, tmp_path / 'new', ratio, say=silent)
     assert not (tmp_path / 'new').exists()
@@ -523,7 +523,7 @@ def test_killed_split_leaves_nothing_that_looks_finished_and_the_next_one_cleans
 def test_tokenizer_beside_the_shards_comes_along_and_rules_the_vocabulary(folder, tmp_path):
     (folder / 'tokenizer.json').write_text(json.dumps(tokenizer()))
     said = refused(split, folder, tmp_path / 'out', say=silent)
-    assert re.fullmatch(r'.*/5.pt: id 989 is outside the vocabulary of 257 tokens of .*/tokenizer.json: put the tokenizer .*', said)
+    assert re.fullmatch(r'.*/5.pt: id 989 is outside the vocabulary of 257 tokens of .*/tokenizer.json: replace this file with the tokenizer .*', said)
     for file in find_shards(folder):
         save_shard(file, rows(5, 33, vocab=200))
     meta = split(folder, tmp_path / 'out', vocab_size=1000, say=silent)
@@ -556,8 +556,8 @@ def test_pack_writes_the_tokens_in_order_and_says_what_it_leaves_out(tmp_path):
     train, val = [counting(700), counting(400)], [counting(150)]
     path, said = write(tmp_path / 'd', {'train': train, 'val': val}), []
     meta = pack(path, 100, tmp_path / 'out', rows_per_shard=4, say=said.append)
-    assert 'train: 11 rows of 100 tokens; the last 0 tokens fill no row and are left out' in said
-    assert 'val: 1 rows of 100 tokens; the last 50 tokens fill no row and are left out' in said
+    assert 'train: 11 rows of 100 tokens; the last 0 tokens do not fill a row and are left out' in said
+    assert 'val: 1 rows of 100 tokens; the last 50 tokens do not fill a row and are left out' in said
     arrays = [np.load(tmp_path / 'out' / 'train' / f'shard_{k:05d}.npy') for k in range(3)]
     assert [array.shape for array in arrays] == [(4, 100), (4, 100), (3, 100)] and all(array.dtype == '<u2' for array in arrays)
     assert np.concatenate(arrays).reshape(-1).tolist() == np.concatenate(train).tolist()
@@ -568,13 +568,13 @@ def test_pack_writes_the_tokens_in_order_and_says_what_it_leaves_out(tmp_path):
     assert validate(tmp_path / 'out', say=silent)['tokens'] == 1200
     assert pack(path, 100, tmp_path / 'out', rows_per_shard=4, say=silent) == meta
     assert 'was prepared with row 100, not 50' in refused(pack, path, 50, tmp_path / 'out', say=silent)
-    assert 'shards already' in refused(pack, tmp_path / 'out', 50, tmp_path / 'out2', say=silent)
+    assert 'already holds shards' in refused(pack, tmp_path / 'out', 50, tmp_path / 'out2', say=silent)
 
 
 def test_pack_refuses_what_can_not_be_and_makes_nothing(tmp_path, monkeypatch):
     path = write(tmp_path / 'd', {'train': [counting(700)], 'val': [counting(50)]})
     said = refused(pack, path, 100, tmp_path / 'out', say=silent)
-    assert 'the val split has 50 tokens, less than a row of 100: --row=50 or less, or prepare more text' in said
+    assert 'the val split has 50 tokens, fewer than one row of 100: use --row=50 or less, or prepare more text' in said
     assert 'row=1' in refused(pack, path, 1, tmp_path / 'out', say=silent)
     assert 'exists but is not a prepared' in refused(pack, path, 50, tmp_path, say=silent)
     usage = shutil.disk_usage(tmp_path)
@@ -616,7 +616,7 @@ def test_windows_are_where_they_are_in_ids_of_any_width(tmp_path, dtype):
 
 
 @pytest.mark.parametrize('row, size, expected', [
-    (33, 10, '--block_size=8 or --block_size=11'), (33, 12, '--block_size=11 or --block_size=16'), (33, 34, '32: --block_size=33'),
+    (33, 10, '--block_size=8 or --block_size=11'), (33, 12, '--block_size=11 or --block_size=16'), (33, 34, '32: use --block_size=33'),
     (32768, 1000, '--block_size=512 or --block_size=1024')])
 def test_block_size_that_does_not_divide_names_the_nearest_that_do(tmp_path, row, size, expected):
     save_shard(tmp_path / 'in' / 'a.npy', rows(2, row))
@@ -690,7 +690,7 @@ def change_meta(out, **changes):
     (lambda folder, out: change_meta(out, files={'train': [{'name': 'x'}], 'val': []}), "meta.json: broken (KeyError('first'))"),
     (lambda folder, out: change_meta(out, files=5), 'meta.json: broken (TypeError'),
     (lambda folder, out: change_meta(out, row=1), 'no row or no vocab_size'),
-    (lambda folder, out: change_meta(out, vocab_size=1001), 'a vocabulary of 1001, the model only 1000: --vocab_size=1001'),
+    (lambda folder, out: change_meta(out, vocab_size=1001), 'a vocabulary of 1001, the model only 1000: use --vocab_size=1001'),
     (lambda folder, out: (out / 'tokenizer.json').write_text(json.dumps(tokenizer())), '257 tokens, but meta.json says 990'),
     (lambda folder, out: (out / 'tokenizer.json').write_text('{}'), 'tokenizer.json: broken tokenizer'),
 ])
@@ -713,7 +713,7 @@ def test_ids_are_checked_in_every_batch(folder, tmp_path):
         assert '0.npy: id ' + str(value) + ' at position 86 of its' in said and 'outside the vocabulary of 990' in said
     with open(file, 'r+b') as target:
         target.truncate(300)
-    assert '0.npy: it became shorter' in refused(data.gather, part, np.arange(10))
+    assert '0.npy: the file became shorter' in refused(data.gather, part, np.arange(10))
     file.unlink()
     assert '0.npy: No such file' in refused(data.gather, part, np.arange(10))
 
@@ -857,7 +857,7 @@ def test_the_rows_a_run_was_trained_on_are_evaluated_on_its_own_split(speaking, 
     monkeypatch.chdir(folder)
     evaluate.main(['run', f'--data={data}', '--device=cpu'])
     said = capsys.readouterr().out
-    assert "same as the run's own at step 10: yes" in said and json.loads(said.splitlines()[-1])['bits_per_byte'] > 0
+    assert "same as the run's own loss at step 10: yes" in said and json.loads(said.splitlines()[-1])['bits_per_byte'] > 0
 
 
 def test_other_rows_are_split_and_evaluated_with_the_tokenizer_of_the_run(speaking, monkeypatch, capsys, tmp_path):
@@ -877,7 +877,7 @@ def test_other_rows_are_split_and_evaluated_with_the_tokenizer_of_the_run(speaki
 def test_ids_and_a_named_tokenizer_must_fit(folder, tmp_path):
     said = []
     arguments = folder, tmp_path / 'out', 0.3, 0, 1, said.append
-    assert re.fullmatch(r'\S+5.pt: id 989 is outside the vocabulary of 257 tokens of byte: name the tokenizer that made .*',
+    assert re.fullmatch(r'\S+5.pt: id 989 is outside the vocabulary of 257 tokens of byte: give the tokenizer that made .*',
                         refused(split, *arguments, content=named('byte')))
     wide = native('wide', [bytes([i]) for i in range(256)] + [bytes([i, j]) for i in range(7) for j in range(256)])
     meta = split(*arguments, content=wide)
@@ -886,7 +886,7 @@ def test_ids_and_a_named_tokenizer_must_fit(folder, tmp_path):
     assert 'was prepared with tokenizer' in refused(split, *arguments)
     (folder / 'tokenizer.json').write_text(json.dumps(wide))
     assert split(folder, tmp_path / 'out2', say=said.append, content=named('byte'))['vocab_size'] == 2049
-    assert f'{folder}/tokenizer.json is the tokenizer of these rows: the given one, byte, is not used' in said
+    assert f'{folder}/tokenizer.json is the tokenizer of these rows: --tokenizer (byte) is not used' in said
 
 
 def test_a_tokenizer_that_is_not_used_is_named(folder, tmp_path, capsys, monkeypatch):
@@ -901,7 +901,7 @@ def test_a_tokenizer_that_is_not_used_is_named(folder, tmp_path, capsys, monkeyp
     assert line in said('--dataset=./silent', '--tokenizer=gpt2')
     assert 'bins has its own tokenizer, test: tokenizer=byte is not used' in said('--dataset=./bins', '--tokenizer=byte')
     assert said('--dataset=./silent', '--tokenizer=none') == ''
-    assert 'bins has a vocabulary of 257, the model of 1,000: --vocab_size=257 makes it' in said('--dataset=./bins')
+    assert 'bins has a vocabulary of 257, the model has 1,000: --vocab_size=257 makes the model' in said('--dataset=./bins')
 
 
 def test_a_directory_that_is_not_prepared_is_called_by_what_it_holds(folder, tmp_path, monkeypatch):
@@ -909,5 +909,5 @@ def test_a_directory_that_is_not_prepared_is_called_by_what_it_holds(folder, tmp
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes' / 'a.txt').write_text('a')
     for name in ('in', './in'):
-        assert refused(preparation.open_dataset, train.load([*SMALL, f'--dataset={name}'])).endswith('holds rows of token ids: use shards:in')
-    assert refused(open_data, 'notes', 8, 300) == 'notes: no prepared data (no meta.json), it holds text (a.txt): use text:notes'
+        assert refused(preparation.open_dataset, train.load([*SMALL, f'--dataset={name}'])).endswith('holds rows of token ids: use --dataset=shards:in')
+    assert refused(open_data, 'notes', 8, 300) == 'notes is not prepared data (no meta.json). It holds text (a.txt): use --dataset=text:notes'

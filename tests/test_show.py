@@ -91,7 +91,7 @@ def test_a_document_without_an_end_is_no_document_but_named(tmp_path, monkeypatc
         monkeypatch.setattr(show, 'CHUNK', chunk)
         counts, lengths, tail = show.survey(show.open_whole(path))
         assert (lengths, tail, counts[98]) == ({3: 1, 2: 1}, 9, 14)
-    assert '2, and 9 tokens of one that does not end' in show.document_rows(lengths, tail, EOT)[0]
+    assert '2, and 9 tokens of an unfinished one' in show.document_rows(lengths, tail, EOT)[0]
 
 
 def test_of_much_data_a_sample_of_chunks_is_read_spread_evenly_and_said(tmp_path, monkeypatch, undrawn):
@@ -123,7 +123,7 @@ def test_the_figures_of_tokens_are_those_computed_by_hand(tmp_path, undrawn):
     assert rows['the 100 most common'] == '100.00% of all tokens'
     assert rows['entropy of a token'] == '1.750 bits'  # 1/2 + 2/4 + 3/8 + 3/8
     assert rows['coded by frequency alone'] == '1.750 bits per byte of text, 21.9% of its size'  # 8 tokens, 8 bytes
-    assert rows['documents'].startswith('1') and 'mean 7.0, median 7' in rows['their tokens, without the end']
+    assert rows['documents'].startswith('1') and 'mean 7.0, median 7' in rows['tokens, without the end of text']
 
 
 def test_the_share_of_the_top_tokens_counts_only_them():
@@ -136,7 +136,7 @@ def test_the_share_of_the_top_tokens_counts_only_them():
 def test_the_figures_of_documents_are_those_computed_by_hand():
     rows = dict(show.document_rows({10: 5, 256: 3, 1025: 1, 40_000: 1}, 0, EOT))
     assert rows['documents'] == '10'
-    assert rows['their tokens, without the end'] == ('mean 4,184.3, median 10, 10 % have at most 10, 90 % have at most 1,025, '
+    assert rows['tokens, without the end of text'] == ('mean 4,184.3, median 10, 10 % have at most 10, 90 % have at most 1,025, '
                                                      'longest 40,000')
     assert [rows[f'longer than {edge}'] for edge in ('256', '1,024', '4,096', '32,768')] == ['20.00%', '20.00%', '10.00%', '10.00%']
 
@@ -194,7 +194,7 @@ def test_shards_without_a_tokenizer_show_ids_and_the_same_figures(tmp_path, undr
     text, _ = said(show.show, path, n=1, out=f'{tmp_path}/p.png')
     window = text[text.index('---'):].splitlines()[1]
     assert len(window.split()) == 10 and set(window.split()) <= {'98', '299'}
-    assert re.search(r'tokens a row +10', text) and re.search(r'train +- +100 +[\d,]+ +- +2', text)
+    assert re.search(r'tokens per row +10', text) and re.search(r'train +- +100 +[\d,]+ +- +2', text)
 
 
 def test_rows_are_read_exactly_wherever_a_chunk_begins(tmp_path):
@@ -221,7 +221,7 @@ def test_data_with_one_kind_of_token_or_no_end_of_text_can_be_shown(tmp_path):
     path = bins(tmp_path / 'd', [[98] * 50], eot_id=None)
     text, _ = said(show.show, path, out=f'{tmp_path}/p.png')
     assert re.search(r'documents +no end-of-text id', text) and re.search(r'entropy of a token +0.000 bits', text)
-    assert show.document_rows({}, 50, EOT) == [('documents', 'none ends (the end of text is 299)')]
+    assert show.document_rows({}, 50, EOT) == [('documents', 'no end-of-text token (id 299) occurs')]
 
 
 def test_the_slope_of_a_zipf_law_is_found():

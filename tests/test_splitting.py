@@ -1,4 +1,4 @@
-"""Corpora of any size, with any line ends, give both splits or one clear line, and no text is lost."""
+"""Corpora of any size, with any line ends, give both splits or one clear error, and no text is lost."""
 import json
 import random
 
@@ -76,7 +76,7 @@ def test_a_small_text_gives_both_splits_and_every_byte_back(tmp_path, capsys, li
     text = text_of(size, LINE_ENDS[line_end])
     corpus = written(tmp_path, text)
     if size < 40:  # not enough to train a tokenizer of two merges
-        expected = 'a single character of text' if size == 1 else '--vocab_size=259: this corpus makes at most 257'
+        expected = 'a single character of text' if size == 1 else '--vocab_size=259: this corpus is too small for so many tokens: use --vocab_size=257'
         with pytest.raises(UserError, match=expected) as error:
             prepared(corpus, tmp_path / 'out', val_ratio=val_ratio)
         assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
@@ -86,7 +86,7 @@ def test_a_small_text_gives_both_splits_and_every_byte_back(tmp_path, capsys, li
     assert train and val and 0.5 * val_ratio <= val_share(out) <= 1.5 * val_ratio
     said = capsys.readouterr().out
     if meta(out).get('split') == 'position':
-        assert ''.join(train + val) == text and said.count('split by position: of ') == 1
+        assert ''.join(train + val) == text and said.count('split by position: ') == 1
     else:
         assert sorted(train + val) == sorted(row.text for row in preparation.open_corpus(
             preparation.PrepareConfig(dataset=f'text:{corpus}')).documents()) and 'position' not in said
@@ -100,7 +100,8 @@ def test_two_characters_are_enough_with_bytes_for_tokens(tmp_path):
 def test_one_line_says_what_the_hash_did(tmp_path, capsys):
     out = prepared(written(tmp_path, text_of(95_000, '\r')), tmp_path / 'out')
     line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('split by position')]
-    assert line == 'split by position: of 1 document the hash put none into val; now val is the last part of the text'
+    assert line == ('split by position: val is the last part of the text, because a split of 1 document by hash '
+                    'puts 0.0% of the text into val')
     assert documents(out, 'val')[0] in text_of(95_000, '\r')
 
 
@@ -156,7 +157,7 @@ def test_max_tokens_that_the_hash_fills_with_train_alone_takes_both_splits_by_po
     train, val = (np.fromfile(out / f'{split}.bin', '<u2') for split in ('train', 'val'))
     assert (len(train), len(val), train[-1], val[-1]) == (80, 4, 258, 258) and meta(out)['split'] == 'position'
     assert rows[0].startswith(documents(out, 'train')[0]) and rows[380].startswith(documents(out, 'val')[0])
-    assert capsys.readouterr().out.count('split by position: of 1 document the hash put none into val') == 1
+    assert capsys.readouterr().out.count('because a split of 1 document by hash puts 0.0% of the text into val') == 1
 
 
 def test_max_tokens_beyond_a_corpus_split_by_position_changes_nothing(tmp_path):
@@ -185,7 +186,7 @@ def test_large_corpora_are_never_split_by_position(tmp_path, monkeypatch, val_ra
 
 def test_a_shard_keeps_the_hash_and_says_that_so_small_a_corpus_needs_none(tmp_path):
     corpus = written_rows(tmp_path, lopsided_rows(20))
-    with pytest.raises(UserError, match='none of .* documents fell into the val split: a corpus so small needs no --shard'):
+    with pytest.raises(UserError, match='none of .* documents fell into the val split: leave --shard out for so small a corpus'):
         prepared(corpus, tmp_path / 'out', shard='0/2')
 
 
@@ -218,7 +219,7 @@ def test_a_killed_preparation_by_position_goes_on_to_the_same_bins(tmp_path, mon
             prepared(corpus, tmp_path / 'out', val_ratio=0.003)
     out = prepared(corpus, tmp_path / 'out', val_ratio=0.003)
     assert both(out) == both(whole) and meta(out)['split'] == 'position'
-    assert ('going on behind 27 documents' in capsys.readouterr().out) == (call == 30)
+    assert ('continuing after 27 documents' in capsys.readouterr().out) == (call == 30)
     assert {path.name for path in out.iterdir()} == {'.verified.json', 'meta.json', 'tokenizer.json', 'train.bin', 'val.bin'}
 
 
@@ -278,5 +279,5 @@ def test_a_split_shorter_than_a_window_says_how_much_text_that_is_and_what_to_do
     rate = sum(files[split][0]['bytes'] for split in files) / sum(files[split][0]['tokens'] for split in files)
     assert str(error.value) == (
         f'{out}: the val split has {tokens} tokens, fewer than one window of block_size + 1 = 1001, '
-        f'about {1001 * rate / 1000:.1f} kB of text: --block_size={tokens - 1} or less, '
+        f'about {1001 * rate / 1000:.1f} kB of text: use --block_size={tokens - 1} or less, '
         f'prepare more text (about {1001 * rate / 0.05 / 1000:.1f} kB), or a larger --val_ratio')

@@ -87,7 +87,7 @@ def test_a_file_that_is_not_as_it_was_is_read_again(path, reads, tmp_path, chang
         assert len(reads) == 3
     elif change == 'touch':
         flip(path / 'val.bin', later=1)
-        with pytest.raises(UserError, match='val.bin: damaged, its sha256 is not the one in meta.json'):
+        with pytest.raises(UserError, match='val.bin: damaged: its sha256 differs from meta.json'):
             TokenData(path, 16, VOCAB)
         assert reads == ['val.bin']
         with pytest.raises(UserError, match='val.bin: damaged'):  # and again: damage is never put on record
@@ -194,4 +194,4 @@ def test_run_with_verify_ends_where_a_byte_has_changed_unseen(corpus, tmp_path):
     assert finish(words)[0] == 0
     code, said = finish([*words, '--verify'])
     assert code == 2, said
-    assert 'train.bin: damaged, its sha256 is not the one in meta.json' in said.splitlines()[-1]
+    assert 'train.bin: damaged: its sha256 differs from meta.json' in said.splitlines()[-1]

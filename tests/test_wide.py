@@ -1,4 +1,4 @@
-"""Vocabularies over 65,536, and the kinds of tokenizers of Hugging Face that have them."""
+"""Vocabularies over 65,536 ids, and Hugging Face's tokenizers with such vocabularies."""
 import hashlib
 import json
 import random
@@ -148,9 +148,9 @@ def ambiguous(content):
 
 
 @pytest.mark.parametrize('edit, message', [
-    (normalizer({'type': 'NFD'}), 'NFD before the BPE, which can change a text: expected no normalizer but NFC'),
+    (normalizer({'type': 'NFD'}), 'NFD before the BPE can change a text: expected no normalizer except NFC'),
     (normalizer({'type': 'Sequence', 'normalizers': [{'type': 'NFC'}, {'type': 'Lowercase'}]}), 'NFC'),
-    (ambiguous, "the added token 'Ġé' is in the vocabulary, too, where it stands for other bytes"),
+    (ambiguous, "the added token 'Ġé' is also in the vocabulary, where it stands for other bytes"),
 ])
 def test_what_cannot_be_encoded_exactly_is_refused_by_name(tmp_path, edit, message):
     content = json.loads(json.dumps(qwen()))
@@ -246,13 +246,13 @@ def test_a_model_with_a_large_vocabulary_trains_and_samples(wide, tmp_path, caps
     assert 'the of' in capsys.readouterr().out
 
 
-def test_normalization_is_said_and_written_down(tmp_path, capsys):
+def test_normalisation_is_printed_and_recorded(tmp_path, capsys):
     for i in range(12):
         (tmp_path / f'{i}.txt').write_text(f're\u0301sume\u0301 {i} ' * 30)
     file = saved(qwen(), tmp_path / 'q.json')
     prepare.main([f'--dataset=text:{tmp_path}/*.txt', f'--tokenizer={file}', '--val_ratio=0.4', '--num_proc=1',
                   f'--out={tmp_path}/out'])
-    assert 'this tokenizer changes text to the Unicode form NFC: so is the text that is learned' in capsys.readouterr().out
+    assert 'this tokenizer normalises all text to the Unicode form NFC' in capsys.readouterr().out
     meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
     assert meta['normalizer'] == 'NFC' and 'dtype' not in meta
     ids = np.fromfile(tmp_path / 'out' / 'train.bin', '<u2')

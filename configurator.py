@@ -53,7 +53,7 @@ class Config:
         vars(self)[key] = value
 
     def precedence(self, key):
-        """Where the value of `key` comes from, as a number: 0 the default, then the config files, then the command line."""
+        """Where the value of `key` comes from, as a number: 0 for the default, then config files, then command line."""
         where = self.origin[key]
         return self.files.index(where) + 1 if where in self.files else (len(self.files) + 1) * (where == 'command line')
 
@@ -76,12 +76,13 @@ class Config:
             if where != 'default':
                 groups.setdefault(where, []).append(f'{key}={getattr(self, key)!r}')
         lines = [f'{where}: {", ".join(pairs)}' for where, pairs in groups.items()]
-        return '\n'.join(textwrap.fill(line, width, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
-                         for line in lines) or 'every option has its default (--help lists them)'
+        options = dict(subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
+        lines = [textwrap.fill(line, width, **options) for line in lines]
+        return '\n'.join(lines) or 'every option has its default (--help lists them)'
 
 
 def peek(argv, key, *classes, folder='', bare=None):
-    """The value of one key of type str, before load() checks anything. Errors in the words or files are left to load()."""
+    """The value of one key of type str, before load() checks anything. Errors in words or files are left to load()."""
     kinds, values = schema(classes)
     pairs = split(argv, kinds, bare or {}, ())
     for name, word in pairs:
@@ -154,7 +155,7 @@ def load(argv, *classes, positional=(), usage='', check=None, folder='', bare=No
         elif positional:
             unknown.append(f'unexpected argument {text!r}')
         else:
-            unknown.append(f'{text}: not a config file (they end in .py) and not --key=value{meant(text, kinds, folder)}')
+            unknown.append(f'{text}: neither a config file (NAME.py) nor --key=value{meant(text, kinds, folder)}')
 
     config = Config(values, origin, paths)
     problems = unreadable + unknown
@@ -168,8 +169,8 @@ def load(argv, *classes, positional=(), usage='', check=None, folder='', bare=No
 
 def split(argv, kinds, bare, positional):
     """
-    The command line as pairs (key, text): ('n_layer', '3') for --n_layer=3 and for --n_layer 3, (None, word) for another
-    word. The text is None if a value is missing.
+    The command line as pairs (key, text): ('n_layer', '3') for --n_layer=3 and for --n_layer 3, (None, word) for any
+    other word. The text is None if a value is missing.
     """
     pairs, words = [], list(argv)
     while words:
@@ -180,8 +181,10 @@ def split(argv, kinds, bare, positional):
         key, equals, text = item[2:].partition('=')
         key = key.replace('-', '_')
         kind = kinds.get(key)
-        follows = bool(words) and not words[0].startswith('--') and not words[0].endswith('.py')
-        if not equals and follows and (kind not in (bool, None) or not positional and (kind is None or words[0].lower() in BOOLS)):
+        takes_next = bool(words) and not words[0].startswith('--') and not words[0].endswith('.py')
+        if takes_next and kind in (bool, None):
+            takes_next = not positional and (kind is None or words[0].lower() in BOOLS)
+        if not equals and takes_next:
             text = words.pop(0)
         elif not equals:
             text = 'true' if kind in (bool, None) else bare.get(key)
@@ -221,7 +224,8 @@ def schema(classes):
             key, kind = field.name, hints[field.name]
             where = f'{cls.__name__}.{key}'
             assert key not in kinds, f'{where}: another class has this field, rename one'
-            assert key not in ('origin', 'files') and not hasattr(Config, key), f'{where}: Config uses this name, rename it'
+            taken = key in ('origin', 'files') or hasattr(Config, key)
+            assert not taken, f'{where}: Config uses this name, rename the field'
             assert kind in KINDS and field.default is not MISSING, f'{where}: give it a default and a type of KINDS'
             kinds[key], values[key] = kind, field.default
     return kinds, values
@@ -402,7 +406,7 @@ def refuse(kind, error, trace):
     """sys.excepthook until run(): an OSError during imports becomes one line and exit code 2."""
     if not issubclass(kind, OSError):
         return sys.__excepthook__(kind, error, trace)
-    end(2, f'{error}: make room, or set TMPDIR' if 'temporary directory' in str(error) else error)
+    end(2, f'{error}: free some space, or set TMPDIR' if 'temporary directory' in str(error) else error)
 
 
 # The scripts import this file before torch, whose import takes seconds. Until run(), Ctrl-C ends them at once. As an

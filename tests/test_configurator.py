@@ -217,7 +217,7 @@ def test_words_fill_the_positional_fields_in_turn_and_one_too_many_is_named():
 
 
 def test_a_stray_word_is_told_what_it_could_be():
-    stray = 'not a config file (they end in .py) and not --key=value'
+    stray = 'neither a config file (NAME.py) nor --key=value'
     assert problems_of('n_layer=3', '-n-head=3', 'word') == [f"n_layer=3: {stray}, did you mean '--n_layer=3'?",
                                                              f"-n-head=3: {stray}, did you mean '--n-head=3'?", f'word: {stray}']
 
@@ -260,8 +260,8 @@ def test_a_config_file_may_be_named_without_its_folder_and_ending(write):
         config = config_of(word, folder='config')
         assert config.n_layer == 6 and config.files == (path,) and config.origin['n_layer'] == path
     assert problems_of('xx', folder='config') == [
-        "xx: not a config file (they end in .py) and not --key=value, did you mean 'config/x.py'?"]
-    assert problems_of('x') == ['x: not a config file (they end in .py) and not --key=value']  # only where a folder is given
+        "xx: neither a config file (NAME.py) nor --key=value, did you mean 'config/x.py'?"]
+    assert problems_of('x') == ['x: neither a config file (NAME.py) nor --key=value']  # only where a folder is given
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_all_problems_of_files_and_command_line_come_at_once(write):
         'config/none.py: no such file',
         "--n_head='x': expected int",
         "command line: unknown key 'compil', did you mean 'compile'?",
-        'word: not a config file (they end in .py) and not --key=value'])
+        'word: neither a config file (NAME.py) nor --key=value'])
 
 
 def test_combinations_within_a_class_and_over_classes_are_named_beside_unknown_keys():
@@ -516,7 +516,7 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path):
 
 def test_an_import_that_finds_no_room_is_a_line_and_2_and_a_bug_is_a_traceback(tmp_path):
     process = while_it_imports(tmp_path, 'raise FileNotFoundError(2, "No usable temporary directory found")')
-    assert process.communicate(timeout=30)[1] == '[Errno 2] No usable temporary directory found: make room, or set TMPDIR\n'
+    assert process.communicate(timeout=30)[1] == '[Errno 2] No usable temporary directory found: free some space, or set TMPDIR\n'
     assert process.returncode == 2
     process = while_it_imports(tmp_path, 'raise ValueError("a bug")')
     assert 'Traceback' in process.communicate(timeout=30)[1] and process.returncode == 1

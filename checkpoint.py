@@ -66,12 +66,12 @@ def load(path, map_location='cpu', verify=True, mmap=False):
         raise UserError(f'{path}: {error.strerror or error}')
     except Exception as error:  # weights_only raises several types for objects that it refuses
         if 'weights_only' in str(error) or 'Unsupported' in str(error):
-            raise UserError(f'{path}: refused, it holds Python objects that are not plain tensors and containers')
+            raise UserError(f'{path}: refused: it holds Python objects other than plain tensors and containers')
         raise UserError(f'{path}: damaged ({type(error).__name__})')
     if not isinstance(state, dict) or state.get('format') != 'nanotrix-checkpoint':
         raise UserError(f'{path}: not a checkpoint of this project')
     if state.get('version') != VERSION:
-        raise UserError(f'{path}: checkpoint version {state.get("version")}, this code reads version {VERSION}')
+        raise UserError(f'{path}: checkpoint version {state.get("version")}, but this code reads version {VERSION}')
     if wrong := [key for key, kind in KINDS.items() if key not in state or not isinstance(state[key], kind)]:
         raise UserError(f'{path}: broken: no valid {", ".join(wrong)} in it')
     return state
@@ -102,13 +102,14 @@ def find(run, map_location='cpu', say=print, mmap=False):
 def resume(config, data, world, say=print, find=find):
     """The checkpoint (path, state) that a run of train.py resumes, or (None, None) for a new run. Prints what changed.
 
-    find: finds and reads the checkpoint. UserError if the checkpoint doesn't fit this config or data, or if the run would overwrite another one in
-    config.out_dir."""
+    find: finds and reads the checkpoint. UserError if the checkpoint doesn't fit this config or data, or if the run
+    would overwrite another run in config.out_dir."""
     out, source = Path(config.out_dir), Path(config.out_dir if config.resume == 'auto' else config.resume)
     there = steps(out / 'checkpoints')
     own = config.resume and out.resolve() in (source.resolve(), *source.resolve().parents)
     if not own and (there or (out / 'metrics.jsonl').exists()):
-        raise UserError(f'{out} already holds a run: go on with it by --resume=auto, or start another by --out_dir={out}-2')
+        raise UserError(f'{out} already holds a run: continue it with --resume=auto, '
+                        f'or start another with --out_dir={out}-2')
     if not config.resume:
         return None, None
     if config.resume == 'auto' and not there:
@@ -117,10 +118,11 @@ def resume(config, data, world, say=print, find=find):
     path, state = find(source, say=say)
     # A file that export.py convert wrote has only weights.
     if not state['optimizer'] or not {'scaler', 'rng', 'tokens', 'best', 'skipped', 'seconds'} <= state.keys():
-        raise UserError(f'{path}: has no optimizer state to go on with, only weights: start a run from them by --init_from={path}')
+        raise UserError(f'{path}: this file has weights but no optimizer state, so no run can continue from it: '
+                        f'start a new run with --init_from={path}')
     if path == source and own and path.name < there[-1].name:
-        raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: go on from there by --resume=auto, '
-                        f'or from here in another directory by --out_dir={out}-2')
+        raise UserError(f'{path}: {out} has a later checkpoint, {there[-1].name}: continue from the later one with '
+                        f'--resume=auto, or continue from this one in another directory with --out_dir={out}-2')
     theirs, ours = state['data'].get('fingerprint'), data.fingerprint
     state.setdefault('windows', state['tokens'] // config.block_size)  # older checkpoints don't count windows
     resolve_steps(config, data.n_windows, state['step'], state['windows'] if theirs == ours else 0)
@@ -128,16 +130,18 @@ def resume(config, data, world, say=print, find=find):
         fit_steps(config, config.copy(), state['fitted_steps'])
     older = {'packing': 'stream', 'document_starts': 0.0, 'max_windows': 0}  # older checkpoints lack these options
     saved = {**vars(GPTConfig()), **older, **state['config']}
-    changed = {key: (saved[key], value) for key, value in config.as_dict().items() if key in saved and saved[key] != value}
+    changed = {key: (saved[key], value) for key, value in config.as_dict().items()
+               if key in saved and saved[key] != value}
     # chunk_size does not change the result. eot_id comes from the tokenizer.
     model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | {'optimizer'}
-    if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: that can\'t change on the way'
+    if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: it cannot change when resuming'
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)
     same_tokenizer(state, data, path)
     if theirs != ours and not config.other_data:
-        raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {theirs}, here {ours}): use that again '
-                        f'(--dataset={state["data"].get("path")}), or go on with what is here by --other_data')
+        raise UserError(f'{path}: trained on other data than {data.path} (fingerprint {theirs}, here {ours}): '
+                        f'use the old data (--dataset={state["data"].get("path")}), '
+                        'or continue on the new data with --other_data')
     changed = {key: pair for key, pair in changed.items() if key not in ('resume', 'out_dir', 'plan')}
     if state.get('processes', 1) != world:
         changed['processes'] = state.get('processes', 1), world
@@ -146,10 +150,10 @@ def resume(config, data, world, say=print, find=find):
         say(f'  changed: {key} {old} -> {new}')
     if theirs != ours:
         state['windows'] = 0
-        say('  other data: reading starts at the first window of their first epoch')
+        say('  other data: this run reads them from their first window on')
     if theirs != ours or 'eval_tokens' in changed:
         state['best'], state['best_step'] = math.inf, 0
-        say('  validation losses can\'t be compared with those before: the best one is sought anew')
+        say('  other validation tokens: losses before and after are not comparable, so the best loss starts anew')
     for line in consequences(changed, saved, config, state):
         say(f'  {line}')
     return path, state
@@ -163,27 +167,30 @@ def consequences(changed, saved, config, state):
         yield (f'the schedule counts steps: {left:,} more steps end the run at {state["tokens"] + left * new:,} tokens '
                f'(at {old:,} tokens a step: {state["tokens"] + left * old:,})')
     if 'seed' in changed and state['windows']:
-        yield 'another seed is another order of the data: windows of this epoch may come twice or not at all'
+        yield 'another seed changes the order of the data: this run may read a window of this epoch twice or not at all'
     if 'max_windows' in changed and state['windows']:
-        yield 'another max_windows is another order of the data: this run may read a window of this epoch twice or not at all'
+        yield ('another max_windows changes the order of the data: '
+               'this run may read a window of this epoch twice or not at all')
     if ('packing' in changed or 'document_starts' in changed) and state['windows']:
-        yield 'another packing or document_starts makes other rows: this run may read a text of this epoch twice or not at all'
+        yield ('another packing or document_starts makes other rows: '
+               'this run may read a text of this epoch twice or not at all')
     try:
         old_rate, old_decay = schedule(step, SimpleNamespace(**saved))
     except AttributeError:  # the config of an older version lacks some options
         return
     rate, decay = schedule(step, config)
     if not math.isclose(rate, old_rate):
-        yield f'the learning rate goes on at {rate:.3g}; before these changes it would have been {old_rate:.3g}'
+        yield f'the learning rate continues at {rate:.3g} (without these changes: {old_rate:.3g})'
     if decay != old_decay:
-        yield f'the weight decay goes on at {decay:g}; before these changes it would have been {old_decay:g}'
+        yield f'the weight decay continues at {decay:g} (without these changes: {old_decay:g})'
 
 
 def same_tokenizer(state, data, path, option='--resume'):
     if data.tokenizer and not state['tokenizer']:
-        raise UserError(f'{option}: {path} has no tokenizer.json, so nothing shows that {data.path} has its tokens')
+        raise UserError(f'{option}: {path} has no tokenizer, so it is unknown whether its ids mean the same tokens as '
+                        f'the ids of {data.path}')
     if not equivalent(data.tokenizer, state['tokenizer']):
-        raise UserError(f'{option}: {path}: trained with another tokenizer than that of {data.path} '
+        raise UserError(f'{option}: {path}: trained with another tokenizer than {data.path} has '
                         f'(data {state["data"].get("fingerprint")}, here {data.fingerprint})')
 
 
@@ -199,13 +206,13 @@ def model_config(state, path, context=0):
     if problems := config.problems():
         raise UserError(*(f'{path}: {problem}' for problem in problems))
     if config.document_mask and config.eot_id < 0:
-        raise UserError(f'{path}: document_mask=True without an eot_id, the id that ends a document: its config is broken')
+        raise UserError(f'{path}: its config is broken: document_mask=True needs eot_id, the id that ends a document')
     steps = state['config'].get('anneal_steps', 0)
     if config.ffn == 'trix' and isinstance(steps, int) and steps > 0:  # tiles in use at the checkpoint's step
         trained = SimpleNamespace(anneal_steps=steps, trix_tiles=config.trix_tiles, trix_top_k=config.trix_top_k)
         config.trix_top_k = top_k(max(0, state['step']), trained)
     if context > config.block_size and config.positions == 'learned':
-        raise UserError(f'--context={context}: {path} has learned positions, and no more than {config.block_size} of them')
+        raise UserError(f'--context={context}: {path} has learned positions, and only {config.block_size} of them')
     config.block_size = max(config.block_size, context)
     return config
 
@@ -222,12 +229,12 @@ def load_weights(model, state, path):
     except AttributeError:
         raise UserError(f'{path}: its weights are not a dict of tensors')
     if wrong:
-        raise UserError(f'{path}: of another architecture: {", ".join(wrong[:3])}'
+        raise UserError(f'{path}: another architecture: {", ".join(wrong[:3])}'
                         + (f' and {len(wrong) - 3} more' if wrong[3:] else '') + ' do not fit the model')
     saved = {name: own_rows(value, own[name]) for name, value in saved.items()}
     if broken := [name for name, value in saved.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise UserError(f'{path}: {len(broken)} of its {len(saved)} tensors hold numbers that are not finite, {broken[0]} first: '
-                        'use an earlier checkpoint')
+        raise UserError(f'{path}: {len(broken)} of its {len(saved)} tensors hold numbers that are not finite '
+                        f'({broken[0]} is the first): use an earlier checkpoint')
     for name, value in saved.items():
         local_tensor(own[name]).copy_(value)
 
@@ -235,7 +242,8 @@ def load_weights(model, state, path):
 def load_model(run, device, context=0):
     """A run directory or checkpoint -> (GPT in eval mode on the device, the checkpoint's dict).
 
-    context: tokens of a window, if more than block_size. UserError if learned positions end before it."""
+    context: the length of a window in tokens, if it is more than block_size. UserError if the model has fewer learned
+    positions."""
     path, state = find(run, device)
     return build_model(state, path, device, context)
 

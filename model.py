@@ -38,7 +38,7 @@ class GPTConfig:
     d_ff: int = 0  # hidden width of a dense FFN (0: 4 n_embd; swiglu: 8/3 n_embd, up to a multiple of 32)
     ffn: str = 'gelu'  # gelu, relu2, swiglu, trix, bitnet (a ternary swiglu), resonance or none
     mixer: str = 'attention'  # attention or resonance
-    linear: str = 'dense'  # dense; bitnet: every matrix of the blocks is ternary; bitnet_ffn: those of the FFNs
+    linear: str = 'dense'  # dense; bitnet: every matrix of the blocks is ternary; bitnet_ffn: the matrices of the FFNs
     norm: str = 'rmsnorm'  # rmsnorm or layernorm
     positions: str = 'rotary'  # rotary, learned or none
     rope_theta: float = 10_000.0  # rotary positions: the base of the frequencies; larger for long contexts
@@ -49,7 +49,8 @@ class GPTConfig:
     logit_softcap: float = 0.0  # logits become softcap * tanh(logits / softcap) (0: unchanged)
     tie_embeddings: bool = True  # one matrix for the token embedding and the head
     bias: bool = False  # biases in linear layers and LayerNorm
-    dropout: float = 0.0  # after the embedding, on attention weights and on both branches; equal micro-batches have equal masks
+    dropout: float = 0.0  # after the embedding, on attention weights and on both branches
+    # the masks depend on the seed and the sequences, so they are the same for any number of processes
     attention_every: int = 0  # attention in every n-th layer of a resonance model (0: in none)
     num_frequencies: int = 64  # damped oscillators of a resonance layer
     chunk_size: int = 2048  # positions that a resonance layer convolves at a time: speed and memory, not the function
@@ -350,7 +351,7 @@ class TriX(nn.Module):
 
     With trix_cut, each tile adds 2 sigmoid(slope_e s_e) * down_e(act(up_e x)). The slope starts at 0, so all tiles
     together equal the dense FFN that they were cut from. For swiglu, up is (2h, C): h gates, then h units.
-    With bias, the biases of the dense FFN stay: those of up in their tiles, that of down for the whole layer.
+    With bias, the biases of the dense FFN stay: the biases of up in their tiles, the bias of down for the whole layer.
 
     Three executions compute the same function:
       'dense'    every tile, masked, in two matrix products

@@ -2,11 +2,11 @@
 
     data = TokenData('data/pylib', block_size=256, vocab_size=8192)
     data = DocumentStarts(data, share=0.05)   # --document_starts: more windows that begin with a document
-    data = PackedRows(data)                   # --packing=best_fit: rows of whole documents, instead of windows that cut them
+    data = PackedRows(data)                   # --packing=best_fit: rows of whole documents; windows would cut them
     print(data.summary())                     # PackedRows: share of text and of cut documents
 
-PackedRows implements "Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830). Best-fit-decreasing bin
-packing assigns documents to rows. Only documents longer than a row are cut.
+PackedRows implements "Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830).
+Best-fit-decreasing bin packing assigns documents to rows. Only documents longer than a row are cut.
 """
 from bisect import bisect_left, insort
 
@@ -34,8 +34,8 @@ class DocumentStarts(TokenData):
     Samples begin with an end-of-text token. Plain windows begin anywhere, so without these windows a model hardly ever
     sees an end-of-text token at its first position, and answers it with a second one.
 
-    share: the share of the windows in an epoch that begin with a document. Each comes once in an epoch, as plain windows
-    do. The j-th of S begins at the first document after token j / S of the split.
+    share: the share of the windows in an epoch that begin with a document. Every window comes once in an epoch. If the
+    split has N tokens and there are S such windows, window j begins at the first document after token j N / S.
     """
 
     def __init__(self, data, share):
@@ -50,7 +50,7 @@ class DocumentStarts(TokenData):
         self.last = self.train_tokens - self.block_size - 1  # the last position where a window can begin
 
     def limit(self, windows):
-        """Train on only the first windows of the data from now on. The share of those that begin with a document stays."""
+        """Train on only the first windows of the data from now on. The share that begins with a document stays."""
         windows = min(windows, self.n_windows)
         self.extra_windows = round(windows * self.extra_windows / self.n_windows)
         self.n_windows, self.plain_windows = windows, windows - self.extra_windows

@@ -17,8 +17,8 @@ def schedule(step, config):
     (learning rate, weight decay) of optimizer step `step`. Steps beyond max_steps get the values of max_steps.
 
     Warm-up: learning_rate * (step + 1) / warmup_steps for step < warmup_steps. It reaches the peak at step
-    warmup_steps - 1. onecycle has its own warm-up. The weight decay is constant, except in two_stage: there it is 0 from
-    the boundary on.
+    warmup_steps - 1. onecycle has its own warm-up. The weight decay is constant, except in two_stage: there it is 0
+    from the boundary on.
     """
     step, edge = min(step, config.max_steps), boundary(config)
     weight_decay = config.weight_decay if edge is None or step < edge else 0.0
@@ -59,8 +59,8 @@ def restarts(step, config):
 def onecycle(step, config):
     """1cycle (arXiv:1708.07120), as in torch's OneCycleLR with default arguments.
 
-    Half a cosine rises from 1/25 of the peak to the peak at step warmup_steps - 1. Another half cosine falls to 1/250,000
-    of the peak at the last step, max_steps - 1."""
+    Half a cosine rises from 1/25 of the peak to the peak at step warmup_steps - 1. Another half cosine falls to
+    1/250,000 of the peak at the last step, max_steps - 1."""
     top, last = config.warmup_steps - 1, config.max_steps - 1
     if step < top:
         return between(1, 1 / 25, half_cosine(step / top))
@@ -93,8 +93,8 @@ def two_stage(step, config):
     return between(config.min_lr_ratio, mid, (config.max_steps - step) / (config.max_steps - edge))
 
 
-SCHEDULES = {'cosine': cosine, 'restarts': restarts, 'onecycle': onecycle, 'wsd': wsd, 'linear': linear, 'constant': constant,
-             'two_stage': two_stage}
+SCHEDULES = {'cosine': cosine, 'restarts': restarts, 'onecycle': onecycle, 'wsd': wsd, 'linear': linear,
+             'constant': constant, 'two_stage': two_stage}
 
 
 def top_k(step, config):
@@ -138,8 +138,8 @@ def problems(config):
     Checks the options of the chosen schedule. Options of other schedules must only be finite and not negative."""
     name, run, warmup = config.schedule, config.max_steps, config.warmup_steps
     found = [] if name in SCHEDULES else [f'schedule={name!r} is not one of {", ".join(SCHEDULES)}']
-    for key in ('learning_rate', 'weight_decay', 'warmup_steps', 'min_lr_ratio', 'mid_lr_ratio', 'decay_steps', 'boundary_step',
-                'restart_steps', 'restart_factor'):
+    for key in ('learning_rate', 'weight_decay', 'warmup_steps', 'min_lr_ratio', 'mid_lr_ratio', 'decay_steps',
+                'boundary_step', 'restart_steps', 'restart_factor'):
         value = getattr(config, key)
         if value < 0 or value == math.inf:
             found.append(f'{key}={value} must ' + ('not be negative' if value < 0 else 'be finite'))
@@ -150,17 +150,18 @@ def problems(config):
     if config.restart_factor == 0 and name == 'restarts':
         found.append('restart_factor=0 must be at least 1 (1: cycles of equal length)')
     if warmup > run:
-        found.append(f'warmup_steps={warmup} is longer than the run of max_steps={run}: --warmup_steps={run // 10}')
+        found.append(f'warmup_steps={warmup} is longer than the run of max_steps={run}: '
+                     f'use --warmup_steps={run // 10}')
     elif name == 'wsd' and warmup + decay(config) > run:
-        found.append(f'warmup_steps={warmup} and a decay of {decay(config)} steps are longer than the run of max_steps={run}: '
-                     'shorten one of them (--warmup_steps, --decay_steps)')
+        found.append(f'warmup_steps={warmup} and a decay of {decay(config)} steps are longer than the run of '
+                     f'max_steps={run}: shorten one of them (--warmup_steps, --decay_steps)')
     elif name == 'two_stage' and config.boundary_step >= 0 and run > 1 and not warmup < boundary(config) < run:
         given = config.boundary_step or f'0 (half of the run: {boundary(config)})'
         found.append(f'boundary_step={given} must lie between warmup_steps={warmup} and max_steps={run}: move it '
                      '(--boundary_step) or shorten the warm-up (--warmup_steps)')
     elif name == 'restarts' and config.restart_steps > run - warmup:
-        found.append(f'restart_steps={config.restart_steps} is longer than the {run - warmup} steps that the warm-up leaves of '
-                     f'max_steps={run}: --restart_steps=0 makes one cycle of them')
+        found.append(f'restart_steps={config.restart_steps} is longer than the {run - warmup} steps after the warm-up '
+                     f'(max_steps={run}): use --restart_steps=0 for a single cycle')
     return found
 
 
@@ -216,8 +217,11 @@ def picture(config, width=64, height=8):
 def plot(config, width=64, height=8):
     """The lines of a text plot of the learning rate."""
     steps, parts = config.max_steps, 16  # a column averages 16 points: single points would alias short cycles
-    rates = [sum(schedule(int((column + (part + 0.5) / parts) * steps / width), config)[0] for part in range(parts)) / parts
-             for column in range(width)]
+
+    def mean_rate(column):
+        points = [int((column + (part + 0.5) / parts) * steps / width) for part in range(parts)]
+        return sum(schedule(point, config)[0] for point in points) / parts
+    rates = [mean_rate(column) for column in range(width)]
     # At least 1, so that nonzero rates stay visible.
     eighths = [max(rate > 0, round(8 * height * rate / (config.learning_rate or 1))) for rate in rates]
     edge, ticks = f'{config.learning_rate:.2e} ┤', {step * width // steps for step in corners(config)}

@@ -18,7 +18,7 @@ from optim import OPTIMIZERS
 AUTOMATIC = {'warmup_steps': -1, 'restart_steps': 0, 'decay_steps': 0, 'boundary_step': 0}  # values for: automatic
 INTERVALS = ('eval_interval', 'save_interval', 'keep_every', 'archive_every')  # in steps; each has a twin in tokens
 
-SPELLINGS = {  # of values: what others write -> what is written here
+SPELLINGS = {  # of values: another spelling -> the spelling here
     'dtype': {'bf16': 'bfloat16', 'fp16': 'float16', 'half': 'float16', 'fp32': 'float32', 'float': 'float32'},
     'dataset': {'wikitext-2': 'wikitext2', 'wikitext-103': 'wikitext103', 'wikitext_2': 'wikitext2',
                 'wikitext_103': 'wikitext103', 'fineweb-edu': 'fineweb_edu'},
@@ -83,10 +83,10 @@ class TrainConfig:
     sample_interval: int = 100  # steps between samples, from every prompt in three modes: greedy, typical, stress
     sample_prompts: str = '|The|In this|def|import'  # prompts of the samples, separated by | (empty: a new document)
     sample_tokens: int = 64  # tokens of a sample
-    save_interval: int = 100  # steps between checkpoints; there is one at the end, too (0: no checkpoints)
+    save_interval: int = 100  # steps between checkpoints; a run also saves one at the end (0: no checkpoints)
     save_interval_tokens: int = 0  # the same in tokens (0: not used)
     save_on_best: bool = True  # also save a checkpoint whenever the validation loss improves
-    keep: int = 3  # newest checkpoints to keep, in addition to the best one and those that are never deleted (0: all)
+    keep: int = 3  # newest checkpoints to keep, besides the best one and the mandatory ones (0: all)
     keep_every: int = 0  # steps between checkpoints that are never deleted (0: none)
     keep_every_tokens: int = 0  # the same in tokens (0: not used)
     archive_every: int = 0  # steps between archives in archives/: only weights, never deleted (0: none)
@@ -100,11 +100,11 @@ class TrainConfig:
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
     compile: str = 'auto'  # torch.compile: true, false, or auto (on a GPU; on a CPU in runs of at least 10M tokens)
-    compile_timeout: int = 600  # seconds for the compilation; after that, the run goes on without it
+    compile_timeout: int = 600  # seconds for the compilation; after that, the run continues without it
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time
     parallel: str = 'ddp'  # several processes: ddp, or fsdp, which shards weights, gradients and optimizer state
     dist_timeout: int = 600  # seconds that a process waits for the others
-    init_from: str = ''  # start with the weights of a run or checkpoint, or of a pretrained model, which sets the shape:
+    init_from: str = ''  # start with the weights of a run, a checkpoint or a pretrained model. The last sets the shape:
     # gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, hf:DIRECTORY or hf:NAME on the Hugging Face Hub
     distill_from: str = ''  # also learn from the predictions of this run or pretrained model; needs the same tokenizer
     distill_weight: float = 0.5  # w in the loss (1 - w) cross-entropy + w KL(teacher || model)
@@ -114,9 +114,9 @@ class TrainConfig:
     other_data: bool = False  # let --resume continue with other data than before
     verify: bool = False  # read all tokens and compare their sha256, even if no file has changed since the last time
     plan: bool = False  # show parameters, memory, time, disk and schedule of the run, and exit
-    card: str = ''  # --plan: for this GPU, such as "RTX 3060" or "A100 80GB", whether or not it is here (empty: no name)
-    card_gb: float = 0.0  # --plan: for a GPU with this memory in GB (0: that of --card or of this machine)
-    price: float = 0.0  # --plan: the price of a GPU for an hour, in any currency, to print the cost of the run (0: none)
+    card: str = ''  # --plan: for this GPU, such as "RTX 3060" or "A100 80GB", which need not be here (empty: no name)
+    card_gb: float = 0.0  # --plan: for a GPU with this memory in GB (0: the memory of --card or of this machine)
+    price: float = 0.0  # --plan: the price of a GPU per hour, in any currency, to print the cost of the run (0: none)
     profile: bool = False  # record three early steps with torch.profiler, and show the memory by kind
     tensorboard: bool = False  # also write scalars and samples for TensorBoard, in out_dir/tensorboard
     wandb: bool = False  # also send scalars to Weights & Biases (WANDB_MODE=offline needs no network)
@@ -169,8 +169,8 @@ def load(argv, usage=__doc__, pretrained=None):
     """
     Command line -> checked config. A pure function. UserError with one line per problem.
 
-    pretrained: the module deploy.pretrained, for runs that may start from a pretrained model: the model that --init_from
-    names then decides the shape. Without it, --init_from is only an option like any other.
+    pretrained: the module deploy.pretrained, for runs that may start from a pretrained model. The model that
+    --init_from names then decides the shape. Without it, --init_from is only an option like any other.
     """
     words = dict(folder='config', bare={'resume': 'auto'})
     source = configurator.peek(argv, 'init_from', GPTConfig, TrainConfig, **words) if pretrained else ''
@@ -194,7 +194,7 @@ def problems(config):
     if config.precedence('epochs') and not 0 < config.epochs < math.inf:
         found.append(f'epochs={config.epochs:g} must be greater than 0: leave it out to train for max_steps')
     if config.epochs and config.dataset == 'fineweb_edu':
-        found.append(f'epochs={config.epochs:g}: how much of fineweb_edu is prepared follows from max_steps: '
+        found.append(f'epochs={config.epochs:g}: max_steps decides how much of fineweb_edu is prepared: '
                      'give --max_steps, or a prepared directory as --dataset')
     if config.anneal_steps and (config.ffn != 'trix' or config.trix_router == 'hash'):
         found.append(f'anneal_steps={config.anneal_steps} needs ffn=trix, and a trix_router other than hash')
@@ -279,7 +279,8 @@ def step_problems(config):
     if wrong := [step for step in config.mandatory_steps if not 0 < step <= config.max_steps]:
         if is_shortened(config) and config.origin['mandatory_steps'] != 'command line':
             config.mandatory_steps = tuple(step for step in config.mandatory_steps if step not in wrong)
-            config.origin['mandatory_steps'] = f'automatic, for a run shorter than that of {config.origin["mandatory_steps"]}'
+            source = config.origin['mandatory_steps']
+            config.origin['mandatory_steps'] = f'automatic, for a run shorter than the run of {source}'
         else:
             found.append(f'mandatory_steps={",".join(map(str, wrong))}: the run ends at max_steps={config.max_steps}')
     return found
@@ -310,7 +311,7 @@ def schedule_problems(config):
             break
         for key in short:
             setattr(config, key, AUTOMATIC[key])
-            config.origin[key] = f'automatic, for a run shorter than that of {config.origin[key]}'
+            config.origin[key] = f'automatic, for a run shorter than the run of {config.origin[key]}'
     return found
 
 

@@ -244,7 +244,7 @@ class Run:
                               self.config.seed, self.offset)
 
     def todo(self):
-        """(step, micro) of the steps that remain. max_steps may change on the way."""
+        """(step, micro) of the steps that remain. max_steps may change during the run."""
         for step in itertools.count(self.progress.step):
             if step >= self.config.max_steps:
                 return
@@ -541,8 +541,8 @@ def log_step(run, meter, result, lr, wd):
              **run.model.statistics())
     percent, minutes = 100 * progress.step / config.max_steps, f'{int(eta // 60)}:{int(eta % 60):02d}'
     log.say(f'step {progress.step:,}/{config.max_steps:,} ({percent:.0f} %)  loss {result.loss:.4f}  lr {lr:.2e}  '
-            f'wd {wd:g}  {schedules.stage(progress.step - 1, config)[0]}  norm {result.norm:.2f}  {speed:,.0f} tokens/s  '
-            f'{memory:.2f} GB  {minutes} left', progress=True)
+            f'wd {wd:g}  {schedules.stage(progress.step - 1, config)[0]}  norm {result.norm:.2f}  '
+            f'{speed:,.0f} tokens/s  {memory:.2f} GB  {minutes} left', progress=True)
     write_status(run, 'running', loss=result.loss, tokens_per_s=speed, eta=eta, mem_gb=memory)
 
 
@@ -577,7 +577,7 @@ def warn_of_silent_parameters(run):
     run.log.line('metrics.jsonl', kind='event', event='no_gradient', step=run.progress.step, parameters=len(names),
                  first_of_them=names[:5])
     more = f' and {len(names) - 5} more parameters' if len(names) > 5 else ''
-    run.log.say(f'no gradient in any of the first {steps} steps, so nothing is learnt there: '
+    run.log.say(f'no gradient in any of the first {steps} steps, so these parameters learn nothing: '
                 f'{", ".join(names[:5])}{more}')
 
 
@@ -585,7 +585,7 @@ def diverged(run):
     """Print the last lines of a run that can't continue -> exit code."""
     write_status(run, 'diverged', loss=run.last_loss)
     if zeros := run.train_step.zero_steps:
-        run.log.say(f'the gradient was exactly zero in {zeros} steps: nothing is learnt '
+        run.log.say(f'the gradient was exactly zero in {zeros} steps: the model learns nothing '
                     '(if the model is compiled, try --compile=false)')
     elif run.saved:
         run.log.say('diverged: lower the learning rate and continue from the last good checkpoint with '
@@ -643,7 +643,7 @@ def open_data(config, prepare=True, verify='once', first=lambda work: work(), sa
 
 
 def is_finished(config, progress, origin):
-    """A line for a run that is resumed although it has finished. Empty if it has not, or goes on elsewhere."""
+    """A line for a run that is resumed although it has finished. Empty if it has not, or continues elsewhere."""
     if origin is None or Path(config.out_dir).resolve() not in origin.resolve().parents:
         return ''
     try:

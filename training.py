@@ -131,7 +131,8 @@ class TrainStep:
     def without_gradient(self):
         """Names of the parameters whose gradient is missing or exactly zero, on all processes that hold a shard."""
         params = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        flags = [torch.zeros((), device=self.device) if p.grad is None else local_tensor(p.grad).any() for _, p in params]
+        flags = [torch.zeros((), device=self.device) if p.grad is None else local_tensor(p.grad).any()
+                 for _, p in params]
         # This syncs with the device, but only in the first steps.
         flags = torch.stack([flag.to(self.device, torch.float32) for flag in flags]).tolist()
         if any(local_tensor(p) is not p for _, p in params):  # FSDP: each process holds one shard

@@ -56,7 +56,8 @@ def obstacle(device):
     try:
         tempfile.TemporaryFile(dir=cache_dir()).close()
     except OSError as error:
-        return f'{error.filename or "its cache"} can\'t be written ({error.strerror}), set TORCHINDUCTOR_CACHE_DIR to another directory'
+        return (f'{error.filename or "its cache"} cannot be written ({error.strerror}), '
+                'set TORCHINDUCTOR_CACHE_DIR to another directory')
     if device.type == 'cuda':
         if torch.cuda.get_device_capability(device) < (7, 0):
             return 'the GPU is older than Triton supports (compute capability 7.0)'
@@ -123,9 +124,11 @@ def check(model, fast, compute, device, dtype, limit, sharded_sum, lost):
         model.train(training)
     note = f'compiled in {time.perf_counter() - start:.0f} s'
     if expected is None:
-        return '', f'{note}; not compared with eager execution, for which the memory is too small'
+        return '', f'{note}; not compared with eager execution, because the memory is too small for it'
     problem, distance = compare(model, expected, found, dtype, sharded_sum)
-    return problem, '' if problem else f'{note}; one micro-batch compared with eager execution: gradients {distance:.1e} apart'
+    if problem:
+        return problem, ''
+    return '', f'{note}; one micro-batch compared with eager execution: gradients {distance:.1e} apart'
 
 
 def compare(model, expected, found, dtype, sharded_sum):
@@ -150,7 +153,7 @@ def compare(model, expected, found, dtype, sharded_sum):
         return f'the norm of the gradient is {other:.4g}, in eager execution {norm:.4g}', distance
     apart = [name for name, (a, b, d) in zip(names, sums.sqrt().tolist()) if d > max(tolerance * a, NEGLIGIBLE * norm)]
     if apart:
-        return f'{len(apart)} of {len(names)} gradients are wrong, that of {apart[0]} first', distance
+        return f'{len(apart)} of {len(names)} gradients are wrong ({apart[0]} is the first)', distance
     return '', distance / norm if norm else 0.0
 
 

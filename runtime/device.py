@@ -21,8 +21,8 @@ class Card(NamedTuple):
     """
     A GPU: its memory in GB (one number a variant) and its peak speeds in TFLOP/s.
 
-    The speeds are those that the maker states for dense matrices, never for sparse ones. fp16 and bf16 are tensor-core
-    speeds with fp32 accumulation, fp32 is that of the ordinary cores. None: the card has no such mode, or the maker
+    The maker states these speeds for dense matrices, never for sparse ones. fp16 and bf16 are tensor-core speeds with
+    fp32 accumulation. fp32 is the speed of the ordinary cores. None: the card has no such mode, or the maker
     states no speed.
     """
     gb: tuple
@@ -147,8 +147,9 @@ def resolve(device, dtype, local_rank=None):
     if not there:
         raise UserError(f'--device={wanted}: torch {torch.__version__} finds no such device here; use --device=cpu')
     if kind == 'cuda' and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f'--device={wanted}: no cuda:{index or 0}, this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}'
-                        + ('' if local_rank is None else ': fewer processes by --nproc_per_node'))
+        advice = '' if local_rank is None else ': start fewer processes with --nproc_per_node'
+        raise UserError(f'--device={wanted}: no cuda:{index or 0}, this machine has cuda:0 to '
+                        f'cuda:{torch.cuda.device_count() - 1}{advice}')
     device = torch.device(device)
 
     if dtype != 'auto' and dtype not in DTYPES:
@@ -156,7 +157,8 @@ def resolve(device, dtype, local_rank=None):
     if dtype == 'float16' and kind == 'cpu':
         raise UserError('--dtype=float16 needs a GPU; on the CPU use float32')
     if dtype == 'tf32' and (kind != 'cuda' or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise UserError(f'--dtype=tf32 needs an NVIDIA GPU of capability 8.0 (Ampere) or later; on {device} use float32')
+        raise UserError('--dtype=tf32 needs an NVIDIA GPU of capability 8.0 (Ampere) or later; '
+                        f'on {device} use float32')
     if dtype == 'auto':
         if kind != 'cuda':
             dtype, why = 'float32', 'half precision is slow on most CPUs' if kind == 'cpu' else 'the safe choice on MPS'

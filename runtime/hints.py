@@ -1,6 +1,6 @@
 """Find reasons to stop a run early in its logs: a plateau, a rising loss, repetitive text.
 
-    for hint in hints(evals, samples, train):   # [{step, loss}], [{step, mode, repetition}], [{step, loss}], all in order
+    for hint in hints(evals, samples, train):   # [{step, loss}], [{step, mode, repetition}], [{step, loss}]
         print(hint)                             # 'plateau: ...': a hint starts with its kind
 """
 from statistics import linear_regression
@@ -57,15 +57,16 @@ def hints(evals, samples, train=()):
     if len(losses) >= 2 * PATIENCE:
         before, recent = (min(loss for _, loss in part) for part in (losses[:-PATIENCE], losses[-PATIENCE:]))
         if recent > before * (1 - LEAST_GAIN):
-            found.append(f'plateau: the validation loss has not improved by {100 * LEAST_GAIN:g} % over the last {PATIENCE} '
-                         f'validations ({where}): stop, or lower the learning rate')
+            found.append(f'plateau: the validation loss has not improved by {100 * LEAST_GAIN:g} % '
+                         f'over the last {PATIENCE} validations ({where}): stop, or lower the learning rate')
     if not losses:
         training = [line for line in train if isinstance(line, dict) and line.get('kind', 'train') == 'train']
         hint = training_plateau(numbers(training, 'loss'))
         found += [hint] if hint else []
     if len(losses) > RISES and rises([loss for _, loss in losses[-RISES - 1:]]) and last > best * (1 + ABOVE_BEST):
-        found.append(f'rising loss: the validation loss rose {RISES} times in a row, to {last:.4f} at step {step} ({where}): '
-                     'it overfits or the learning rate is too high: stop, and use the best checkpoint')
+        found.append(f'rising loss: the validation loss rose {RISES} times in a row, to {last:.4f} at step {step} '
+                     f'({where}): the model overfits, or the learning rate is too high: '
+                     'stop, and use the best checkpoint')
 
     typical = [line for line in samples if isinstance(line, dict) and line.get('mode') == 'typical']
     for step, share in numbers(typical, 'repetition'):
@@ -73,6 +74,6 @@ def hints(evals, samples, train=()):
     means = [sum(shares) / len(shares) for shares in rounds.values()][-ROUNDS:]
     if len(means) == ROUNDS and (means[-1] > REPETITIVE and rises(means) or min(means) > VERY_REPETITIVE):
         shares = ', '.join(f'{100 * mean:.0f} %' for mean in means)
-        found.append(f'repetition: {shares} of the 4-grams of typical samples occurred before in them (the latest at step {step}): '
-                     'look at the text, and stop or lower the learning rate')
+        found.append(f'repetition: {shares} of the 4-grams in typical samples are repeated '
+                     f'(the latest sample is from step {step}): look at the text, and stop or lower the learning rate')
     return found

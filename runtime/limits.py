@@ -13,7 +13,7 @@ import time
 from runtime.hints import LEAST_GAIN
 
 FIRST = 10  # steps of a process that are not measured: they compile and warm up
-# Fractions of the time. The length of a run is changed, to end at TARGET, if it would end before LOWEST or after HIGHEST.
+# Fractions of the time. If a run would end before LOWEST or after HIGHEST, its length changes, and it ends at TARGET.
 TARGET, LOWEST, HIGHEST = 0.95, 0.9, 0.98
 
 
@@ -26,7 +26,7 @@ def smooth(progress, loss, config):
 
 
 def note_loss(progress, loss):
-    """Remember the loss and its step if it is lower by at least the fraction LEAST_GAIN than the one remembered."""
+    """Remember the loss and its step if it is below the remembered loss by at least the fraction LEAST_GAIN."""
     if loss < progress.plateau_loss * (1 - LEAST_GAIN):
         progress.plateau_loss, progress.plateau_step = loss, progress.step
 

@@ -40,7 +40,9 @@ class Ended(SystemExit):
 
 
 def end_silently(code):
-    """End this process after another one has printed the reason: torchrun kills all processes when the first one ends."""
+    """End this process after another one has printed the reason.
+
+    torchrun kills all processes when the first one ends, so this one waits."""
     if 'TORCHELASTIC_RUN_ID' in os.environ:  # set by torchrun
         time.sleep(10)
     raise Ended(code)
@@ -48,7 +50,7 @@ def end_silently(code):
 
 @contextlib.contextmanager
 def once_per_machine():
-    """Context for checks that fail in all processes of a machine, if at all: only the first process prints the error."""
+    """Context for checks that fail in all processes of a machine or in none. Only one process prints the error."""
     try:
         yield
     except UserError:
@@ -74,11 +76,13 @@ class Group:
         if device.type == 'cuda':
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(seconds=self.timeout))
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+                                    timeout=timedelta(seconds=self.timeout))
         except (RuntimeError, ValueError) as error:
-            raise UserError(f'rank {self.rank}: the {self.world} processes have not met at {os.environ["MASTER_ADDR"]}:'
-                            f'{os.environ["MASTER_PORT"]} within {self.timeout} s ({first_line(error)}): is one missing, or the '
-                            'address not reachable from all nodes? --dist_timeout gives them longer') from error
+            raise UserError(f'rank {self.rank}: the {self.world} processes did not all connect to '
+                            f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]} within {self.timeout} s '
+                            f'({first_line(error)}): check that all of them run and can reach this address, '
+                            'or wait longer with --dist_timeout') from error
         self.store = dist.distributed_c10d._get_default_store()
 
     def disconnect(self):
@@ -129,8 +133,9 @@ class Group:
         while missing := [rank for rank in missing if not self.store.check([f'{what}/{rank}'])]:
             self.failed_elsewhere()
             if time.monotonic() > end:
-                raise UserError(f'rank {self.rank}: {what} was not reached within {timeout} s by rank {", ".join(map(str, missing))}: see '
-                                'what they said, or give them longer by --dist_timeout')
+                raise UserError(f'rank {self.rank}: {what} was not reached within {timeout} s by rank '
+                                f'{", ".join(map(str, missing))}: see what they printed, '
+                                'or wait longer with --dist_timeout')
             time.sleep(0.02)
 
     def first(self, work):
@@ -181,8 +186,8 @@ class Group:
             if beats != before:
                 last_change = time.monotonic()
             if time.monotonic() - last_change > self.timeout:
-                raise UserError(f'rank {self.rank}: no sign of life from rank 0 for {self.timeout} s: see what rank 0 printed, '
-                                'and continue with --resume=auto')
+                raise UserError(f'rank {self.rank}: no sign of life from rank 0 for {self.timeout} s: '
+                                'see what rank 0 printed, and continue with --resume=auto')
             time.sleep(pause)
             pause = min(0.2, 1.5 * pause)
 
@@ -192,12 +197,13 @@ class Group:
             self.store.set(f'{what} of rank {self.rank}', value)
             self.barrier(f'the comparison of {what}')
             if (other := self.store.get(f'{what} of rank 0').decode()) != value:
-                raise UserError(f'rank {self.rank} on {os.uname().nodename} has another {what} than rank 0: {value}, there {other}')
+                raise UserError(f'rank {self.rank} on {os.uname().nodename} has another {what} than rank 0: '
+                                f'{value}, but rank 0 has {other}')
 
     # ---- the model
 
     def shard(self, model, device):
-        """FSDP2: shard the parameters of a model on the meta device, in place. Its weights are not initialized."""
+        """FSDP2: shard the parameters of a model on the meta device, in place. Its weights are not initialised."""
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(device.type, (self.world,))
         for block in model.blocks:
@@ -223,7 +229,8 @@ class Group:
         """Context for forward and backward. Gradients are averaged over the processes only in the last micro-step."""
         if hasattr(trained, 'set_requires_gradient_sync'):  # FSDP2
             trained.set_requires_gradient_sync(last)
-        with contextlib.nullcontext() if last or not isinstance(trained, DistributedDataParallel) else trained.no_sync():
+        skip_sync = isinstance(trained, DistributedDataParallel) and not last
+        with trained.no_sync() if skip_sync else contextlib.nullcontext():
             yield
 
     # ---- failures
@@ -240,7 +247,7 @@ class Group:
                 code, rank, reason = self.store.get('failure').decode().split(' ', 2)
                 if int(rank) != self.rank:
                     self.store.add('heard', 1)
-                    print(f'rank {self.rank}: ended, because rank {rank} said: {reason}', file=sys.stderr, flush=True)
+                    print(f'rank {self.rank}: ended because rank {rank} failed: {reason}', file=sys.stderr, flush=True)
                     raise Ended(int(code))
 
     @contextlib.contextmanager
@@ -256,8 +263,10 @@ class Group:
             if self.store and self.lost(error):
                 time.sleep(1)  # the failed process may still be writing its reason
                 self.failed_elsewhere()
-                print(f'rank {self.rank}: lost another process ({first_line(error)}); it was killed, its machine can\'t be reached, '
-                      f'or it took over {self.timeout} s (--dist_timeout): go on with --resume=auto', file=sys.stderr, flush=True)
+                print(f'rank {self.rank}: lost another process ({first_line(error)}). It was killed, its machine '
+                      f'cannot be reached, or it took over {self.timeout} s (--dist_timeout): '
+                      'continue with --resume=auto',
+                      file=sys.stderr, flush=True)
                 raise Ended(1) from None
             if self.store:
                 self.report(1, first_line(error))
@@ -290,13 +299,15 @@ def start(timeout):
     if 'RANK' not in there:
         return Group()
     if missing := [key for key in ENVIRONMENT if key not in there]:
-        raise UserError(f'the environment has RANK but no {", ".join(missing)}: start several processes by torchrun')
+        raise UserError(f'the environment has RANK but no {", ".join(missing)}: start several processes with torchrun')
     numbers = {key: there[key] for key in ENVIRONMENT if key != 'MASTER_ADDR'}
     if wrong := [f'{key}={value!r}' for key, value in numbers.items() if not value.isdecimal()]:
-        raise UserError(f'the environment has {", ".join(wrong)}, expected numbers: start several processes by torchrun')
+        raise UserError(f'the environment has {", ".join(wrong)}, expected numbers: '
+                        'start several processes with torchrun')
     rank, world, local_rank = (int(there[key]) for key in ENVIRONMENT[:3])
     if not rank < world:
-        raise UserError(f'the environment has RANK={rank}, but WORLD_SIZE={world}: start several processes by torchrun')
+        raise UserError(f'the environment has RANK={rank}, but WORLD_SIZE={world}: '
+                        'start several processes with torchrun')
     return Group(rank, world, local_rank, timeout)
 
 
@@ -304,7 +315,8 @@ def start(timeout):
 # Initial weights of a sharded model
 
 def meta_model(make, draw=True):
-    """make() -> a model for Group.shard: its parameters are on the meta device, without memory. Its buffers are ordinary tensors.
+    """make() -> a model for Group.shard. Its parameters are on the meta device, without memory. Its buffers are
+    ordinary tensors.
 
     draw: its constructors draw as many random numbers as usual, so that draw_weights draws the usual weights."""
     def to_meta(module, name, p):
@@ -320,7 +332,7 @@ def meta_model(make, draw=True):
 def full_empty(shape):
     """An empty fp32 tensor on the CPU that is needed for a moment. Its memory then returns to the system.
 
-    malloc would keep most of it: after building a model, more than half of the size of the model."""
+    malloc would keep most of this memory: after building a model, more than half of the size of the model."""
     memory = mmap.mmap(-1, 4 * shape.numel())
     return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
@@ -352,8 +364,9 @@ def draw_weights(model):
 
 @contextlib.contextmanager
 def full_parameters(module):
-    """Context in which a sharded module has full, empty parameters. Afterwards, each process keeps its own rows of those
-    that were written."""
+    """Context in which a sharded module has full, empty parameters.
+
+    Afterwards, each process keeps its own rows of the parameters that were written."""
     shards = [(owner, name, p, nn.Parameter(full_empty(p.shape))) for owner in module.modules()
               for name, p in owner.named_parameters(recurse=False)]
     for owner, name, _, full in shards:
@@ -398,7 +411,8 @@ def load_optimizer(optimizer, state):
         from torch.distributed.tensor import DTensor
         rows = own_rows(value, p).to(p.device, copy=True)
         return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-    moments = {i: {key: fitting(value, params[i]) for key, value in entry.items()} for i, entry in state['state'].items()}
+    moments = {i: {key: fitting(value, params[i]) for key, value in entry.items()}
+               for i, entry in state['state'].items()}
     optimizer.load_state_dict({**state, 'state': moments})
     for group, settings in zip(optimizer.param_groups, groups):
         group.update(settings)

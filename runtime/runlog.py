@@ -72,8 +72,8 @@ class RunLog:
                 self.lock = open(self.out / 'lock', 'a+', encoding='utf-8', errors='replace')
             if not locked(self.lock):
                 self.lock.seek(0)
-                raise UserError(f'{self.out}: another run is writing there ({self.lock.read().strip()}): stop it first, '
-                                f'or choose another --out_dir')
+                raise UserError(f'{self.out}: another run is writing there ({self.lock.read().strip()}): '
+                                'stop it first, or choose another --out_dir')
             self.lock.truncate(0)
             print(f'process {os.getpid()} on {socket.gethostname()}', file=self.lock, flush=True)
 
@@ -87,7 +87,7 @@ class RunLog:
             there = speak(start + shown, end='' if self.open_line else '\n')
             self.append('log.txt', text)
             if not there:
-                self.append('log.txt', 'the console is gone: from here on what the run says is in this file alone')
+                self.append('log.txt', 'the console is gone: from here on, the run prints only to this file')
 
     def line(self, name, **values):
         if self.active:
@@ -104,7 +104,8 @@ class RunLog:
         if self.active:
             self.last = values
             with self.writing('status.json'), replacing(self.out / 'status.json', sync=False) as file:
-                file.write(json.dumps(plain({**values, 'pid': os.getpid(), 'host': socket.gethostname(), 'time': time.time()})).encode())
+                status = {**values, 'pid': os.getpid(), 'host': socket.gethostname(), 'time': time.time()}
+                file.write(json.dumps(plain(status)).encode())
 
     @contextlib.contextmanager
     def failing(self):
@@ -135,8 +136,8 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise UserError(f'{self.out / name}: can\'t be written ({error.strerror}): make room there and go on with '
-                            '--resume=auto, or choose another --out_dir')
+            raise UserError(f'{self.out / name}: could not be written ({error.strerror}): free some space and '
+                            'continue with --resume=auto, or choose another --out_dir')
 
     def cut(self, step):
         """Delete the lines that a resumed run will write again, and what a killed run left incomplete.
@@ -195,10 +196,11 @@ def wandb(out, config):
     if not known.exists():
         known.write_text(secrets.token_hex(4))
     try:
-        run = wandb.init(project=os.environ.get('WANDB_PROJECT', 'nanotrix'), name=Path(out).name, id=known.read_text().strip(),
-                         resume='allow', dir=str(out), config=config, settings=wandb.Settings(silent=True))
+        run = wandb.init(project=os.environ.get('WANDB_PROJECT', 'nanotrix'), name=Path(out).name,
+                         id=known.read_text().strip(), resume='allow', dir=str(out), config=config,
+                         settings=wandb.Settings(silent=True))
     except Exception as error:  # many types: no login, no network, unwritable directory
-        raise UserError(f'--wandb: {str(error).splitlines()[0]}: log in by `wandb login`, or set WANDB_MODE=offline')
+        raise UserError(f'--wandb: {str(error).splitlines()[0]}: log in with `wandb login`, or set WANDB_MODE=offline')
     run.define_metric('*', step_metric='step')
     return lambda name, values: run.log({**scalars(values), 'step': values['step']}) if scalars(values) else None
 

@@ -192,7 +192,7 @@ SMALL = ['--compile=true', '--max_steps=12', '--sample_interval=0', '--dropout=0
 @pytest.mark.parametrize('backend, words, says', [
     ('aot_eager', ['--dropout=0.1'], r'compiled in \d+ s; one micro-batch compared with eager execution: gradients [0-9.e-]+ apart'),
     (wrong_gradients(torch.zeros_like), [], 'compile off: the norm of the gradient is 0, in eager execution'),
-    (wrong_gradients(lambda g: -g), [], r'compile off: \d+ of \d+ gradients are wrong, that of wte.weight first'),
+    (wrong_gradients(lambda g: -g), [], r'compile off: \d+ of \d+ gradients are wrong \(wte.weight is the first'),
     (fails, [], 'compile off: BackendCompilerFailed: .*this backend is broken'),
     (never_ends, ['--compile_timeout=2'], r'compile off: it took over 2 s \(--compile_timeout\)'),
 ], ids=['right', 'zero', 'wrong', 'fails', 'never_ends'])
@@ -270,7 +270,7 @@ def test_a_gradient_of_zero_ends_the_run_with_exit_code_3(corpus, tmp_path):
     for words, steps in (([], 5), (['--max_skipped=100'], 10)):
         out = tmp_path / f'run{steps}'
         code, said = runs.finish(runs.arguments(corpus, out, *words), before)
-        assert code == 3 and f'the gradient was exactly zero in {steps} steps: nothing is learnt' in said.splitlines()[-1], said
+        assert code == 3 and f'the gradient was exactly zero in {steps} steps: the model learns nothing' in said.splitlines()[-1], said
         assert [event['event'] for event in runs.lines(out, 'event')] == ['zero_gradient'] * steps
 
 
@@ -287,7 +287,7 @@ def test_a_parameter_without_a_gradient_is_named_once(corpus, tmp_path):
     code, said = runs.finish(runs.arguments(corpus, tmp_path / 'run'), before)
     assert code == 0, said
     line, = [line for line in said.splitlines() if 'no gradient in any of the first 10 steps' in line]
-    assert line.endswith('nothing is learnt there: blocks.0.mixer.q_proj.weight')
+    assert line.endswith('these parameters learn nothing: blocks.0.mixer.q_proj.weight')
     event, = runs.lines(tmp_path / 'run', 'event')
     assert event['first_of_them'] == ['blocks.0.mixer.q_proj.weight']
 
@@ -311,7 +311,7 @@ def test_several_processes_train_alike_compiled_and_eager(corpus, tmp_path, para
 
 def test_a_cache_that_cannot_be_written_switches_compilation_off_and_names_itself(monkeypatch):
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '/proc/nowhere')
-    says = "/proc/nowhere can't be written (No such file or directory), set TORCHINDUCTOR_CACHE_DIR to another directory"
+    says = "/proc/nowhere cannot be written (No such file or directory), set TORCHINDUCTOR_CACHE_DIR to another directory"
     assert compiler.choose('auto', torch.device('cpu'), 10**9) == (False, f'compile off: {says}')
     with pytest.raises(UserError, match=re.escape(f'--compile=true: {says}; use --compile=false')):
         compiler.choose('true', torch.device('cpu'))

@@ -107,7 +107,7 @@ def test_bitnet_has_two_stages_and_resonance_cycles_that_double():
 def test_a_run_cut_short_on_the_command_line_leaves_out_what_does_not_fit():
     short = load('bitnet_95m', '--max_steps=100')
     assert (short.warmup_steps, short.boundary_step, schedule.boundary(short), short.mandatory_steps) == (5, 0, 50, ())
-    assert 'shorter than that of' in short.origin['warmup_steps']
+    assert 'shorter than the run of' in short.origin['warmup_steps']
     with pytest.raises(UserError, match='warmup_steps=200 is longer than the run of max_steps=100'):
         load('bitnet_95m', '--max_steps=100', '--warmup_steps=200')
     with pytest.raises(UserError, match='mandatory_steps=200: the run ends at max_steps=100'):

@@ -1,4 +1,4 @@
-"""What evaluate.py and hellaswag.py say about a model is what the words mean, to the last bit where a run has said it already."""
+"""The figures of evaluate.py and hellaswag.py are correct, and equal the run's own figures to the last bit."""
 import contextlib
 import json
 import math
@@ -281,7 +281,7 @@ def test_a_context_beyond_the_trained_one_is_that_of_the_same_weights_in_a_longe
 def test_learned_positions_end_where_training_did(saved, wiki, capsys):
     path, model = saved(positions='learned')
     assert refused(evaluate.main, [str(path), '--context=17', '--device=cpu']) == \
-        f'--context=17: {path} has learned positions, and no more than 16 of them'
+        f'--context=17: {path} has learned positions, and only 16 of them'
     data = TokenData(wiki, 8, 300)
     x, y = map(torch.from_numpy, data.val_batch(data.val_windows()))
     assert run_of(capsys, path, '--context=8')[0]['loss'] == pytest.approx(model(x, y).item(), rel=1e-5)

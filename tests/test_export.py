@@ -1,4 +1,4 @@
-"""Exports for other programs: those compute the same from them, and what they can't express is refused."""
+"""Exports for other programs: these programs compute the same outputs, and models that they can't express are refused."""
 import base64
 import math
 import random
@@ -296,7 +296,7 @@ def test_weights_that_are_not_finite_are_refused_wherever_a_model_is_loaded(valu
     model = trained(**MODELS['llama'])
     model.blocks[1].ffn.up_proj.weight.data[3, 4] = value
     other = GPT(model.config)
-    with pytest.raises(UserError, match='x.pt: 1 of its .* tensors hold numbers that are not finite, blocks.1.ffn.up_proj.weight first'):
+    with pytest.raises(UserError, match='x.pt: 1 of its .* tensors hold numbers that are not finite .blocks.1.ffn.up_proj.weight is the first'):
         checkpoint.load_weights(other, {'model': model.state_dict()}, 'x.pt')
     assert all(p.isfinite().all() for p in other.parameters())
 

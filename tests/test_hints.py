@@ -1,4 +1,4 @@
-"""Hints come when there is a reason to stop, not before, and whatever the files hold."""
+"""Hints appear when there is a reason to stop, not before. No content of a file breaks them."""
 import math
 import random
 import subprocess
@@ -104,7 +104,7 @@ def test_repetition_is_three_rounds_that_rise_or_are_high(shares, expected):
 
 def test_repetition_is_told_with_its_numbers():
     found, = hints([], rounds(0.9, 0.22, 0.31, 0.41) + [{'step': 900, 'mode': 'greedy', 'repetition': 1.0}])
-    assert found.startswith('repetition: 22 %, 31 %, 41 % of the 4-grams of typical samples') and 'at step 300' in found
+    assert found.startswith('repetition: 22 %, 31 %, 41 % of the 4-grams in typical samples') and 'from step 300' in found
 
 
 def test_several_hints_come_together():

@@ -1,4 +1,4 @@
-"""Packing by best fit: documents stand whole in rows, only those longer than a row are cut, and rows waste little."""
+"""Best-fit packing: documents stay whole in rows, only documents longer than a row are cut, and rows waste little."""
 import json
 import time
 
@@ -175,7 +175,7 @@ def test_two_processes_learn_what_one_does(corpus, tmp_path):
 
 def test_a_checkpoint_whose_mask_has_no_end_of_text_is_refused():
     import checkpoint
-    with pytest.raises(UserError, match='document_mask=True without an eot_id'):
+    with pytest.raises(UserError, match='document_mask=True needs eot_id'):
         checkpoint.model_config({'config': {'document_mask': True}, 'step': 0}, 'x.pt')
 
 

@@ -1,4 +1,4 @@
-"""Several processes train what one trains: the same losses and weights, and they survive or end together."""
+"""Several processes train the same losses and weights as one process, and they survive or end together."""
 import json
 import math
 import os
@@ -168,7 +168,7 @@ def test_a_failing_process_ends_all_with_its_reason(corpus, tmp_path):
     codes, said = finish_ranks(argv, 2, in_rank(1, damage))
     assert codes == [2, 2]
     assert said[1] == 'data/x: id 70000 at position 5\n'
-    assert said[0].splitlines()[-1] == 'rank 0: ended, because rank 1 said: data/x: id 70000 at position 5'
+    assert said[0].splitlines()[-1] == 'rank 0: ended because rank 1 failed: data/x: id 70000 at position 5'
 
 
 def test_a_mistake_that_all_make_is_said_once(corpus, tmp_path):
@@ -198,14 +198,14 @@ def test_a_process_that_never_comes_is_missed_in_one_line(corpus, tmp_path):
     argv = arguments(corpus, tmp_path / 'run', '--dist_timeout=3')
     assert end(start_ranks(argv, 2, missing=[1]), 30) == [2]
     said = Path(console_of(argv, '0')).read_text().splitlines()[-1]
-    assert 'rank 0: the 2 processes have not met' in said and 'within 3 s' in said
+    assert 'rank 0: the 2 processes did not all connect' in said and 'within 3 s' in said
 
 
 def test_processes_with_other_data_and_those_that_never_reach_the_start_are_named(corpus, tmp_path):
     def other():
         TokenData.fingerprint = property(lambda self: 'another', lambda self, value: None)
     codes, said = finish_ranks(arguments(corpus, tmp_path / 'run'), 2, in_rank(1, other))
-    assert codes == [2, 2] and 'rank 1 on ' in said[1] and 'has another data than rank 0: another, there' in said[1]
+    assert codes == [2, 2] and 'rank 1 on ' in said[1] and 'has another data than rank 0: another, but rank 0 has' in said[1]
 
     def late():
         checkpoint.resume = lambda *arguments: time.sleep(60)
@@ -225,7 +225,7 @@ def test_a_process_that_stops_answering_ends_the_others_after_the_timeout(corpus
     processes[0].join(30)
     assert processes[0].exitcode == 1
     said = Path(console_of(argv, '0')).read_text().splitlines()[-1]
-    assert 'rank 0: lost another process' in said and 'over 4 s (--dist_timeout): go on with --resume=auto' in said
+    assert 'rank 0: lost another process' in said and 'over 4 s (--dist_timeout): continue with --resume=auto' in said
     assert json.loads((tmp_path / 'run/status.json').read_text())['state'] == 'failed'
     processes[1].kill()
 
@@ -254,7 +254,7 @@ def test_a_batch_that_the_processes_cannot_share_names_the_nearest(corpus, tmp_p
 
 
 @pytest.mark.parametrize('environment, message', [
-    ({'RANK': '0'}, 'the environment has RANK but no WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start several processes by torchrun'),
+    ({'RANK': '0'}, 'the environment has RANK but no WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start several processes with torchrun'),
     ({'RANK': 'x', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}, "RANK='x', expected numbers"),
     ({'RANK': '2', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}, 'RANK=2, but WORLD_SIZE=2'),
 ])

@@ -305,9 +305,9 @@ def test_importing_it_is_quick_because_torch_stays_out():
 
 @pytest.mark.parametrize('name,options,expected', [
     ('cosin', {}, ["schedule='cosin' is not one of cosine, restarts, onecycle, wsd, linear, constant, two_stage"]),
-    ('cosine', dict(warmup_steps=100, max_steps=50), ['warmup_steps=100 is longer than the run of max_steps=50: --warmup_steps=5']),
+    ('cosine', dict(warmup_steps=100, max_steps=50), ['warmup_steps=100 is longer than the run of max_steps=50: use --warmup_steps=5']),
     ('two_stage', dict(warmup_steps=100, max_steps=50),
-     ['warmup_steps=100 is longer than the run of max_steps=50: --warmup_steps=5']),  # and not what follows from it
+     ['warmup_steps=100 is longer than the run of max_steps=50: use --warmup_steps=5']),  # and not what follows from it
     ('cosine', dict(min_lr_ratio=1.5), ['min_lr_ratio=1.5 must lie in [0, 1]']),
     ('two_stage', dict(mid_lr_ratio=1.01), ['mid_lr_ratio=1.01 must lie in [0, 1]']),
     ('wsd', dict(decay_steps=101), ['warmup_steps=10 and a decay of 101 steps are longer than the run of max_steps=110: '
@@ -320,16 +320,16 @@ def test_importing_it_is_quick_because_torch_stays_out():
                                             'move it (--boundary_step) or shorten the warm-up (--warmup_steps)']),
     ('two_stage', dict(warmup_steps=60), ['boundary_step=0 (half of the run: 55) must lie between warmup_steps=60 and '
                                           'max_steps=110: move it (--boundary_step) or shorten the warm-up (--warmup_steps)']),
-    ('restarts', dict(restart_steps=101), ['restart_steps=101 is longer than the 100 steps that the warm-up leaves of '
-                                           'max_steps=110: --restart_steps=0 makes one cycle of them']),
+    ('restarts', dict(restart_steps=101), ['restart_steps=101 is longer than the 100 steps after the warm-up '
+                                           '(max_steps=110): use --restart_steps=0 for a single cycle']),
     ('restarts', dict(restart_factor=0), ['restart_factor=0 must be at least 1 (1: cycles of equal length)']),
     ('constant', dict(learning_rate=math.inf), ['learning_rate=inf must be finite']),
     ('cosine', dict(min_lr_ratio=math.inf), ['min_lr_ratio=inf must be finite']),
     ('restarts', dict(restart_factor=0, restart_steps=200, min_lr_ratio=2.0, weight_decay=-1.0), [  # all at once
         'weight_decay=-1.0 must not be negative', 'min_lr_ratio=2.0 must lie in [0, 1]',
         'restart_factor=0 must be at least 1 (1: cycles of equal length)',
-        'restart_steps=200 is longer than the 100 steps that the warm-up leaves of max_steps=110: '
-        '--restart_steps=0 makes one cycle of them']),
+        'restart_steps=200 is longer than the 100 steps after the warm-up (max_steps=110): '
+        'use --restart_steps=0 for a single cycle']),
 ])
 def test_problems_are_named(name, options, expected):
     assert problems(config_of(name, **options)) == expected

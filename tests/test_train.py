@@ -1,4 +1,4 @@
-"""A run: it learns, survives kills bit by bit, says what is wrong, and leaves nothing behind that it should not."""
+"""A run: it learns, resumes exactly after a kill, reports problems in one line, and leaves no partial files."""
 import contextlib
 import importlib.util
 import io
@@ -276,7 +276,7 @@ def test_blocks_log_their_statistics_and_go_on_exactly_after_a_resume(corpus, tm
     (['--device=tpu'], 'expected auto, cpu, cuda'),
     (['--dtype=float16'], 'float16 needs a GPU'),
     (['--compile=maybe'], 'expected auto, true or false'),
-    (['--dataset=nonsense'], 'dataset=nonsense: no directory data/nonsense, and prepare.py knows only pylib, wikitext2, '),
+    (['--dataset=nonsense'], 'dataset=nonsense: no directory data/nonsense, and prepare.py knows only pylib, shakespeare, '),
     (['--dataset=shards:rows'], 'rows: no such file, directory or glob'),
     (['--vocab_size=299'], 'has a vocabulary of 300, the model only 299'),
     (['--block_size=100000', '--batch_tokens=0'], 'fewer than one window'),
@@ -312,7 +312,7 @@ def test_a_misspelt_key_in_a_file_is_named_with_its_file_on_a_real_command_line(
 
 def test_an_output_directory_that_cannot_be_written_is_refused(corpus, tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match="file/run: can't be written"), contextlib.redirect_stdout(io.StringIO()):
+    with pytest.raises(UserError, match='file/run: could not be written'), contextlib.redirect_stdout(io.StringIO()):
         train.main(arguments(corpus, tmp_path / 'file' / 'run'))
 
 
@@ -335,12 +335,12 @@ class Evil:
 
 
 @pytest.mark.parametrize('damage, message', [
-    ('pickle', 'refused, it holds Python objects'),
+    ('pickle', 'refused: it holds Python objects'),
     ('truncated', 'truncated, or not a checkpoint'),
     ('text', 'truncated, or not a checkpoint'),
     ('foreign', 'not a checkpoint of this project'),
     ('version', 'checkpoint version 99'),
-    ('shapes', 'of another architecture: blocks.0.mixer.q_proj.weight'),
+    ('shapes', 'another architecture: blocks.0.mixer.q_proj.weight'),
     ('config', 'n_embd=15 is not divisible'),
     ('types', 'its config has values of the wrong type'),
     ('nothing', 'no valid config, tokenizer'),
@@ -533,10 +533,10 @@ def test_what_a_changed_option_means_for_the_rest_of_a_run_is_said(corpus, tmp_p
     assert code == 0, said
     step = checkpoint.load(first)['step']
     old, new = (schedules.schedule(step, train.load(arguments(corpus, 'x', f'--max_steps={n}')))[0] for n in (40, 80))
-    assert f'the learning rate goes on at {new:.3g}; before these changes it would have been {old:.3g}' in said
-    assert 'another seed is another order of the data' in said and 'validation losses can\'t be compared' in said
+    assert f'the learning rate continues at {new:.3g} (without these changes: {old:.3g})' in said
+    assert 'another seed changes the order of the data' in said and 'losses before and after are not comparable' in said
     code, said = finish(arguments(corpus, tmp_path / 'same', f'--resume={first}'))
-    assert code == 0 and 'goes on at' not in said and 'another order' not in said and 'compared' not in said
+    assert code == 0 and 'continues at' not in said and 'the order' not in said and 'comparable' not in said
 
 
 def test_a_run_that_repeats_its_data_says_so(corpus, tmp_path):
@@ -684,5 +684,6 @@ def test_a_checkpoint_without_an_optimizer_is_for_init_from(corpus, tmp_path, wh
     bare = tmp_path / 'bare.pt'
     torch.save({**{key: value for key, value in state.items() if key not in ('scaler', 'rng')}, 'optimizer': {}}, bare)  # as a conversion
     code, said = finish(arguments(corpus, tmp_path / 'run', f'--resume={bare}'))
-    assert code == 2 and said.splitlines()[-1] == f'{bare}: has no optimizer state to go on with, only weights: start a run from them by --init_from={bare}'
+    assert code == 2 and said.splitlines()[-1] == (f'{bare}: this file has weights but no optimizer state, so no run can '
+                                                   f'continue from it: start a new run with --init_from={bare}')
     assert finish(arguments(corpus, tmp_path / 'run', f'--init_from={bare}', '--max_steps=4'))[0] == 0

@@ -1,4 +1,5 @@
-"""Every command in every trouble: it ends with an exit code that it documents and a line or two, never a traceback, and what it leaves is whole.
+"""Every command in every kind of trouble: it ends with a documented exit code and a line or two, never with a traceback
+or a partial file.
 
 Most of it is in this process: `ends` is a command as `python x.py` would end. The full product, by shells, is slow (-m slow).
 """
@@ -336,7 +337,7 @@ def test_an_environment_that_torchrun_did_not_make_is_a_line(change, says, monke
         monkeypatch.setenv(key, value) if value is not None else monkeypatch.delenv(key, raising=False)
     with pytest.raises(UserError) as refused:
         train.main(['--max_steps=1'])
-    assert len(refused.value.args) == 1 and says in str(refused.value) and 'start several processes by torchrun' in str(refused.value)
+    assert len(refused.value.args) == 1 and says in str(refused.value) and 'start several processes with torchrun' in str(refused.value)
 
 
 @pytest.mark.parametrize('name', ['watch', 'watch --report', 'watch --plot', 'prepare show', 'sample', 'train'])

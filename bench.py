@@ -1,6 +1,6 @@
 """
-All measurements and comparisons. Candidates run in turn, and a ratio compares two of them within one repeat. Tables and
-pictures go to runs/bench/<machine>/. `--out=results` renews the project's own tables.
+All measurements and comparisons. Candidates run in turn, and a ratio compares two candidates within one repeat. Tables
+and pictures go to runs/bench/<machine>/. `--out=results` renews the project's own tables.
 
     python bench.py                         # the speed of every block on this machine, on one page (five minutes)
     python bench.py blocks                  # training steps of every block at 9M, 21M and 70M parameters (six minutes)
@@ -48,7 +48,7 @@ class BenchConfig:
     card_gb: float = 0.0  # batch: memory of a card in GB; 0: the memory of this machine
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # auto, float32, tf32, bfloat16 or float16
-    out: str = 'runs/bench'  # directory of tables and pictures; results: those of the project
+    out: str = 'runs/bench'  # directory of tables and pictures; results: the project's own tables
 
     def problems(self):
         presets = [*quality.PRESETS, 'recall']

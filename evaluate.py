@@ -36,7 +36,7 @@ from training import validate
 
 @dataclass
 class EvaluateConfig:
-    run: str = ''  # run directory or checkpoint file; may stand without --run=. Several of them are compared
+    run: str = ''  # run directory or checkpoint file; may stand without --run=. Several runs are compared
     checkpoint: str = 'last'  # of a run directory: last (the newest good one), best (lowest validation loss) or a step
     data: str = ''  # prepared directory, or rows of ids: a directory or shards:DIR (empty: the data of the run)
     eval_tokens: int = -1  # tokens to validate on (0: the whole split; -1: as many as the run did; all with --stride)
@@ -157,7 +157,7 @@ def read_test(data):
     except OSError as error:
         raise UserError(f'{file}: {error.strerror}: {data.again}')
     if sha256(content).hexdigest() != digest or not content.strip():
-        raise UserError(f'{file}: damaged: its sha256 differs from the one in meta.json: {data.again}')
+        raise UserError(f'{file}: damaged: its sha256 differs from meta.json: {data.again}')
     text = content.decode()
     return text, count_words(text)
 

@@ -9,16 +9,16 @@
     python export.py hf runs/x                       # runs/x/hf, for transformers: Llama, BitNet and GPT-2, in fp32
     python export.py convert runs/dense --to=trix --tiles=8 --top_k=6  # runs/dense/trix: FFNs cut into ternary tiles
     python export.py convert runs/dense --to=bitnet  # runs/dense/bitnet: ternary blocks; bitnet_ffn: ternary FFNs
-    python train.py runs/dense/bitnet/recover.py     # written by convert: recovers most of what was lost
+    python train.py runs/dense/bitnet/recover.py     # written by convert: recovers most of the lost quality
 
-Every export ends with a comparison of its outputs with those of the trained model, on text.
+Every export ends with a comparison: the outputs of the export and of the trained model, on text.
 """
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, load, run, utf8_path  # before torch, whose import Ctrl-C may interrupt
+from configurator import UserError, load, run, utf8_path  # before torch, so Ctrl-C can interrupt torch's import
 
 from deploy import convert, gguf, huggingface, packed, parity, pretrained
 from files import named_at_last
@@ -32,7 +32,7 @@ class ExportConfig:
     run: str = ''  # run directory or checkpoint file; may stand without --run=
     checkpoint: str = 'last'  # of a run directory: last (the newest good one), best (lowest validation loss) or a step
     out: str = ''  # path of the export (empty: in the run directory); may stand without --out=
-    embeddings: str = ''  # embedding and head; pack: float32 (default), bfloat16, int8 (TriX: 16 bits for the embedding);
+    embeddings: str = ''  # embedding and head; pack: float32 (default), bfloat16, int8 (TriX's embedding: 16 bits);
     # gguf: F16 (default), Q8_0, F32
     matrices: str = ''  # gguf: TQ2_0 (default for ternary models), TQ1_0, Q8_0, F16 (default for others) or F32
     to: str = ''  # convert: trix, bitnet (all matrices of the blocks) or bitnet_ffn
@@ -67,10 +67,11 @@ def load_run(config, name):
     """(model, dict of its checkpoint, path of the export). name: what the export is called in a run directory.
     UserError if the model can't be exported to that path."""
     if pretrained.is_pretrained(config.run) and config.command == 'convert':
-        raise UserError(f'{config.run}: finetune it first, with train.py --init_from={config.run}, and convert that run: '
-                        'the training that recovers the loss continues it')
+        raise UserError(f'{config.run} is a pretrained model: first finetune it with train.py '
+                        f'--init_from={config.run}, then convert that run. '
+                        'The training that recovers the loss needs the data of a run')
     if pretrained.is_pretrained(config.run) and not config.out:
-        raise UserError(f'{config.run}: name the export, too: python export.py {config.command} {config.run} OUT')
+        raise UserError(f'{config.run}: give the export a name: python export.py {config.command} {config.run} OUT')
     source = choose_checkpoint(config.run, config.checkpoint)
     model, state = packed.load_model(source, hardware.resolve(config.device, 'float32')[0])
     folder = Path(config.run) if Path(config.run).is_dir() else Path(config.run).parent
@@ -148,7 +149,7 @@ def to_ternary(config):
     source = choose_checkpoint(config.run, config.checkpoint)
     convert.convert(source, model, state, out, config.to, config.tiles, config.top_k)
     command = f'{Path(sys.executable).name} train.py {out / "recover.py"}'
-    print(f'{out}: the last of these stages. Recover the loss: {command}')
+    print(f'{out} holds the model of the last line. To recover the loss: {command}')
 
 
 COMMANDS = {'pack': pack, 'gguf': to_gguf, 'hf': to_huggingface, 'convert': to_ternary}

@@ -590,7 +590,7 @@ def main(argv):
 def plot_schedule(config, paths, files, train_words):
     """Draw the schedule of config files, before a run."""
     if files != paths or not config.plot or config.watch or config.report:
-        raise UserError(f'{files[0]}: a config file has a schedule and no run yet: only --plot works, and draws it')
+        raise UserError(f'{files[0]} is a config file, not a run: only --plot works, which draws the schedule')
     import settings  # here, because it imports torch
     words = files + train_words
     heading = clean(configurator.as_utf8(' '.join(words)))

@@ -23,8 +23,9 @@ from model import ACTS, GPT, BitLinear, GPTConfig, TriX
 
 # Options that the recovery does not copy from the run: paths, options that depend on the length of the run, hardware.
 NOT_KEPT = ('out_dir', 'init_from', 'distill_from', 'anneal_steps', 'resume', 'other_data', 'verify', 'plan', 'card',
-            'card_gb', 'price', 'profile', 'epochs', 'max_hours', 'stop_on', 'plateau_steps', 'max_steps', 'warmup_steps', 'restart_steps',
-            'decay_steps', 'boundary_step', 'mandatory_steps', 'schedule', 'min_lr_ratio', 'log_interval',
+            'card_gb', 'price', 'profile', 'epochs', 'max_hours', 'stop_on', 'plateau_steps', 'max_steps',
+            'warmup_steps', 'restart_steps', 'decay_steps', 'boundary_step', 'mandatory_steps', 'schedule',
+            'min_lr_ratio', 'log_interval',
             'sample_interval', 'keep', 'save_on_best', 'device', 'dtype', 'compile', 'zero_init', *settings.INTERVALS,
             *(f'{key}_tokens' for key in settings.INTERVALS))
 
@@ -205,7 +206,7 @@ def recovery(run, out, to, options):
     The config file of the training that follows a conversion, on a tenth of the tokens of the run. options: its config.
 
     The learning rate is the best of 1, 2 and 5e-3 for dense_tiny. For other widths it is scaled, not tuned, and never
-    above that of the run. The optimizer is AdamW: Muon recovers less.
+    above the rate of the run. The optimizer is AdamW: Muon recovers less.
     """
     defaults = {field.name: field.default for kind in (GPTConfig, settings.TrainConfig) for field in fields(kind)}
     kept = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()

@@ -89,8 +89,8 @@ def vocabulary(tokenizer, size):
     if tokenizer is None:
         raise UserError('the model has no tokenizer, and the export needs one: train on data with a tokenizer.json')
     if 'characters' in tokenizer:
-        raise UserError('its tokenizer has one token for each character (--tokenizer=char), which the format does not know: '
-                        'train with --tokenizer=byte or bpe')
+        raise UserError('its tokenizer has one token for each character (--tokenizer=char), '
+                        'which this format does not support: train with --tokenizer=byte or bpe')
     if 'ranks' not in tokenizer:
         raise UserError(f'its tokenizer, {tokenizer["name"]}, came from Hugging Face: '
                         'only tokenizers of prepare.py and GPT-2 can be exported')
@@ -157,7 +157,8 @@ def metadata(path, model, tokenizer, token_types):
         'block_count': config.n_layer, 'feed_forward_length': model.blocks[0].ffn.up_proj.out_features,
         'head_count': config.n_head, 'head_count_kv': config.n_kv_head or config.n_head,
         'vocab_size': config.vocab_size,
-        'rope_dimension_count': config.n_embd // config.n_head, 'rope_freq_base': config.rope_theta, 'layer_norm_rms_eps': 1e-6,
+        'rope_dimension_count': config.n_embd // config.n_head, 'rope_freq_base': config.rope_theta,
+        'layer_norm_rms_eps': 1e-6,
         'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'token_list': tokens,
         'token_types': [token_types[kind] for kind in kinds],
         'token_merges': pairs or [NO_MERGE], 'bos_token_id': end, 'eos_token_id': end,

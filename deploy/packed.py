@@ -135,7 +135,8 @@ def c_ints(names):
 
 Matrix = c_struct('Matrix', 'data bias', c_ints('rows cols sub_norm') + [('scale', ctypes.c_float)])
 Head = c_struct('Head', 'norm norm_bias data scale', c_ints('rows cols layer_norm') + [('softcap', ctypes.c_float)])
-Tiles = c_struct('Tiles', 'up down up_scale down_scale signatures balance slope up_bias down_bias', c_ints('tiles shared k h digits act'))
+Tiles = c_struct('Tiles', 'up down up_scale down_scale signatures balance slope up_bias down_bias',
+                 c_ints('tiles shared k h digits act'))
 Layer = c_struct('Layer', 'mixer_norm mixer_bias ffn_norm ffn_bias', [
     *[(key, Matrix) for key in 'q k v o gate up down'.split()],
     ('tiles', Tiles), ('keys', ctypes.c_void_p), ('values', ctypes.c_void_p),
@@ -659,9 +660,10 @@ def in_memory(model):
 
 
 def load_model(run, device, context=0):
-    """A run directory, checkpoint, packed file or pretrained model -> (GPT in eval mode on the device, the checkpoint's
-    dict); for windows of `context` tokens, if given. The dict of a packed file is that of read(). UserError if learned positions
-    end before `context`."""
+    """A run directory, checkpoint, packed file or pretrained model -> (GPT in eval mode on the device, dict).
+
+    The dict is the checkpoint's, or for a packed file the dict of read(). context: tokens per window, if not
+    block_size. UserError if the model has fewer learned positions than that."""
     def note(line):
         print(line, file=sys.stderr)
 

@@ -300,7 +300,7 @@ def read_weights(folder, kind, config):
             for name in file.keys():
                 plain = name.removeprefix('transformer.')
                 if plain in files:
-                    raise UserError(f'{path}: {name} is in another file, too')
+                    raise UserError(f'{path}: {name} is also in another file')
                 if not CONSTANTS.fullmatch(plain):
                     files[plain] = file, name
         if config.n_layer > len(files):
@@ -360,7 +360,7 @@ def check(folder, files, expected, may_be_there):
             problems.append(f'{folder}: {name} has shape {tuple(header.get_shape())}, but config.json makes it {shape}')
         elif header.get_dtype() not in FLOATS:
             problems.append(f'{folder}: {name} is {header.get_dtype()}: expected one of {", ".join(FLOATS)}, '
-                            'not quantized')
+                            'not quantised')
     if problems:
         raise UserError(*problems[:5])
 

@@ -39,6 +39,6 @@ def product(x, size, codes, scale, chosen):
     (N, K), (E, M, n_bytes), P = x.shape, codes.shape, len(chosen)
     y = torch.empty(P, M, device=x.device)
     rows, n = 8, min(256, max(16, triton.next_power_of_2(n_bytes)))
-    kernel[triton.cdiv(M, rows), P](x.contiguous(), scale if size is None else size, codes, scale, chosen.contiguous(), y,
-                                    K, M, n_bytes, P // N, size is not None, rows, n)
+    kernel[triton.cdiv(M, rows), P](x.contiguous(), scale if size is None else size, codes, scale, chosen.contiguous(),
+                                    y, K, M, n_bytes, P // N, size is not None, rows, n)
     return y

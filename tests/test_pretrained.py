@@ -1,4 +1,4 @@
-"""Pretrained models of others compute the same here, decide the shape of a run, and are refused if they don't fit."""
+"""Pretrained models compute the same outputs here, decide the shape of a run, and are refused if they are unsupported."""
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -231,8 +231,8 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
 
 
 @pytest.mark.parametrize('words, said', [
-    (['convert', '--to=trix'], 'finetune it first, with train.py --init_from='),
-    (['gguf'], 'name the export, too: python export.py gguf')])
+    (['convert', '--to=trix'], 'first finetune it with train.py --init_from='),
+    (['gguf'], 'give the export a name: python export.py gguf')])
 def test_an_export_of_a_pretrained_model_says_what_it_needs(words, said, tmp_path):
     with pytest.raises(UserError, match=said):
         export.main([words[0], f'hf:{tmp_path}', *words[1:]])

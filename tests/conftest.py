@@ -1,4 +1,4 @@
-"""The models of the tests are so small that a second thread costs more than it brings, and a GPU, too.
+"""Settings of all tests: one thread and no GPU. The models of the tests are so small that more would be slower.
 
 Tests fork runs of train.py, and a process that has used CUDA can't be forked. So no test process sees a GPU; test_gpu.py shows it
 to the processes that it starts.

@@ -1,8 +1,8 @@
 """
-A golden record: what a refactor must not change, to the bit. Not a test, for the numbers hang on the machine.
+A golden record: the numbers that a refactor must not change. Not a test, because they depend on the machine.
 
-    python tests/golden.py record before/        # on the commit before: runs, exports and figures into the directory
-    python tests/golden.py compare before/       # on the commit after: all of it again, and every difference in a line
+    python tests/golden.py record before/        # on the commit before: writes runs, exports and figures into before/
+    python tests/golden.py compare before/       # on the commit after: does the same again and prints every difference
 
 It prepares data, trains short runs of every kind of block (one and two processes, AdamW and Muon, a resume), evaluates, packs
 and samples. `compare` also resumes a checkpoint and samples from a packed file that the commit before has written.

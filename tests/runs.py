@@ -1,4 +1,4 @@
-"""Runs of train.py for the tests: each in a fork, which starts at once, because torch is here already."""
+"""Runs of train.py for the tests. Each is a fork of the test process, so it starts at once: torch is already imported."""
 import json
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""What BitNet promises beyond what every block does, and when ternary codes are made."""
+"""The promises of BitNet beyond those of every block, and when ternary codes are made."""
 import copy
 import itertools
 

@@ -1,4 +1,4 @@
-"""What every block promises. A new block joins by one line in VARIANTS."""
+"""The promises of every block. A new block needs one line in VARIANTS."""
 import argparse
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""A dense model becomes a ternary one: cut exactly, rounded as well as can be, and brought back by distillation."""
+"""A dense model becomes a ternary one: tiles are cut exactly, rounding is optimal, and distillation recovers the loss."""
 import os
 from types import SimpleNamespace
 

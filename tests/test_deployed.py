@@ -1,4 +1,4 @@
-"""The figures of deployed models are measured on the deployed models."""
+"""The figures of deployed models are measured on these models themselves."""
 import json
 from dataclasses import replace
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Device and precision are chosen with a reason; what a GPU must do is tested where there is one."""
+"""Device and precision are chosen with a reason. test_gpu.py tests what needs a GPU."""
 import re
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Documents that share a row: with document_mask a token sees its own document alone, in every block and in every way to compute it."""
+"""Documents that share a row: with document_mask, a token sees only its own document, in every block and execution."""
 import math
 
 import pytest

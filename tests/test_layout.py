@@ -1,4 +1,4 @@
-"""The files stand where README.md says, and import one way."""
+"""The layout of the repository: files, imports, and the length of functions and lines."""
 import ast
 import re
 from pathlib import Path
@@ -60,3 +60,10 @@ def test_the_readme_is_short_and_shows_a_picture_first():
     assert len(text.encode()) <= 12_000 and '![' in '\n'.join(text.splitlines()[:40])
     links = re.findall(r'\]\(([^)]+)\)', text)
     assert len(links) >= 4 and all((ROOT / link).exists() for link in links)
+
+
+def test_no_line_of_code_is_longer_than_120_characters():
+    exceptions = {Path('optim.py'): 1, Path('runtime/plan.py'): 7}
+    for path in [*FILES, *(path.relative_to(ROOT) for path in (ROOT / 'config').rglob('*.py'))]:
+        long = [number for number, line in enumerate((ROOT / path).read_text().splitlines(), 1) if len(line) > 120]
+        assert len(long) <= exceptions.get(path, 0), f'{path}: lines {long}'

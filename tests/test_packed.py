@@ -1,4 +1,4 @@
-"""Packed models compute what trained ones do, from 2 bits a weight, and a file that is not one is refused."""
+"""Packed models with 2 bits per weight equal the trained models, and files that are not packed models are refused."""
 import json
 import os
 import re

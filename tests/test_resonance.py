@@ -1,4 +1,4 @@
-"""What resonance promises beyond what every block does: exact filters, chunks that change nothing, decoding at 32k."""
+"""The promises of resonance beyond those of every block: exact filters, chunks that change nothing, decoding at 32k."""
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""The files of a run: strict JSON, one writer, readable while they are torn; progress is written over on a terminal alone."""
+"""The files of a run: strict JSON, one writer, readable while torn. Only a terminal overwrites the progress line."""
 import json
 import math
 

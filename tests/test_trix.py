@@ -1,4 +1,4 @@
-"""What TriX promises beyond what every block does."""
+"""The promises of TriX beyond those of every block."""
 import contextlib
 import math
 import os

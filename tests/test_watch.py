@@ -1,4 +1,4 @@
-"""Status, pictures and pages say what the files of a run say, and no file can break them."""
+"""Status, pictures and pages show what the files of a run say, and no damaged file breaks them."""
 import json
 import math
 import os

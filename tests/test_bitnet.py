@@ -155,7 +155,7 @@ class SomeEncoding:
     lambda model: sample_grid(model, SomeEncoding(), ['a', 'b'], max_new_tokens=20, seed=0),
     lambda model: validate(model, SomeData(), None, range(6), 2, torch.device('cpu'), torch.float32)],
     ids=['generate', 'sample_grid', 'validate'])
-def test_text_and_a_validation_make_the_codes_of_each_weight_once(made, kind, use):
+def test_sampling_and_validation_make_the_codes_of_each_weight_once(made, kind, use):
     use(tiny(kind))
     assert len(made) == TERNARY[kind][1]
 

@@ -224,7 +224,7 @@ def test_embed_norm_and_softcap_are_their_formulas():
         assert other(idx).abs().max() <= 3 < plain(idx).abs().max()
 
 
-def test_taps_weigh_a_token_and_those_before_it_by_channel():
+def test_taps_weigh_a_token_and_its_predecessors_by_channel():
     models = []
     for taps in (0, 3):
         torch.manual_seed(0)
@@ -244,7 +244,7 @@ def test_taps_weigh_a_token_and_those_before_it_by_channel():
 # ---- 5. it can learn
 
 @each_kind
-def test_one_batch_is_learnt_by_heart(name):
+def test_a_model_can_memorise_one_batch(name):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**dict(block_size=T, vocab_size=V, n_layer=2, n_head=4, n_embd=32), **VARIANTS[name]}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
@@ -319,7 +319,7 @@ def test_activation_checkpointing_changes_nothing(name):
 
 
 @pytest.mark.parametrize('name', ['gelu', 'swiglu', 'trix', 'trix_all', 'bitnet_all', 'resonance', 'resonance_chunks', 'hybrid'])
-def test_under_autocast_the_loss_is_that_of_fp32_and_everything_learns(name):
+def test_under_autocast_the_loss_equals_fp32_and_every_parameter_learns(name):
     idx, model = tokens(4, T + 1), build(name)
     expected = model(idx[:, :-1], idx[:, 1:]).item()
     with torch.autocast('cpu', torch.bfloat16):

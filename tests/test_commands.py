@@ -142,7 +142,7 @@ def test_without_a_network_a_run_ends_in_one_line_that_says_what_to_do(tmp_path,
     assert not [*tmp_path.glob('data/*'), *tmp_path.glob('data/.*')] and not (tmp_path / 'run').exists()
 
 
-def test_a_run_is_refused_where_the_text_behind_its_data_has_changed(tmp_path, monkeypatch):
+def test_a_run_is_refused_if_the_text_of_its_data_has_changed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = write_jsonl(Path('notes.jsonl'), texts(300))
     wanted = train.load([*SMALL, '--dataset=text:notes.jsonl'])

@@ -91,7 +91,7 @@ def test_every_block_by_inductor(monkeypatch, name, execution):
 @pytest.mark.parametrize('changes', [
     dict(distil=True), dict(embed_taps=4, embed_norm=True), dict(logit_softcap=5.0, distil=True), dict(zero_init=True, embed_taps=2),
     dict(embed_taps=4, activation_checkpointing=True)], ids=lambda changes: '-'.join(changes))
-def test_what_surrounds_the_blocks(monkeypatch, name, backend, changes):
+def test_embeddings_taps_norms_and_head(monkeypatch, name, backend, changes):
     compare(monkeypatch, name, 'loop' if 'trix' in name else '', backend, **changes)
 
 
@@ -196,7 +196,7 @@ SMALL = ['--compile=true', '--max_steps=12', '--sample_interval=0', '--dropout=0
     (fails, [], 'compile off: BackendCompilerFailed: .*this backend is broken'),
     (never_ends, ['--compile_timeout=2'], r'compile off: it took over 2 s \(--compile_timeout\)'),
 ], ids=['right', 'zero', 'wrong', 'fails', 'never_ends'])
-def test_a_run_says_what_is_wrong_with_the_compiled_model_and_goes_on_without(corpus, tmp_path, backend, words, says):
+def test_a_run_names_the_fault_of_a_compiled_model_and_continues_without(corpus, tmp_path, backend, words, says):
     code, said = runs.finish(runs.arguments(corpus, tmp_path / 'run', *SMALL, *words), by(backend))
     assert code == 0, said
     line, = [line for line in said.splitlines() if line.startswith('on cpu')]
@@ -210,7 +210,7 @@ def test_a_run_says_what_is_wrong_with_the_compiled_model_and_goes_on_without(co
     assert runs.losses(tmp_path / 'run')[-1][2] < 0.97 * same[0][2]
 
 
-def test_two_processes_agree_on_going_on_without_the_compiler(corpus, tmp_path):
+def test_two_processes_agree_to_continue_without_the_compiler(corpus, tmp_path):
     def before():
         compiler.BACKEND = fails if os.environ['RANK'] == '1' else 'aot_eager'
     codes, said = runs.finish_ranks(runs.arguments(corpus, tmp_path / 'run', *SMALL), 2, before)
@@ -218,7 +218,7 @@ def test_two_processes_agree_on_going_on_without_the_compiler(corpus, tmp_path):
     assert 'compile off: another process says why' in said[0] and 'rank 1: compile off: BackendCompilerFailed' in said[1]
 
 
-def test_a_compiled_run_goes_on_exactly_after_a_kill(corpus, tmp_path):
+def test_a_compiled_run_resumes_exactly_after_a_kill(corpus, tmp_path):
     words = [word for word in SMALL if 'max_steps' not in word]
     process = runs.start(runs.arguments(corpus, tmp_path / 'run', *words), by('aot_eager'))
     while not (tmp_path / 'run/checkpoints/step_0000008.pt').exists() and process.is_alive():
@@ -294,7 +294,7 @@ def test_a_parameter_without_a_gradient_is_named_once(corpus, tmp_path):
 
 @pytest.mark.parametrize('words', [['--zero_init=true'], ['--zero_init=true', '--ffn=gelu', '--bias=true', '--norm=layernorm'],
                                    ['--trix_tiles=8', '--trix_top_k=1'], ['--mixer=resonance', '--dropout=0', '--zero_init=true']], ids=' '.join)
-def test_gradients_that_are_zero_for_a_reason_are_no_news(corpus, tmp_path, words):
+def test_gradients_that_are_zero_by_design_are_not_reported(corpus, tmp_path, words):
     code, said = runs.finish(runs.arguments(corpus, tmp_path / 'run', *words, '--max_steps=12'))
     assert code == 0 and 'no gradient' not in said and not runs.lines(tmp_path / 'run', 'event'), said
 

@@ -156,12 +156,12 @@ def test_an_int_may_be_written_as_an_integral_float(text, value):
 
 
 @pytest.mark.parametrize('text', ['abc', '2.5', 'nan', 'inf', 'True', '', '1e999'])
-def test_text_that_is_no_int_is_refused(text):
+def test_text_that_is_not_an_int_is_refused(text):
     assert problems_of(f'--n_layer={text}') == [f"--n_layer='{text}': expected int"]
 
 
 @pytest.mark.parametrize('text', ['abc', 'nan', '', '1e999', '1' + 400 * '0', 'true'])
-def test_text_that_is_no_float_is_refused(text):
+def test_text_that_is_not_a_float_is_refused(text):
     assert problems_of(f'--learning_rate={text}') == [f"--learning_rate='{text}': expected float"]
 
 
@@ -170,7 +170,7 @@ def test_infinity_is_a_float_only_where_it_is_written():
 
 
 @pytest.mark.parametrize('text', ['1,x', '1,,2', '1,2.5', ','])
-def test_text_that_is_no_tuple_of_ints_is_refused(text):
+def test_text_that_is_not_a_tuple_of_ints_is_refused(text):
     assert problems_of(f'--mandatory_steps={text}') == [f"--mandatory_steps='{text}': expected int,int,..."]
 
 
@@ -180,7 +180,7 @@ def test_a_bool_is_written_true_false_yes_no_on_off_1_or_0(text, value):
 
 
 @pytest.mark.parametrize('text', ['ja', '', '2', 'none'])
-def test_text_that_is_no_bool_is_refused(text):
+def test_text_that_is_not_a_bool_is_refused(text):
     assert problems_of(f'--bias={text}') == [f"--bias='{text}': expected bool"]
 
 
@@ -216,13 +216,13 @@ def test_words_fill_the_positional_fields_in_turn_and_one_too_many_is_named():
     assert problems_of('a', 'b', **options) == ["--warmup_steps='b': expected int"]
 
 
-def test_a_stray_word_is_told_what_it_could_be():
+def test_an_unexpected_word_gets_a_suggestion():
     stray = 'neither a config file (NAME.py) nor --key=value'
     assert problems_of('n_layer=3', '-n-head=3', 'word') == [f"n_layer=3: {stray}, did you mean '--n_layer=3'?",
                                                              f"-n-head=3: {stray}, did you mean '--n-head=3'?", f'word: {stray}']
 
 
-def test_a_value_may_follow_after_a_blank_where_only_a_value_can_stand(write):
+def test_a_value_may_follow_after_a_space(write):
     path = write('n_layer = 7')
     config = config_of('--n_head', '8', '--bias', 'no', '--dataset', 'a b', path, '--warmup-steps', '-3')
     assert (config.n_layer, config.n_head, config.bias, config.dataset, config.warmup_steps) == (7, 8, False, 'a b', -3)
@@ -246,7 +246,7 @@ def test_other_spellings_of_a_value_are_accepted_in_files_too(write):
     assert config_of('--dataset=Other', spellings=spellings).dataset == 'Other'
 
 
-def test_a_key_of_another_program_is_answered_with_ours_or_with_what_to_do(write):
+def test_a_key_of_another_program_gets_our_key_or_advice(write):
     aliases = {'lr': 'learning_rate', 'no_eval': 'use --eval_interval=0'}
     assert problems_of('--lr', '1e-3', '--no-eval', write('lr = 1'), aliases=aliases) == [
         "config/x.py: unknown key 'lr', did you mean 'learning_rate'?",
@@ -347,7 +347,7 @@ def test_a_missing_file_names_the_nearest_one(write):
     ('import json\njson.loads("{")', 'config/x.py:2: json.decoder.JSONDecodeError: Expecting property name'),
     ('raise SystemExit(0)', 'config/x.py:1: SystemExit: 0'),
     ('assert n_layer == 0', 'config/x.py:1: AssertionError')])
-def test_a_file_that_fails_is_one_line_with_its_place(write, text, problem):
+def test_a_config_file_that_fails_is_one_line_with_the_line_number(write, text, problem):
     [found] = problems_of(write(text))
     assert found.startswith(problem)
 
@@ -383,7 +383,7 @@ def test_combinations_within_a_class_and_over_classes_are_named_beside_unknown_k
         "command line: unknown key 'zzz'", 'n_head does not divide n_layer', 'warmup is longer than the model is deep']
 
 
-def test_combinations_are_not_judged_while_a_value_is_missing():
+def test_combinations_are_not_checked_while_a_value_is_missing():
     assert problems_of('--n_layer=5', '--n_head=x') == ["--n_head='x': expected int"]
 
 
@@ -486,13 +486,13 @@ def test_nohup_is_respected(tmp_path):
 @pytest.mark.parametrize('body, says', [
     ('open("none/such")', 'none/such: No such file or directory'), ('raise OSError("the network is down")', 'the network is down'),
     ('raise OSError(28, "No space left on device")', 'No space left on device')])
-def test_what_the_system_refuses_is_a_line_and_2(tmp_path, body, says):
+def test_an_error_of_the_operating_system_is_one_line_and_exit_code_2(tmp_path, body, says):
     process = start(program(tmp_path, body))
     assert process.communicate(timeout=30)[1] == f'{says}\n' and process.returncode == 2
 
 
 @pytest.mark.parametrize('body', ['print("x" * 10)', 'print("x" * 10**6, flush=True)', 'open("none/such")'])
-def test_a_full_console_is_a_line_and_2(tmp_path, body):
+def test_a_full_console_is_one_line_and_exit_code_2(tmp_path, body):
     with open('/dev/full', 'w') as full:
         process = subprocess.run(program(tmp_path, body), stdout=full, stderr=subprocess.PIPE, text=True, timeout=30,
                                  env={**os.environ, 'PYTHONPATH': str(Path(__file__).parent.parent)})
@@ -514,7 +514,7 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path):
     assert process.communicate(timeout=30) == ('', '') and process.returncode == -signal.SIGINT  # 130 in a shell
 
 
-def test_an_import_that_finds_no_room_is_a_line_and_2_and_a_bug_is_a_traceback(tmp_path):
+def test_an_import_without_disk_space_is_one_line_and_a_bug_is_a_traceback(tmp_path):
     process = while_it_imports(tmp_path, 'raise FileNotFoundError(2, "No usable temporary directory found")')
     assert process.communicate(timeout=30)[1] == '[Errno 2] No usable temporary directory found: free some space, or set TMPDIR\n'
     assert process.returncode == 2

@@ -34,7 +34,7 @@ def test_clusters_are_of_equal_size_and_of_neighbours():
 
 @each_ffn
 @pytest.mark.parametrize('execution, bias', [('dense', False), ('loop', False), ('dense', True), ('loop', True)])
-def test_all_tiles_of_an_ffn_are_that_ffn(ffn, execution, bias):
+def test_all_tiles_together_equal_the_ffn(ffn, execution, bias):
     model = trained(ffn=ffn, bias=bias, **DENSE)
     config, weights = convert.split(model, 4, 4)
     assert (config.trix_cut, config.trix_hidden) == (ffn, 96 // 4 if ffn == 'swiglu' else 32)
@@ -60,7 +60,7 @@ def test_gates_begin_at_one_and_learn():
 # ---- rounding
 
 @pytest.mark.parametrize('shape', [(7, 9), (1, 4), (64, 64)])
-def test_codes_and_scale_are_the_nearest(shape):
+def test_codes_and_scale_are_the_nearest_in_least_squares(shape):
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(shape) + 0.005
     codes, scale = ternary_codes(convert.nearest(weight))
@@ -103,7 +103,7 @@ def dense(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize('to, words', [('trix', ('--tiles=4', '--top_k=2')), ('bitnet', ()), ('bitnet_ffn', ())])
-def test_a_tenth_of_the_run_brings_most_of_it_back(dense, to, words, tmp_path, capsys):
+def test_training_on_a_tenth_of_the_tokens_recovers_most_of_the_loss(dense, to, words, tmp_path, capsys):
     export.main(['convert', str(dense), str(tmp_path / to), f'--to={to}', *words, '--device=cpu'])
     said = capsys.readouterr().out
     stages = [float(line.split()[-1]) for line in said.splitlines() if line.startswith('  ')]
@@ -121,7 +121,7 @@ def test_a_tenth_of_the_run_brings_most_of_it_back(dense, to, words, tmp_path, c
     assert f'"loss": {losses[-1]}' in capsys.readouterr().out, 'a model with other tiles than that of the run'
 
 
-def test_tiles_come_down_step_by_step_and_a_resumed_run_has_as_many(dense, tmp_path, capsys):
+def test_annealing_reduces_the_tiles_and_a_resumed_run_has_as_many(dense, tmp_path, capsys):
     export.main(['convert', str(dense), str(tmp_path / 'trix'), '--to=trix', '--top_k=2', '--device=cpu'])
     words = [str(tmp_path / 'trix' / 'recover.py'), '--sample_interval=10', '--sample_tokens=8', '--eval_interval=5', '--save_interval=5', '--log_interval=1',
              '--keep=0']
@@ -168,7 +168,7 @@ def test_what_cannot_be_converted_is_refused(keys, words, what, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['x.pt']
 
 
-def test_a_directory_that_is_there_is_left_alone(dense, tmp_path):
+def test_an_existing_directory_is_not_overwritten(dense, tmp_path):
     with pytest.raises(UserError, match='already exists'):
         export.main(['convert', str(dense), str(tmp_path), '--to=bitnet', '--device=cpu'])
     assert not any(tmp_path.iterdir())
@@ -195,13 +195,13 @@ def test_a_teacher_with_more_entries_is_refused(dense, corpus, tmp_path):
     (['--distill_from=nowhere'], 'nowhere: no such run or checkpoint'), (['--distill_weight=1.5'], 'distill_weight=1.5 must lie in [0, 1]'),
     (['--anneal_steps=99'], 'anneal_steps=99 is longer than the run of max_steps=40'), (['--anneal_steps=3', '--ffn=gelu'], 'anneal_steps=3 needs ffn=trix'),
     (['--trix_cut=gelu', '--ffn=relu2'], 'trix_cut=gelu needs ffn=trix'), (['--trix_cut=silu'], "trix_cut='silu' is not one of")])
-def test_options_that_cannot_be_are_refused(words, what, dense, corpus, tmp_path):
+def test_impossible_options_are_refused(words, what, dense, corpus, tmp_path):
     code, said = finish(arguments(corpus, tmp_path / 'run', *(word.replace('RUN', str(dense)) for word in words)))
     assert code == 2 and what in said
     assert not (tmp_path / 'run').exists()
 
 
-def test_weights_of_another_run_are_where_a_run_starts(dense, corpus, tmp_path):
+def test_init_from_starts_with_the_weights_of_another_run(dense, corpus, tmp_path):
     code, said = finish(arguments(corpus, tmp_path / 'run', '--ffn=gelu', f'--init_from={dense}', '--max_steps=5', '--sample_interval=0'))
     assert code == 0 and f'weights from {dense}/checkpoints/step_0000200.pt' in said
     assert lines(tmp_path / 'run', 'eval')[0]['loss'] == lines(dense, 'eval')[-1]['loss']

@@ -156,7 +156,7 @@ def cut(path):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet='aé數🙂\n\r ', max_size=300), st.text(alphabet='aé數🙂\n\r ', max_size=100), st.booleans())
-def test_pieces_are_the_file_and_appending_changes_the_last_alone(tmp_path_factory, text, more, bom):
+def test_joined_pieces_equal_the_file_and_appending_changes_only_the_last(tmp_path_factory, text, more, bom):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (('PIECE', 8), ('PATIENCE', 30), ('LONGEST', 60)):
             patch.setattr(reading, name, value)
@@ -203,13 +203,13 @@ def odd_files(tmp_path_factory):
 
 @pytest.mark.parametrize('bad_text', ['skip', 'replace'])
 @pytest.mark.parametrize('name', ['a.txt', 'a.txt.gz', 'a.txt.zst', 'b.jsonl', 'b.jsonl.gz', 'b.jsonl.zst', 'c.parquet', ''])
-def test_reading_goes_on_directly_behind_every_document(odd_files, name, bad_text):
+def test_reading_resumes_after_every_document(odd_files, name, bad_text):
     assert len(goes_on_behind_every_document(opened(odd_files / name, bad_text=bad_text))) >= 9
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.text(max_size=5)), max_size=25), st.integers(1, 9), st.integers(1, 25))
-def test_going_on_is_exact_for_any_parquet_and_jsonl(tmp_path_factory, rows, group, count):
+def test_resuming_is_exact_for_any_parquet_and_jsonl(tmp_path_factory, rows, group, count):
     folder = tmp_path_factory.mktemp('rows')
     write_parquet(folder / 'a.parquet', pa.array(rows, pa.string()), group)
     write_parquet(folder / 'b.parquet', pa.array(rows, pa.large_string()), count)
@@ -360,7 +360,7 @@ def test_faults_in_the_middle_name_the_file_and_the_line_or_row(tmp_path, odd_fi
     assert message.startswith(f'{tmp_path}/d.parquet: row ') and 500 < int(message.split('row ')[1].split(':')[0]) < 1600
 
 
-def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+def test_an_endless_line_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, 'LONGEST_LINE', 2**20)
     (tmp_path / 'a.jsonl').write_bytes(b'{"text": "a"}\n[' + b'1, ' * 2**20)
     assert refused(f'text:{tmp_path}/a.jsonl').startswith(f'{tmp_path}/a.jsonl:2: this line is longer than 1 MB: does the file have')
@@ -415,7 +415,7 @@ def pairs(of, *position):
     return [document[:2] for document in of.documents(*position)]
 
 
-def test_fineweb_keeps_what_has_the_score(fineweb):
+def test_fineweb_keeps_documents_with_a_high_enough_score(fineweb):
     of = open_corpus(config('fineweb_edu', source=fineweb))
     assert pairs(of) == fineweb_expected(600) and of.filter == 'educational score >= 3'
     assert pairs(of)[:14] == [  # 2, 7 and 12 have a score of 2.6, an int_score of 3; 10 has no score, 12 no text
@@ -427,12 +427,12 @@ def test_fineweb_keeps_what_has_the_score(fineweb):
 
 
 @pytest.mark.parametrize('ending', ['', '.gz', '.zst'])
-def test_fineweb_as_jsonl_keeps_the_same(tmp_path, ending):
+def test_fineweb_as_jsonl_keeps_the_same_documents(tmp_path, ending):
     of = open_corpus(config('fineweb_edu', source=write_fineweb_jsonl(tmp_path / 'rows', ending, files=2, size=300)))
     assert pairs(of) == fineweb_expected(600) and of.progress(None) == 0
 
 
-def test_int_score_decides_and_score_where_there_is_none(tmp_path):
+def test_int_score_decides_or_score_if_it_is_missing(tmp_path):
     def kept(name, minimum, drop=()):
         source = write_fineweb_jsonl(tmp_path / name, '', drop=drop)
         return pairs(open_corpus(config('fineweb_edu', source=source, min_score=minimum)))
@@ -446,20 +446,20 @@ def test_int_score_decides_and_score_where_there_is_none(tmp_path):
     assert kept('int_score', 3.0, ['score']) == fineweb_expected(600, 3.0, ['int_score']) != fineweb_expected(600)
 
 
-def test_fineweb_goes_on_behind_every_document_of_parquet_files(tmp_path):
+def test_fineweb_resumes_after_every_document_of_parquet_files(tmp_path):
     of = open_corpus(config('fineweb_edu', source=write_fineweb(tmp_path / 'files', 2, 10, 4)))
     documents = goes_on_behind_every_document(of)
     assert [document[:2] for document in documents] == fineweb_expected(20)
     assert [of.progress(stored(document)) for document in documents] == pytest.approx([k / 20 for k in range(1, 21)], abs=0.01)
 
 
-def test_fineweb_goes_on_behind_every_document_of_jsonl_files(tmp_path):
+def test_fineweb_resumes_after_every_document_of_jsonl_files(tmp_path):
     of = open_corpus(config('fineweb_edu', source=write_fineweb_jsonl(tmp_path / 'rows', '.gz', files=2, size=7)))
     documents = goes_on_behind_every_document(of)
     assert [document[:2] for document in documents] == fineweb_expected(14) and 0.5 < of.progress(stored(documents[9])) < 1
 
 
-def test_files_are_read_by_their_names_whatever_these_are(tmp_path):
+def test_files_with_any_name_are_read(tmp_path):
     folder = write_fineweb(tmp_path / 'of [2024] {a,b}', 2, 20, 7)
     (folder / '000_00000.parquet').rename(folder / 'test [*].parquet')  # sorted behind the other one
     (tmp_path / 'links').mkdir()
@@ -515,7 +515,7 @@ def hub(fineweb, monkeypatch):
     return state
 
 
-def test_fineweb_is_streamed_and_goes_on_behind_any_document(hub, tmp_path, capfd):
+def test_fineweb_is_streamed_and_resumes_after_any_document(hub, tmp_path, capfd):
     of, expected = open_corpus(config('fineweb_edu')), fineweb_expected(600)
     assert hub.asked == []  # so that a finished preparation needs no network
     documents = list(of.documents())
@@ -554,7 +554,7 @@ def http_error(status, library=httpx):
     return requests.HTTPError(f'status {status}', response=response)
 
 
-def test_faults_of_the_network_are_waited_out_without_losing_or_repeating_a_document(hub, capfd):
+def test_network_errors_are_retried_without_losing_or_repeating_a_document(hub, capfd):
     hub.faults = {1: ConnectionError("Couldn't reach\nit"), 2: http_error(503), 3: http_error(429, requests),
                   'text 0': TimeoutError('slow'), 'text 75': httpx.ReadError('cut'), 'text 76': requests.ConnectionError('cut'),
                   'text 399': http_error(500), 'text 599': ConnectionResetError('gone')}
@@ -564,7 +564,7 @@ def test_faults_of_the_network_are_waited_out_without_losing_or_repeating_a_docu
     assert len(err) == 8 and err[0] == "fineweb_edu: ConnectionError: Couldn't reach it: trying again in 1 s"
 
 
-def test_a_hub_that_stays_away_is_given_up_in_one_line_that_says_what_else_there_is(hub, capfd, monkeypatch):
+def test_an_unreachable_hub_gives_one_line_with_the_alternatives(hub, capfd, monkeypatch):
     hub.faults = {call: ConnectionError("Couldn't reach it") for call in range(1, 99)}
     message = refused('fineweb_edu')
     assert hub.waits == [1, 2, 4, 8, 16] and len(hub.asked) == 6 == hub_module.RETRIES + 1
@@ -579,14 +579,14 @@ def test_a_hub_that_stays_away_is_given_up_in_one_line_that_says_what_else_there
 
 @pytest.mark.parametrize('error', [http_error(401), http_error(403), http_error(404, requests), ValueError('no such config'),
                                    DatasetNotFoundError("doesn't exist"), PermissionError('no')])
-def test_what_trying_again_cannot_mend_is_told_at_once(hub, error):
+def test_errors_that_a_retry_cannot_fix_are_reported_at_once(hub, error):
     hub.faults = {1: error}
     assert f'after row 0, tried 1 time ({type(error).__name__}: {error})' in refused('fineweb_edu') and hub.waits == []
     hub.faults = {'text 75': error}
     assert f'after row 75, tried 1 time ({type(error).__name__}: {error})' in refused('fineweb_edu') and hub.waits == []
 
 
-def test_offline_mode_is_told_at_once(hub, monkeypatch):
+def test_offline_mode_is_reported_at_once(hub, monkeypatch):
     monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
     hub.faults = {1: ConnectionError('offline')}
     assert 'tried 1 time (HF_HUB_OFFLINE is set, ConnectionError: offline)' in refused('fineweb_edu') and hub.waits == []
@@ -670,7 +670,7 @@ def test_wikitext_as_downloaded_is_the_published_text(tmp_path):
         assert of.source['files'] == 3
 
 
-def test_wikitext_is_streamed_by_split_and_goes_on_after_faults(tmp_path, hub):
+def test_wikitext_is_streamed_by_split_and_resumes_after_errors(tmp_path, hub):
     folder = wikitext_folder(tmp_path / 'wikitext-103-raw-v1', 'parquet')
     hub.files = {name: sorted(map(str, folder.glob(f'{name}*'))) for name in ('train', 'validation', 'test')}
     of = open_corpus(config('wikitext103'))
@@ -749,7 +749,7 @@ def test_shakespeare_is_downloaded_once_and_split_where_nanogpt_does(shakespeare
     assert open_corpus(shakespeare_options(source='mine.txt')).source == of.source
 
 
-def test_another_text_than_shakespeare_is_refused_and_not_kept(shakespeare, monkeypatch):
+def test_a_text_other_than_shakespeare_is_refused_and_not_kept(shakespeare, monkeypatch):
     Path('short.txt').write_text('short')
     Path('other.txt').write_text('x' * 1000)
     for source, message in (('short.txt', '5 bytes, expected the 1,000 of'), ('other.txt', 'another text'), ('none.txt', 'No such file')):

@@ -105,7 +105,7 @@ def test_last_window_is_the_last_that_fits(tmp_path):
         assert (loader.train_tokens, loader.n_windows) == (tokens, windows)
 
 
-def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order(path):
+def test_every_epoch_visits_every_window_once_in_its_own_order(path):
     loader = TokenData(path, 16, VOCAB)  # 62 windows: with 8 rows a step an epoch ends inside step 7
     assert loader.n_windows == 62
     rows = np.concatenate([loader.rows(step, 0, 8, 8, seed=1) for step in range(31)])
@@ -224,7 +224,7 @@ def test_ids_that_changed_unseen_since_they_were_verified_are_refused_in_a_batch
 
 # Prefetching
 
-def test_prefetcher_makes_the_next_batch_while_this_one_is_used():
+def test_prefetcher_makes_the_next_batch_while_the_current_batch_is_used():
     made = []
     batches = Prefetcher(lambda step, micro: made.append((step, micro)) or time.sleep(0.02) or 10 * step + micro,
                          ((step, micro) for step in range(2) for micro in range(2)))
@@ -236,7 +236,7 @@ def test_prefetcher_makes_the_next_batch_while_this_one_is_used():
     assert list(batches) == [10, 11] and list(batches) == []
 
 
-def test_what_the_loader_raises_reaches_the_consumer():
+def test_an_exception_of_the_loader_reaches_the_consumer():
     batches = Prefetcher(lambda step: 1 // step, ((1,), (0,)))
     assert next(batches) == 1
     with pytest.raises(ZeroDivisionError):

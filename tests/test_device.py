@@ -16,11 +16,11 @@ def test_the_cpu_computes_in_fp32_and_says_why():
     assert (device.type, dtype) == ('cpu', torch.float32) and 'half precision is slow' in why
 
 
-def test_what_was_asked_for_is_done():
+def test_the_requested_device_and_dtype_are_used():
     assert hardware.resolve('cpu', 'bfloat16')[1] == torch.bfloat16
 
 
-def test_mfu_is_unknown_where_the_peak_is():
+def test_mfu_is_unknown_if_the_peak_is_unknown():
     assert hardware.peak_flops(torch.device('cpu'), torch.float32) is None
 
 
@@ -36,7 +36,7 @@ def test_a_card_is_found_by_its_whole_name_alone(name, key):
         assert hardware.choose_card(name) == (key, hardware.CARDS[key].gb[0])
 
 
-def test_the_peak_of_a_gpu_is_that_of_its_precision(monkeypatch):
+def test_the_peak_of_a_gpu_depends_on_the_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA A100-SXM4-80GB')
     cuda = torch.device('cuda')
     assert hardware.peak_flops(cuda, torch.bfloat16) == 312e12 and hardware.peak_flops(cuda, torch.float32) == 19.5e12

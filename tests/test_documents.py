@@ -108,7 +108,7 @@ def test_the_loss_starts_at_ln_vocab_size(name):
     assert abs(model(idx[:, :-1], idx[:, 1:]).item() - math.log(8192)) < 0.3
 
 
-def test_the_age_of_a_token_counts_those_of_its_document_before_it():
+def test_the_age_of_a_token_counts_the_tokens_of_its_document_before_it():
     idx = torch.tensor([[5, EOT, 3, EOT, EOT, 1], [1, 2, 3, 4, 5, EOT]])
     assert document_ages(idx, EOT, torch.tensor([0, 0])).tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]]
     assert document_ages(idx, EOT, torch.tensor([4, 2])).tolist() == [[4, 5, 0, 1, 0, 0], [2, 3, 4, 5, 6, 7]]
@@ -180,7 +180,7 @@ def test_every_kind_by_inductor(monkeypatch, with_documents, name):
 
 
 @pytest.mark.parametrize('name', ['grouped', 'learned', 'chunks', 'hybrid'])
-def test_under_autocast_the_loss_is_that_of_fp32(name):
+def test_under_autocast_the_loss_equals_fp32(name):
     idx, model = packed(), build(name, **MASK)
     expected = model(idx[:, :-1], idx[:, 1:]).item()
     with torch.autocast('cpu', torch.bfloat16):

@@ -110,7 +110,7 @@ class Bigrams(torch.nn.Module):
 
 # ---- validation
 
-def test_the_loss_of_the_runs_last_validation_comes_out_to_the_last_bit(trained, capsys):
+def test_the_last_validation_of_a_run_is_reproduced_to_the_last_bit(trained, capsys):
     own = lines(trained, 'eval')[-1]
     result, said = run_of(capsys, trained)
     assert [own[key] for key in ('step', 'loss', 'perplexity', 'bits_per_byte')] == \
@@ -121,7 +121,7 @@ def test_the_loss_of_the_runs_last_validation_comes_out_to_the_last_bit(trained,
     assert list(result) == ['run', 'step', 'loss', 'perplexity', 'tokens', 'bits_per_byte']
 
 
-def test_another_loss_than_the_runs_is_not_called_the_same(trained, tmp_path, capsys):
+def test_a_different_loss_is_not_reported_as_the_same(trained, tmp_path, capsys):
     run = shutil.copytree(trained, tmp_path / 'run')
     metrics = run / 'metrics.jsonl'
     metrics.write_text(metrics.read_text().replace(f"\"loss\": {lines(run, 'eval')[-1]['loss']}", '"loss": 5.25'))
@@ -131,7 +131,7 @@ def test_another_loss_than_the_runs_is_not_called_the_same(trained, tmp_path, ca
     assert 'same as' not in run_of(capsys, run, '--eval_tokens=0')[1] + run_of(capsys, run, '--stride=8')[1]
 
 
-def test_the_loss_of_a_run_of_two_processes_comes_out_to_the_last_bit(wiki, tmp_path, capsys):
+def test_the_validation_of_two_processes_is_reproduced_to_the_last_bit(wiki, tmp_path, capsys):
     argv = arguments(wiki, tmp_path / 'run', '--max_steps=2', '--batch_tokens=64', '--warmup_steps=0', '--eval_interval=2',
                      '--sample_interval=0')
     codes, said = finish_ranks(argv, 2)
@@ -140,7 +140,7 @@ def test_the_loss_of_a_run_of_two_processes_comes_out_to_the_last_bit(wiki, tmp_
 
 
 @pytest.mark.parametrize('batch_size, batch_tokens, world', [(4, 128, 1), (4, 32, 1), (16, 128, 2), (3, 96, 2)], ids=str)
-def test_the_batches_are_those_that_train_py_validates_with(batch_size, batch_tokens, world):
+def test_evaluation_uses_the_batches_of_train_py(batch_size, batch_tokens, world):
     config = configurator.load([f'--batch_size={batch_size}', f'--batch_tokens={batch_tokens}', '--block_size=16'],
                                GPTConfig, train.TrainConfig)
     state = {'config': config.as_dict(), 'processes': world}
@@ -152,14 +152,14 @@ def test_a_checkpoint_with_a_broken_config_is_refused():
         assert refused(evaluate.of_the_run, {'config': config}, 'x.pt') == 'x.pt: its config has values of the wrong type'
 
 
-def test_zero_eval_tokens_are_all_of_the_split(trained, wiki, capsys):
+def test_zero_eval_tokens_mean_the_whole_split(trained, wiki, capsys):
     data = TokenData(wiki, 16, 300)
     result, _ = run_of(capsys, trained, '--eval_tokens=0')
     assert result['tokens'] == 16 * data.n_val_windows > 320
     assert run_of(capsys, trained, f'--eval_tokens={16 * data.n_val_windows}')[0] == result
 
 
-def test_more_tokens_than_there_are_are_refused_with_exit_code_2_and_their_number(trained, wiki, monkeypatch, capsys):
+def test_too_large_eval_tokens_are_refused_with_the_possible_number(trained, wiki, monkeypatch, capsys):
     there = 16 * TokenData(wiki, 16, 300).n_val_windows
     monkeypatch.setattr(sys, 'argv', ['evaluate.py', str(trained), f'--eval_tokens={there + 1}', '--device=cpu'])
     with pytest.raises(SystemExit) as end:
@@ -201,7 +201,7 @@ def test_a_hand_computed_loss_is_found_with_and_without_a_stride():
 
 @settings(deadline=None, max_examples=150)
 @given(st.integers(1, 4), st.integers(2, 40), st.integers(1, 20), st.data())
-def test_every_token_but_the_first_of_a_text_counts_once_with_enough_before_it(texts, length, context, data):
+def test_with_a_stride_every_token_but_the_first_counts_once_with_enough_context(texts, length, context, data):
     stride, targets = data.draw(st.integers(1, context)), texts * (length - 1)
     limit = data.draw(st.integers(0, targets))
     strided = Strided(lambda text, start, stop: np.arange(start, stop) + 1000 * text, texts, length, context, stride, limit)
@@ -229,7 +229,7 @@ def direct_loop(model, ids, context, stride):
 
 
 @pytest.mark.parametrize('keys', [dict(), dict(positions='learned', ffn='trix'), dict(mixer='resonance')], ids=str)
-def test_a_strided_loss_is_that_of_a_loop_over_the_tokens(saved, wiki, keys, capsys):
+def test_a_strided_loss_equals_a_loop_over_the_tokens(saved, wiki, keys, capsys):
     path, model = saved(**keys)
     ids = torch.from_numpy(TokenData(wiki, 16, 300).read('val', 0, 121).astype(np.int64))
     for stride in (5, 16):
@@ -238,7 +238,7 @@ def test_a_strided_loss_is_that_of_a_loop_over_the_tokens(saved, wiki, keys, cap
         assert result['loss'] == pytest.approx(direct_loop(model, ids, 16, stride), rel=1e-5)
 
 
-def test_with_a_stride_all_of_the_split_is_predicted(trained, wiki, capsys):
+def test_a_stride_predicts_the_whole_split(trained, wiki, capsys):
     tokens = json.loads((wiki / 'meta.json').read_text())['files']['val'][0]['tokens']
     apart, near = (run_of(capsys, trained, f'--stride={stride}')[0] for stride in (16, 2))
     assert apart['tokens'] == near['tokens'] == tokens - 1
@@ -267,7 +267,7 @@ def test_a_stride_over_shards_stays_inside_the_rows(saved, tmp_path, capsys):
 
 @pytest.mark.parametrize('keys', [dict(), dict(positions='none'), dict(mixer='resonance', ffn='resonance'),
                                   dict(trix_router='hash', ffn='trix')], ids=str)
-def test_a_context_beyond_the_trained_one_is_that_of_the_same_weights_in_a_longer_model(saved, wiki, keys, capsys):
+def test_a_longer_context_equals_a_longer_model_with_the_same_weights(saved, wiki, keys, capsys):
     path, model = saved(**keys)
     longer = GPT(replace(model.config, block_size=48)).eval()
     longer.load_state_dict(model.state_dict())
@@ -290,7 +290,7 @@ def test_learned_positions_end_where_training_did(saved, wiki, capsys):
 # ---- comparisons, and the loss by position
 
 @pytest.mark.parametrize('keys', [dict(ffn='trix'), dict(logit_softcap=3.0, positions='learned')], ids=str)
-def test_the_loss_by_position_is_that_of_each_target(saved, wiki, keys, monkeypatch, capsys):
+def test_the_loss_by_position_averages_the_targets_at_each_position(saved, wiki, keys, monkeypatch, capsys):
     path, model = saved(**{**keys, 'block_size': 40})
     monkeypatch.setattr(comparison, 'POSITION_TOKENS', 7 * 40)
     monkeypatch.setattr(comparison, 'HEAD_ROWS', 33)
@@ -333,7 +333,7 @@ def uniform(model):
     model.lm_head.weight.zero_()
 
 
-def test_word_perplexity_of_a_model_that_knows_nothing_is_that_by_hand(saved, wiki, capsys):
+def test_word_perplexity_of_a_uniform_model_equals_the_hand_computation(saved, wiki, capsys):
     path, _ = saved(change=uniform)
     result, said = run_of(capsys, path, '--test')
     tokens = len(load_tokenizer(wiki).encode_ordinary(TEST))
@@ -416,7 +416,7 @@ def test_items_are_put_together_and_cleaned_as_the_harness_does():
     ('not JSON', 'Expecting value'), ('', 'Expecting value'), ('[]', 'no activity_label, ctx_a'), ('[' * 100_000, 'recursion'),
     (b'\xff', "can't decode"),
 ], ids=lambda value: str(value)[:30])
-def test_what_is_no_item_is_refused_by_file_and_line_before_anything_is_computed(saved, tmp_path, monkeypatch, change, message):
+def test_a_broken_item_is_refused_by_file_and_line_before_anything_is_computed(saved, tmp_path, monkeypatch, change, message):
     if isinstance(change, dict):
         change = json.dumps({key: value for key, value in {**ITEM, **change}.items() if value is not ...})
     good = json.dumps(ITEM).encode()
@@ -444,7 +444,7 @@ def test_items_are_read_with_any_line_ends_blank_last_lines_and_a_mark_of_utf_8(
     assert refused(read_items, file, 4) == f'{file}: 3 items in it, --items=4 asks for more'
 
 
-def test_the_ending_is_what_lies_behind_the_tokens_of_the_context(wiki):
+def test_the_ending_starts_after_the_tokens_of_the_context(wiki):
     encoding = load_tokenizer(wiki)
     items = [('The bird ', ['sang', 'a', 'b c', 'd'], 0), ('', ['x', 'y', 'z', 'w'], 1)]
     rows = encode_items(encoding, items, 100, 'f')
@@ -462,7 +462,7 @@ def test_a_long_context_is_cut_on_the_left_and_a_long_ending_refused(wiki):
 
 
 @pytest.mark.parametrize('keys', [dict(), dict(positions='learned', ffn='trix'), dict(mixer='resonance', chunk_size=8)], ids=str)
-def test_padded_batches_give_what_one_at_a_time_gives(wiki, keys):
+def test_padded_batches_equal_single_items(wiki, keys):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=24, vocab_size=300, n_layer=2, n_head=2, n_embd=16, **keys)).eval()
     draw = np.random.default_rng(1)
@@ -487,7 +487,7 @@ def test_accuracies_by_hand():
     assert accuracy(items, log_p) == {'acc': 2 / 3, 'acc_norm': 1 / 3, 'items': 3}
 
 
-def test_acc_and_acc_norm_of_a_known_model_are_those_by_hand():
+def test_acc_and_acc_norm_of_a_known_model_equal_the_hand_computation():
     """Letters are tokens: 'a' follows anything with 1/2, 'b' with 1/4, '.' with 1/8."""
     class Letters:
         eot_token = 3
@@ -500,7 +500,7 @@ def test_acc_and_acc_norm_of_a_known_model_are_those_by_hand():
     assert accuracy(items, log_p) == {'acc': 2 / 3, 'acc_norm': 2 / 3, 'items': 3}
 
 
-def test_hellaswag_is_in_the_json_beside_the_rest(saved, wiki, tmp_path, capsys):
+def test_the_json_includes_hellaswag(saved, wiki, tmp_path, capsys):
     path, model = saved(block_size=64)
     file = written(tmp_path / 'items.jsonl', items_of(10))
     result, said = run_of(capsys, path, f'--hellaswag={file}', '--items=9', '--test')
@@ -527,7 +527,7 @@ def test_hellaswag_alone_downloads_it_once_and_whole_or_not_at_all(saved, tmp_pa
     assert run_of(capsys, path, '--hellaswag=download')[0] == result
 
 
-def test_without_a_network_it_is_said_what_was_tried_and_how_to_go_on(tmp_path, monkeypatch):
+def test_without_a_network_the_error_says_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(hellaswag, 'URL', f'file://{tmp_path}/nothing')
     monkeypatch.chdir(tmp_path)
     message = refused(hellaswag.find, 'download')
@@ -583,5 +583,5 @@ def test_the_harness_agrees_on_every_log_probability_and_both_accuracies(saved, 
     assert sum(len(ids) == 49 for ids, _ in rows) > 8  # some were cut
 
 
-def test_lines_that_end_like_those_of_windows_are_read(tmp_path):
+def test_lines_with_windows_line_ends_are_read(tmp_path):
     assert parse(b'\r\n'.join([json.dumps(ITEM).encode()] * 2).splitlines(), 'x') == [parse_one(ITEM)] * 2

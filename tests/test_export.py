@@ -152,7 +152,7 @@ def test_a_model_with_a_short_context_is_compared_within_it(tokenizer, tmp_path,
 
 
 @needs_llama
-def test_what_llama_cpp_does_not_answer_is_one_line(opened, tmp_path, tokenizer):
+def test_an_error_of_llama_cpp_is_one_line(opened, tmp_path, tokenizer):
     with pytest.raises(UserError, match='llama.cpp: request .* exceeds the available context size'):
         opened('llama')[1].next_token([1] * 100)
     (tmp_path / 'x.gguf').write_bytes(b'no model')
@@ -270,7 +270,7 @@ def test_what_llama_cpp_cannot_express_is_refused(keys, what, tokenizer, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_types_and_tokenizers_that_do_not_go_are_refused(tokenizer, tmp_path):
+def test_unsupported_types_and_tokenizers_are_refused(tokenizer, tmp_path):
     model = GPT(GPTConfig(**LLAMA))
     for arguments, what in (((tokenizer, 'TQ2_0'), 'this model has no ternary matrix'), ((None,), 'the model has no tokenizer'),
                             (({'name': 'llama', 'huggingface': {}},), 'its tokenizer, llama, came from Hugging Face')):

@@ -52,7 +52,7 @@ def written(path, data):
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.JSONL', 'a.ndjson', 'a.json', 'a.json.gz', 'a.Json.GZ', 'a.ndjson.zst',
                                   'a.jsonl.gz', 'a', 'a.log', 'a.gz', 'a.data.zst', 'c4-train.00000-of-01024.json.gz'])
-def test_json_is_read_by_its_lines_whatever_the_file_is_called(tmp_path, name):
+def test_json_with_any_file_name_is_read_by_lines(tmp_path, name):
     assert texts(written(tmp_path / name, ROWS)) == TEXTS
     assert texts(written(tmp_path / name, b'\xef\xbb\xbf\n' + ROWS)) == TEXTS
     goes_on_behind_every_document(opened(tmp_path / name))
@@ -60,12 +60,12 @@ def test_json_is_read_by_its_lines_whatever_the_file_is_called(tmp_path, name):
 
 @pytest.mark.parametrize('name', ['a.txt', 'a.TXT', 'a.md', 'a.text', 'a.rst', 'a.Txt.gz', 'a.md.zst',
                                   'a', 'a.py', 'notes.2024', 'a.log.gz'])
-def test_text_is_read_as_it_is_whatever_the_file_is_called(tmp_path, name):
+def test_text_with_any_file_name_is_read_unchanged(tmp_path, name):
     assert texts(written(tmp_path / name, TEXTS[1].encode())) == [TEXTS[1]]
     assert ''.join(texts(written(tmp_path / name, b'{curly, but not JSON}\n'))) == '{curly, but not JSON}\n'
 
 
-def test_directories_read_every_ending_they_know_and_say_what_they_leave_out(tmp_path):
+def test_a_directory_reads_known_endings_and_reports_the_rest(tmp_path):
     for name in ('a.TXT', 'b.md', 'c.txt', 'sub/d.txt'):
         written(tmp_path / name, name.encode())
     written(tmp_path / 'e.ndjson', ROWS)
@@ -84,13 +84,13 @@ def test_directories_read_every_ending_they_know_and_say_what_they_leave_out(tmp
     assert [document.text for document in of.documents()].count('left, out') == 2
 
 
-def test_text_that_holds_json_is_read_as_its_ending_says_and_this_is_said(tmp_path):
+def test_json_in_a_text_file_is_read_as_text_with_a_message(tmp_path):
     of = opened(written(tmp_path / 'a.txt', ROWS))
     assert ''.join(document.text for document in of.documents()) == ROWS.decode()
     assert of.contents() == 'reading 1 .txt as text (it looks like JSON: .jsonl is read by its fields) file'
 
 
-def test_the_text_field_is_part_of_what_is_prepared_where_the_content_decides(tmp_path):
+def test_the_text_field_is_recorded_if_the_content_decides(tmp_path):
     written(tmp_path / 'a', b'{"body": "x"}\n')
     assert opened(tmp_path / 'a', text_field='body').source['text_field'] == 'body'
     assert 'text_field' not in opened(written(tmp_path / 'b', b'prose')).source  # as it was before content was looked at
@@ -115,7 +115,7 @@ OTHER_JSON = [b'[{"text": "a"}, {"text": "b"}]', b'[\n  {"text": "a"}\n]', b'{\n
 
 @pytest.mark.parametrize('content', [*OTHER_JSON, b'[\n', b'prose\n'])
 @pytest.mark.parametrize('name', ['a.json', 'a.json.gz'])
-def test_json_that_is_not_one_object_a_line_is_refused(tmp_path, name, content):
+def test_json_without_one_object_per_line_is_refused(tmp_path, name, content):
     assert 'convert it to one object per line' in refused(written(tmp_path / name, content))
 
 
@@ -124,7 +124,7 @@ def test_json_over_several_lines_is_recognised_without_an_ending(tmp_path):
         assert 'convert it to one object per line' in refused(written(tmp_path / 'x', content))
 
 
-def test_a_json_line_longer_than_what_is_looked_at_is_read(tmp_path):
+def test_a_json_line_longer_than_the_inspected_head_is_read(tmp_path):
     text = 'x' * 3 * reading.HEAD
     for name in ('a', 'a.json'):
         assert texts(written(tmp_path / name, json.dumps({'text': text}).encode() + b'\n' + ROWS)) == [text, *TEXTS]
@@ -134,7 +134,7 @@ def test_a_json_line_longer_than_what_is_looked_at_is_read(tmp_path):
     ('a.csv', 'a table'), ('a.TSV', 'a table'), ('a.csv.gz', 'a table'), ('a.html', 'markup'), ('a.xml.gz', 'markup'),
     ('a.pdf', 'extract its text'), ('a.ipynb', 'extract its text'), ('a.zip', 'unpack it'), ('a.tar.gz', 'unpack it'),
     ('a.png', 'leave it out'), ('a.npy', '--dataset=shards:'), ('a.bin', '--dataset=bins:')])
-def test_what_is_no_plain_text_is_refused_by_name_with_what_to_do(tmp_path, name, remedy):
+def test_files_that_are_not_plain_text_are_refused_with_advice(tmp_path, name, remedy):
     path = written(tmp_path / name, b'plain enough\n')
     assert refused(path).startswith(f'{path}: ') and remedy in refused(path)
     assert refused(f'{tmp_path}/*').startswith(f'{path}: ')  # a glob of nothing else
@@ -185,7 +185,7 @@ PROSE = {'cp1252': 'Le café était fermé à côté — “déjà” l’été.
 
 
 @pytest.mark.parametrize('encoding', PROSE)
-def test_another_encoding_is_refused_with_the_one_that_reads_it(tmp_path, encoding):
+def test_another_encoding_is_refused_with_a_suggestion(tmp_path, encoding):
     text = 'ASCII first.\n' + PROSE[encoding] * 20
     path = written(tmp_path / 'a.txt', text.encode(encoding))
     position = min(error_at(text.encode(encoding)), 200)
@@ -212,7 +212,7 @@ def test_no_encoding_is_guessed_for_damaged_utf_8(tmp_path):
 @pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-16-be', 'utf-32', 'utf-32-be'])
 @pytest.mark.parametrize('name', ['a.txt', 'a.txt.gz', 'a.jsonl', 'a', 'a.json.zst'])
 @pytest.mark.parametrize('given_encoding', ['utf-8', 'cp1252'])
-def test_a_mark_decides_the_encoding_and_is_no_token(tmp_path, encoding, name, given_encoding):
+def test_a_byte_order_mark_decides_the_encoding_and_is_not_a_token(tmp_path, encoding, name, given_encoding):
     is_json = 'json' in name
     rows = [json.dumps({'text': text}, ensure_ascii=False) for text in TEXTS]
     content = '\n'.join(rows) if is_json else TEXTS[1] * 4_000
@@ -251,7 +251,7 @@ def test_what_the_named_encoding_cannot_decode_is_bad_text_with_its_place_in_the
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet='aé\n\r ÿ’', min_size=1, max_size=200),
        st.sampled_from(['cp1252', 'utf-16', 'utf-16-le', 'gb18030', 'utf-7', 'utf-8-sig', 'UTF8']))
-def test_named_encodings_are_read_exactly_and_go_on_behind_any_document(tmp_path_factory, text, encoding):
+def test_named_encodings_are_read_exactly_and_resume_after_any_document(tmp_path_factory, text, encoding):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (('PIECE', 8), ('PATIENCE', 30), ('LONGEST', 60)):
             patch.setattr(reading, name, value)
@@ -260,7 +260,7 @@ def test_named_encodings_are_read_exactly_and_go_on_behind_any_document(tmp_path
     assert ''.join(document.text for document in documents) == text
 
 
-def test_the_encoding_is_checked_and_part_of_what_is_prepared():
+def test_the_encoding_is_checked_and_recorded():
     def problems(**options):
         return list(preparation.PrepareConfig(**options).problems())
 
@@ -318,7 +318,7 @@ def test_rows_without_text_are_left_out_up_to_a_share_and_the_first_is_named(tmp
     assert 'of 2,0' in refused(path)
 
 
-def test_the_share_of_bad_rows_is_the_same_after_going_on(tmp_path):
+def test_the_share_of_bad_rows_is_the_same_after_resuming(tmp_path):
     path = write_rows(tmp_path / 'a.jsonl', rows_with_nulls(1500, range(700, 720), {'text': None}))
     of = opened(path, bad_rows=0.1)
     position = json.loads(json.dumps([document.position for document in of.documents()][1200]))
@@ -329,7 +329,7 @@ def test_the_share_of_bad_rows_is_the_same_after_going_on(tmp_path):
     assert len(list(opened(path).documents(position[:2]))) == 299  # of a preparation that an earlier version began
 
 
-def test_a_wrong_text_field_is_named_at_once_with_what_there_is(tmp_path):
+def test_a_wrong_text_field_is_refused_at_once_with_the_existing_fields(tmp_path):
     path = write_rows(tmp_path / 'a.jsonl', [{'content': 'x', 'id': k} for k in range(300)])
     assert refused(path, bad_rows=1) == (f"{path}: none of its first lines has a text in the field 'text' "
                                          '(--text_field); the last of them has: content, id')
@@ -339,7 +339,7 @@ def fineweb(path, rows):
     return open_corpus(config('fineweb_edu', source=str(write_rows(path, rows))))
 
 
-def test_columns_nobody_reads_may_hold_anything(tmp_path):
+def test_unused_columns_may_hold_anything(tmp_path):
     """Null for the first 30,000 rows, a string later: a schema that is inferred from the first rows fails there."""
     rows = [{'text': f'text {k}', 'score': 3.5, 'int_score': 4, 'dump': None, 'id': None} for k in range(30_000)]
     rows += [{'text': 'last', 'score': 3.5, 'int_score': 4, 'dump': 'CC-MAIN', 'id': 1},
@@ -349,7 +349,7 @@ def test_columns_nobody_reads_may_hold_anything(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.parquet'])
-def test_scores_may_be_strings_and_what_is_no_number_is_named(tmp_path, capsys, name):
+def test_scores_may_be_strings_and_invalid_scores_are_named(tmp_path, capsys, name):
     rows = [{'text': f'text {k}', 'score': f'{k % 5}.6'} for k in range(200)]
     documents = list(fineweb(tmp_path / name, rows).documents())
     assert [document.text for document in documents] == [f'text {k}' if k % 5 >= 3 else None for k in range(200)]
@@ -364,7 +364,7 @@ def test_scores_may_be_strings_and_what_is_no_number_is_named(tmp_path, capsys, 
         list(fineweb(tmp_path / name, rows).documents())
 
 
-def test_a_score_that_is_no_text_is_one_line(tmp_path):
+def test_a_score_that_is_not_utf8_is_one_line(tmp_path):
     scores = pa.array([b'4.0', b'\xff'], pa.binary())
     broken = pa.Array.from_buffers(pa.string(), 2, scores.buffers())
     pq.write_table(pa.table({'text': ['a', 'b'], 'score': broken}), tmp_path / 'a.parquet')
@@ -387,7 +387,7 @@ CONTENTS = ['prose', 'rows', 'nulls', 'array', 'noise', 'empty']
 
 @pytest.mark.parametrize('ending', ENDINGS)
 @pytest.mark.parametrize('content', CONTENTS)
-def test_whatever_is_given_is_read_exactly_or_refused(tmp_path, ending, content):
+def test_any_input_is_read_exactly_or_refused(tmp_path, ending, content):
     for encoding in ('utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'cp1252', 'shift_jis'):
         for size in (1, 2, 3, 40, 3000):
             draw = random.Random(f'{ending}{content}{encoding}{size}')

@@ -125,7 +125,7 @@ def test_a_run_learns_in_every_precision(corpus, tmp_path, precision):
 
 
 @pytest.mark.parametrize('how', ['true', 'false'])
-def test_a_run_goes_on_exactly_after_a_kill(corpus, tmp_path, how):
+def test_a_run_resumes_exactly_after_a_kill(corpus, tmp_path, how):
     command = ['train.py', *RUN, *words(FAMILIES['trix']), '--dropout=0.1', f'--compile={how}', f'--dataset={corpus}']
     process = subprocess.Popen([sys.executable, *command, f'--out_dir={tmp_path}/run'], cwd=ROOT, env=environment(),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -57,7 +57,7 @@ def test_without_validation_a_plateau_is_a_quarter_of_the_run_without_a_fall(lin
     assert not hints(history(5.0), [], lines)  # with validation, the training loss is not judged
 
 
-def test_a_plateau_is_told_with_its_numbers():
+def test_a_plateau_is_reported_with_its_numbers():
     assert hints(history(*FALLING, 3.85123, 3.86, 3.86, 3.86, 3.86, 3.855), []) == [
         'plateau: the validation loss has not improved by 0.1 % over the last 5 validations (best 3.8512 at step 500): '
         'stop, or lower the learning rate']
@@ -79,7 +79,7 @@ def test_a_rising_loss_is_three_rises_to_above_the_best(losses, expected):
     assert [hint.split(':')[0] for hint in found] == ['rising loss'] * expected
 
 
-def test_a_rising_loss_is_told_with_its_numbers():
+def test_a_rising_loss_is_reported_with_its_numbers():
     found, = hints(history(5.0, 3.8, 3.9, 4.0, 4.01234), [])
     assert '3 times in a row, to 4.0123 at step 400 (best 3.8000 at step 100)' in found and found.startswith('rising loss: ')
 
@@ -102,7 +102,7 @@ def test_repetition_is_three_rounds_that_rise_or_are_high(shares, expected):
     assert hints([], rounds(*shares, mode='greedy')) == []  # greedy text repeats itself anyway
 
 
-def test_repetition_is_told_with_its_numbers():
+def test_repetition_is_reported_with_its_numbers():
     found, = hints([], rounds(0.9, 0.22, 0.31, 0.41) + [{'step': 900, 'mode': 'greedy', 'repetition': 1.0}])
     assert found.startswith('repetition: 22 %, 31 %, 41 % of the 4-grams in typical samples') and 'from step 300' in found
 
@@ -114,7 +114,7 @@ def test_several_hints_come_together():
 
 
 @pytest.mark.parametrize('junk', [math.nan, math.inf, -math.inf, 10**400, 'nan', None, True, [], {}], ids=str)
-def test_what_is_no_number_is_passed_over(junk):
+def test_values_that_are_not_numbers_are_skipped(junk):
     """A damaged value changes nothing, wherever in a line it stands."""
     evals, samples = history(*FALLING, 3.85123, 3.86, 3.86, 3.86, 3.86, 3.855), rounds(0.2, 0.3, 0.4)
     damaged_evals = [{'step': junk, 'loss': 1.0}, *evals, {'step': 9, 'loss': junk}, {}, {'step': 9}, {'loss': 1.0}, junk]

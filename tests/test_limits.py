@@ -135,7 +135,7 @@ def test_of_max_steps_and_epochs_the_command_line_wins_over_files(tmp_path):
     (['--stop_on=nan'], "stop_on='nan': expected plateau, or nothing"),
     (['--max_hours=-1'], 'max_hours=-1.0: expected a number of hours, or 0 for no limit'),
     (['--archive_every=-1'], 'archive_every=-1 must not be negative')], ids=str)
-def test_what_makes_no_sense_is_one_line(words, says):
+def test_invalid_options_are_one_line(words, says):
     assert problems_of(*words) == [says]
 
 
@@ -173,7 +173,7 @@ def without_steps(*words):
     return [word for word in arguments(*words) if not word.startswith(('--save_interval=', '--eval_interval='))]
 
 
-def test_a_run_keeps_and_archives_what_it_is_told_to_in_steps_and_in_tokens(corpus, tmp_path):
+def test_a_run_keeps_and_archives_checkpoints_by_steps_and_by_tokens(corpus, tmp_path):
     out = tmp_path / 'run'
     words = ['--save_interval_tokens=500', '--keep=1', '--keep_every=10', '--archive_every_tokens=1000', '--save_on_best=false',
              '--sample_interval=0', '--eval_interval_tokens=1280', '--max_steps=25']
@@ -195,7 +195,7 @@ def test_a_run_keeps_and_archives_what_it_is_told_to_in_steps_and_in_tokens(corp
     assert code == 2 and said.splitlines()[-1].startswith(f'{archive}: has no optimizer state')
 
 
-def test_a_better_validation_saves_unless_it_is_told_not_to(corpus, tmp_path):
+def test_a_better_validation_saves_unless_save_on_best_is_off(corpus, tmp_path):
     saved = []
     for better in ('true', 'false'):
         out = tmp_path / better
@@ -278,7 +278,7 @@ def simulate(hours, longest, seconds, validation=0.0, every=100):
 @pytest.mark.parametrize('seconds', [lambda step: 1.0, lambda step: 50.0 if step == 0 else 1.0, lambda step: 1 + step % 3,
                                      lambda step: 1 if step < 1000 else 1.5], ids=['steady', 'compiling', 'uneven', 'slower'])
 @pytest.mark.parametrize('validation', [0.0, 30.0])
-def test_a_run_uses_its_time_and_no_more(seconds, validation):
+def test_a_run_uses_its_time_limit_and_not_more(seconds, validation):
     steps, took, changes = simulate(1, 100_000, seconds, validation)
     assert 0.88 * 3600 <= took <= 3600 and steps < 4000
     assert changes[0] == 20 and len(changes) < 10

@@ -60,7 +60,7 @@ def test_nanogpts_files_are_used_where_they_are(names, tmp_path):
 @pytest.mark.parametrize('train_names, val_name', [
     (['fineweb_train_000001.bin', 'fineweb_train_000002.bin'], 'fineweb_val_000000.bin'),  # modded-nanogpt
     (['tiny_shakespeare_train.bin'], 'tiny_shakespeare_val.bin')])  # llm.c
-def test_files_with_a_header_begin_behind_it(names, tmp_path, train_names, val_name):
+def test_the_header_of_a_file_is_skipped(names, tmp_path, train_names, val_name):
     for k, name in enumerate(train_names):
         with_header(tmp_path / 'theirs' / name, counting(1000 + k))
     with_header(tmp_path / 'theirs' / val_name, counting(100))
@@ -100,7 +100,7 @@ def test_without_a_val_file_the_last_tokens_are_validation(
     assert TokenData('out', 16, 300).fingerprint != data.fingerprint
 
 
-def test_files_of_a_glob_are_those_it_names_and_test_files_are_left_out(names, tmp_path, capsys):
+def test_a_glob_selects_files_and_test_files_are_left_out(names, tmp_path, capsys):
     for name in ('a_train.bin', 'a_val.bin', 'a_test.bin', 'b_train.bin'):
         raw(tmp_path / 'theirs' / name, counting(len(name) * 10))
     data = link(path='theirs/a_*.bin')
@@ -144,7 +144,7 @@ IDS = counting(99)
     (lambda folder: (folder / 'val.bin').unlink(), 'theirs: no such file, and no directory or glob with .bin files'),
     (single_token, 'x.bin: 1 token cannot be both training and validation'),
 ])
-def test_file_in_no_known_format_is_refused_in_one_line_and_nothing_is_left(names, tmp_path, make, message):
+def test_an_unknown_format_is_refused_in_one_line_and_leaves_nothing(names, tmp_path, make, message):
     raw(tmp_path / 'theirs' / 'val.bin', counting(100))
     make(tmp_path / 'theirs')
     with pytest.raises(UserError) as error:
@@ -187,7 +187,7 @@ def test_linked_files_are_verified_packed_shown_and_read_again_when_they_change(
         link('--val_ratio=0.1')
 
 
-def test_train_names_them_by_dataset(names, tmp_path, monkeypatch):
+def test_train_py_reads_linked_files_by_dataset(names, tmp_path, monkeypatch):
     with_header(tmp_path / 'theirs' / 'x_train_1.bin', counting(1000))
     with_header(tmp_path / 'theirs' / 'x_val_0.bin', counting(100))
     monkeypatch.setattr(preparation.subprocess, 'run',
@@ -202,7 +202,7 @@ def test_train_names_them_by_dataset(names, tmp_path, monkeypatch):
         preparation.open_dataset(config)
 
 
-def test_nanochats_last_file_is_validation_even_of_a_part(names, tmp_path):
+def test_the_last_file_of_nanochat_is_validation_even_in_a_part(names, tmp_path):
     pa = pytest.importorskip('pyarrow')
     import pyarrow.parquet as pq
     for k in range(3):

@@ -133,7 +133,7 @@ def opened(model, embeddings='float32'):
 # ---- models
 
 @each_variant
-def test_a_packed_model_computes_what_the_trained_one_does(name, tmp_path):
+def test_a_packed_model_equals_the_trained_model(name, tmp_path):
     model = trained(**VARIANTS[name])
     other, state = packed.load_model(written(model, tmp_path / 'x.safetensors'), CPU)
     assert state['step'] == 7 and other.config == model.config and not other.training
@@ -218,7 +218,7 @@ def test_only_the_tiles_that_are_chosen_are_read():
     assert torch.equal(trix(x), y)
 
 
-def test_without_a_compiler_it_is_said_and_the_same_comes_out(monkeypatch, capsys):
+def test_without_a_compiler_a_warning_is_printed_and_results_are_equal(monkeypatch, capsys):
     model = trained(ffn='trix', linear='bitnet')
     other = packed.build(*opened(model))
     from torch.utils import cpp_extension
@@ -248,7 +248,7 @@ def test_ternary_matrices_take_a_sixteenth(tmp_path):
             assert tensors[f'{name}.weight.scale'].item() == scale.item()
 
 
-def test_a_model_without_anything_ternary_is_not_packed():
+def test_a_model_without_ternary_matrices_is_not_packed():
     with pytest.raises(UserError, match='this model has no ternary matrix.*ffn=gelu, linear=dense'):
         packed.pack(trained())
 
@@ -290,7 +290,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize('what', DAMAGES)
-def test_a_file_that_is_not_what_its_config_makes_is_refused(good, tmp_path, what):
+def test_a_file_that_does_not_match_its_config_is_refused(good, tmp_path, what):
     path = changed(good, tmp_path / 'x.safetensors', DAMAGES[what])
     with pytest.raises(UserError, match=what) as error:
         packed.load_model(path, CPU)
@@ -314,7 +314,7 @@ def test_a_truncated_file_is_refused(good, tmp_path, keep):
         packed.load_model(path, CPU)
 
 
-def test_bytes_at_random_places_are_noticed(good, tmp_path):
+def test_changed_bytes_at_random_places_are_noticed(good, tmp_path):
     content, draw, path = good.read_bytes(), np.random.default_rng(0), tmp_path / 'x.safetensors'
     for at in draw.integers(0, len(content), 60):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1 << draw.integers(8)]) + content[at + 1:])
@@ -352,7 +352,7 @@ def test_export_sample_and_evaluate(run, tmp_path, capsys):
     assert sizes[0] > sizes[1] and sizes[0] > sizes[2]  # the input embedding has two bytes in both, because TriX routes by it
 
 
-def test_a_packed_file_teaches_as_its_run_does(run, corpus, tmp_path):
+def test_a_packed_teacher_equals_the_teacher_from_its_run(run, corpus, tmp_path):
     model, state = packed.load_model(run, CPU)
     packed.write(tmp_path / 'teacher.safetensors', packed.pack(model), 'float32', state)
     losses = []
@@ -401,7 +401,7 @@ def test_sampling_takes_little_more_memory_than_the_file(tmp_path):
 # ---- on a GPU
 
 @pytest.mark.parametrize('name', [name for name, keys in VARIANTS.items() if keys.get('mixer') != 'resonance' and name != 'trix, hash'])
-def test_a_step_that_knows_its_position_only_as_a_tensor(name, monkeypatch):
+def test_a_step_whose_position_is_a_tensor_equals_an_ordinary_step(name, monkeypatch):
     """What a CUDA graph records, without one."""
     monkeypatch.setattr(packed.PackedGPT, 'by_steps', True)
     model = packed.build(*opened(trained(**VARIANTS[name])))

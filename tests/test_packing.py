@@ -49,7 +49,7 @@ realistic = np.clip(np.random.default_rng(0).lognormal(2.6, 1.0, 3000).astype(in
 
 
 @pytest.mark.parametrize('shards', [1, 3])
-def test_every_document_that_fits_stands_whole_in_one_row_and_only_longer_ones_are_cut(tmp_path, shards):
+def test_documents_that_fit_stay_whole_and_only_longer_ones_are_cut(tmp_path, shards):
     lengths = [T + 1, T + 2, 1, 2, 3 * T, T, 5, 2 * T + 1, *realistic[:300]]
     data, ids = packed(tmp_path / 'd', lengths, shards)
     whole = sorted(part for row in texts(data) for part in split(row))
@@ -98,12 +98,12 @@ def one_by_one(lengths, capacity):
 
 @settings(deadline=None, max_examples=80)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 40))
-def test_it_is_best_fit_decreasing(lengths, capacity):
+def test_the_packing_is_best_fit_decreasing(lengths, capacity):
     row, n = best_fit(np.array(lengths), capacity)
     assert sorted(capacity - np.bincount(row, lengths, n).astype(int)) == one_by_one(lengths, capacity)
 
 
-def test_many_documents_take_seconds():
+def test_many_documents_are_packed_in_seconds():
     lengths = np.clip(np.random.default_rng(1).lognormal(6, 1.2, 200_000).astype(int), 1, 1025)  # about 100M tokens
     start = time.process_time()
     row, n = best_fit(lengths, 1025)
@@ -164,7 +164,7 @@ def test_a_run_says_what_is_packed_and_resumes_exactly_and_evaluates(corpus, tmp
     assert code == 2 and "document_mask is True in the checkpoint, False in the config" in said
 
 
-def test_two_processes_learn_what_one_does(corpus, tmp_path):
+def test_two_processes_train_like_one(corpus, tmp_path):
     words = [*RUN, '--mixer=resonance', '--ffn=gelu', '--dropout=0', '--sample_interval=0', '--max_steps=4']
     assert finish(arguments(corpus, tmp_path / 'one', *words))[0] == 0
     codes, said = finish_ranks(arguments(corpus, tmp_path / 'two', *words), 2)

@@ -135,7 +135,7 @@ MUON, MUON_FSDP = ['--optimizer=muon'], ['--optimizer=muon', '--parallel=fsdp']
 
 @pytest.mark.parametrize('before, after', [((1, []), (2, [])), ((2, []), (3, [])), ((2, MUON_FSDP), (1, MUON)), ((1, MUON), (2, MUON_FSDP))],
                          ids=['1_to_2', '2_to_3', 'fsdp_to_1', '1_to_fsdp'])
-def test_a_run_goes_on_with_another_number_of_processes(corpus, tmp_path, before, after):
+def test_a_run_resumes_with_another_number_of_processes(corpus, tmp_path, before, after):
     words = [*EXACT, '--dropout=0', '--save_interval=8']
     run(corpus, tmp_path / 'whole', before[0], *words, *before[1])
     rest, said = run(corpus, tmp_path / 'rest', after[0], *words, *after[1], f'--resume={tmp_path}/whole/checkpoints/step_0000008.pt')
@@ -171,7 +171,7 @@ def test_a_failing_process_ends_all_with_its_reason(corpus, tmp_path):
     assert said[0].splitlines()[-1] == 'rank 0: ended because rank 1 failed: data/x: id 70000 at position 5'
 
 
-def test_a_mistake_that_all_make_is_said_once(corpus, tmp_path):
+def test_a_mistake_of_all_processes_is_printed_once(corpus, tmp_path):
     codes, said = finish_ranks(arguments(corpus, tmp_path / 'run', '--learnig_rate=1'), 2)
     assert codes == [2, 2] and said[1] == '' and said[0].count('learnig_rate') == 1
     codes, said = finish_ranks(arguments(corpus, tmp_path / 'run', '--resume=missing.pt'), 2)
@@ -194,7 +194,7 @@ def test_a_failure_just_after_the_first_work_does_not_keep_another_from_its_own(
         group.first(lambda: 'own')
 
 
-def test_a_process_that_never_comes_is_missed_in_one_line(corpus, tmp_path):
+def test_a_missing_process_is_reported_in_one_line(corpus, tmp_path):
     argv = arguments(corpus, tmp_path / 'run', '--dist_timeout=3')
     assert end(start_ranks(argv, 2, missing=[1]), 30) == [2]
     said = Path(console_of(argv, '0')).read_text().splitlines()[-1]
@@ -267,7 +267,7 @@ def test_a_broken_environment_is_refused(monkeypatch, environment, message):
         parallel.start(10)
 
 
-def test_torchrun_trains_and_says_why_it_ended(corpus, tmp_path):
+def test_torchrun_trains_and_prints_why_it_ended(corpus, tmp_path):
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py']
     words = arguments(corpus, tmp_path / 'run', '--max_steps=4', '--sample_interval=0')
     done = subprocess.run([*torchrun, *words], capture_output=True, text=True)
@@ -280,7 +280,7 @@ def test_torchrun_trains_and_says_why_it_ended(corpus, tmp_path):
 # ---- sharded models (FSDP)
 
 @pytest.mark.parametrize('words', [['--mixer=resonance', '--ffn=gelu'], ['--ffn=trix']], ids=['resonance', 'trix'])
-def test_sharded_models_sample_and_count_as_whole_ones_do(corpus, tmp_path, words):
+def test_sharded_models_sample_and_count_like_full_models(corpus, tmp_path, words):
     words = [*words, '--dropout=0', '--max_steps=8', '--sample_interval=8']
     ddp, fsdp = tmp_path / 'ddp', tmp_path / 'fsdp'
     assert finish_ranks(arguments(corpus, ddp, *words), 2)[0] == finish_ranks(arguments(corpus, fsdp, *words, '--parallel=fsdp'), 2)[0] == [0, 0]
@@ -349,7 +349,7 @@ def test_saving_may_take_longer_than_the_timeout_of_the_processes(corpus, tmp_pa
     assert [path.name for path in checkpoint.steps(tmp_path / 'run/checkpoints')] == ['step_0000004.pt', 'step_0000006.pt']
 
 
-def test_a_process_waits_for_the_main_one_only_while_that_shows_a_sign_of_life():
+def test_a_process_waits_for_the_main_process_only_while_it_is_alive():
     main, other = parallel.Group(0, 2, timeout=0.4), parallel.Group(1, 2, timeout=0.4)
     main.store = other.store = torch.distributed.HashStore()
     work = threading.Thread(target=main.in_main, args=('slow work', lambda: time.sleep(1) or 'its result'))

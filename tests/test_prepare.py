@@ -160,7 +160,7 @@ def test_literal_end_of_text_in_a_document_is_text(tmp_path):
     assert sorted(documents(out, 'train') + documents(out, 'val')) == sorted(odd)
 
 
-def test_exact_duplicates_and_empty_documents_go_out(tmp_path):
+def test_exact_duplicates_and_empty_documents_are_dropped(tmp_path):
     rows = texts(100)
     write_jsonl(tmp_path / 'c.jsonl', [*rows, rows[3], '', ' \n\u3000', *rows[:10]])
     out = prepared(tmp_path / 'c.jsonl', tmp_path / 'out')
@@ -199,7 +199,7 @@ def test_large_splits_are_several_files_and_read_as_one(large, tmp_path, monkeyp
     assert sum(file['bytes'] for file in meta(files)['files']['train']) == meta(out)['files']['train'][0]['bytes']
 
 
-def test_a_tokenizer_that_is_there_is_used(corpus, large, tmp_path):
+def test_an_existing_tokenizer_is_used(corpus, large, tmp_path):
     out = prepared(corpus, tmp_path / 'out', tokenizer=large[1] / 'tokenizer.json')
     assert (out / 'tokenizer.json').read_bytes() == (large[1] / 'tokenizer.json').read_bytes()
     assert sorted(documents(out, 'train') + documents(out, 'val')) == sorted(texts(150))
@@ -209,7 +209,7 @@ def test_a_tokenizer_that_is_there_is_used(corpus, large, tmp_path):
 # Shards: machines that know nothing of each other
 
 @pytest.mark.parametrize('n', [1, 2, 5])
-def test_shards_together_are_the_whole(tmp_path, n):
+def test_shards_together_equal_a_single_preparation(tmp_path, n):
     rows = texts(400)
     corpus = write_jsonl(tmp_path / 'c.jsonl', [*rows, *rows[50:90], '', ' '])  # duplicates far from their originals
     whole = prepared(corpus, tmp_path / 'whole')
@@ -310,7 +310,7 @@ def test_mistakes_are_refused_in_one_line_and_leave_nothing(tmp_path, options, m
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_largest_vocabulary_that_is_named_works(corpus, tmp_path):
+def test_the_largest_vocabulary_that_the_error_names_works(corpus, tmp_path):
     with pytest.raises(UserError) as error:
         prepared(corpus, tmp_path / 'out', vocab_size=60000)
     largest = str(error.value).split('at most ')[1].split()[0]
@@ -394,7 +394,7 @@ prepare.main(sys.argv[1:])
     ('building.Bins', 'sync', -5), ('building.Seen', 'commit', 9), ('building.Seen', 'commit', -9), ('building', 'write_json', 5), ('building', 'write_json', -5), ('building.Bins', 'close', 1),
     ('building.Bins', 'close', -1), ('building.Bins', 'close', -2), ('preparation', 'publish', 1), ('preparation.Path', 'unlink', -1),
     ('preparation.Path', 'unlink', -2), ('preparation', 'publish', -1)])
-def test_preparation_killed_at_any_point_goes_on_to_the_same_bins(large, parts, tmp_path, owner, name, call):
+def test_a_preparation_killed_at_any_point_resumes_to_the_same_bins(large, parts, tmp_path, owner, name, call):
     process = start(KILLED.format(small=SMALL, owner=owner, name=name, call=call), *arguments(large[0], tmp_path / 'out'))
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
@@ -538,7 +538,7 @@ if __name__ == '__main__':
 '''
 
 
-def test_death_of_a_worker_ends_the_preparation(corpus, tmp_path):
+def test_a_dead_worker_ends_the_preparation(corpus, tmp_path):
     process = start(WITH_WORKERS.format(action='workers[0].kill()'), *arguments(corpus, tmp_path / 'out', num_proc=2))
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2, stderr
@@ -546,7 +546,7 @@ def test_death_of_a_worker_ends_the_preparation(corpus, tmp_path):
     assert list(tmp_path.iterdir()) == [corpus]
 
 
-def test_a_pool_that_breaks_while_it_starts_a_process_is_a_process_that_died(monkeypatch):
+def test_a_pool_that_breaks_at_its_start_is_reported_as_a_dead_process(monkeypatch):
     class Breaking(building.ProcessPoolExecutor):
         raised = [building.BrokenProcessPool('broken'), ValueError('bad value(s) in fds_to_keep')]
 
@@ -622,7 +622,7 @@ def test_a_corpus_that_changed_since_it_was_prepared_is_refused(tmp_path, change
     assert sorted((path.name, path.stat().st_mtime_ns) for path in out.iterdir()) == before
 
 
-def test_a_corpus_that_is_gone_is_used_as_it_was_prepared_and_that_is_said(corpus, tmp_path, capsys):
+def test_prepared_data_are_used_with_a_message_if_the_corpus_is_gone(corpus, tmp_path, capsys):
     out = prepared(corpus, tmp_path / 'out')
     corpus.unlink()
     preparation.check_prepared(asked(dataset=f'text:{corpus}', val_ratio=0.2), out)
@@ -640,7 +640,7 @@ def test_another_tokenizer_under_the_same_path_is_refused(corpus, tmp_path):
         preparation.check_prepared(wanted, out)
 
 
-def test_directories_from_before_the_times_were_kept_are_used(corpus, tmp_path):
+def test_directories_without_recorded_file_times_are_used(corpus, tmp_path):
     out = prepared(corpus, tmp_path / 'out')
     content = meta(out)
     del content['inputs']
@@ -675,7 +675,7 @@ def test_bytes_and_characters_are_tokenizers_of_any_text(tmp_path, name, size):
     assert {text.removesuffix('<|endoftext|>') for text in found} <= set(documents) and len(found) > 100
 
 
-def test_a_character_behind_the_sample_ends_the_preparation(tmp_path, monkeypatch):
+def test_a_new_character_after_the_sample_ends_the_preparation(tmp_path, monkeypatch):
     monkeypatch.setattr(building, 'SAMPLE', 2000)
     monkeypatch.setattr(building, 'BATCH', 1000)
     write_jsonl(tmp_path / 'c.jsonl', ['abc' * 500, 'cab' * 500, 'bca' * 500, *texts(20), 'ab~'])

@@ -63,7 +63,7 @@ def saved(folder, name, content, **how):
     ('GPT2', {**GPT2, 'n_inner': 40, 'tie_word_embeddings': False}, {}),
     ('Llama', {**LLAMA, 'rms_norm_eps': 1e-5, 'tie_word_embeddings': True}, {'max_shard_size': '20KB'}),
     ('Llama', {**LLAMA, 'rms_norm_eps': 1e-3, 'rope_theta': 500.0, 'attention_bias': True, 'mlp_bias': True}, {})])
-def test_logits_are_those_of_transformers(name, content, how, tmp_path):
+def test_logits_equal_those_of_transformers(name, content, how, tmp_path):
     other = saved(tmp_path / 'x', name, content, **how)
     assert (tmp_path / 'x' / 'model.safetensors.index.json').exists() == bool(how)
     model, state = packed.load_model(f'hf:{tmp_path / "x"}', 'cpu')
@@ -157,7 +157,7 @@ def test_the_preset_for_finetuning_needs_no_shape(tmp_path, monkeypatch):
     (LLAMA | {'attention_bias': True}, 'mlp_bias=False is not supported, only True'),
     (LLAMA | {'rms_norm_eps': float('inf')}, 'rms_norm_eps=inf: expected 1e-12 to 1e-2'),
     (LLAMA | {'architectures': ['BitNetForCausalLM']}, "hidden_act='relu2' is not supported, only silu")])
-def test_a_shape_that_we_do_not_express_is_named(content, said, tmp_path):
+def test_an_unsupported_shape_is_named(content, said, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(content))
     with pytest.raises(UserError) as error:
         pretrained.options(f'hf:{tmp_path}')

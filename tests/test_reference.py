@@ -92,7 +92,7 @@ def test_logits_loss_and_cached_decoding_are_those_of_transformers(name):
 
 @pytest.mark.parametrize('name', VARIANTS)
 @torch.no_grad()
-def test_any_weight_left_out_and_queries_swapped_with_keys_show(name):
+def test_a_missing_weight_or_swapped_queries_and_keys_change_the_logits(name):
     (ours, theirs), idx = build(name), tokens(3, T)
     expected, state = theirs(idx).logits, {key: p.clone() for key, p in ours.named_parameters()}
     q, k = (f'blocks.{L - 1}.mixer.{x}_proj.weight' for x in 'qk')
@@ -109,6 +109,6 @@ def test_any_weight_left_out_and_queries_swapped_with_keys_show(name):
     ('gpt2', dict(layer_norm_epsilon=1e-6)), ('gpt2', dict(activation_function='gelu')),
     ('llama', dict(rms_norm_eps=1e-5)), ('llama', dict(rope_theta=20_000.0)), ('llama', dict(hidden_act='gelu'))])
 @torch.no_grad()
-def test_another_setting_of_theirs_shows(name, change):
+def test_another_setting_of_the_reference_changes_the_logits(name, change):
     (ours, theirs), idx = build(name, **change), tokens(3, T)
     assert error(ours(idx), theirs(idx).logits) > 10 * TOLERANCE

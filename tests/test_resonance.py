@@ -60,7 +60,7 @@ def test_oscillators_start_with_log_spaced_time_constants_and_energy_one_half():
     assert filter_by_hand(layer, 4096).square().sum(0).mean() == pytest.approx(0.5, rel=0.25)
 
 
-def test_every_mode_decays_whatever_is_learnt():
+def test_every_mode_decays_for_any_weights():
     layer = resonance()
     with torch.no_grad():
         layer.nu.normal_(std=3)
@@ -171,7 +171,7 @@ def test_hybrids_have_attention_in_every_nth_layer():
     (dict(ffn='trix', trix_router='learned'), "trix_router='learned' is not one of signature, hash, first"),
     (dict(act_bits=8, ffn='gelu'), 'act_bits=8 needs a ternary block'),
 ])
-def test_what_makes_no_sense_is_refused_by_name(keys, problem):
+def test_invalid_options_are_refused_by_name(keys, problem):
     found = GPTConfig(**{**dict(mixer='resonance'), **keys}).problems()
     assert len(found) == 1 and problem in found[0]
 

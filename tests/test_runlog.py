@@ -13,7 +13,7 @@ def strict(text):
     return json.loads(text, parse_constant=lambda word: pytest.fail(f'{word} is no JSON'))
 
 
-def test_every_line_is_strict_json_and_says_nan_as_a_word(tmp_path):
+def test_every_line_is_strict_json_and_nan_is_a_string(tmp_path):
     log = RunLog(tmp_path)
     log.line('metrics.jsonl', kind='event', step=3, loss=math.nan, norms=[1.5, -math.inf], more={'a': (math.inf, None)})
     log.status(state='running', step=3, best=math.inf)
@@ -24,13 +24,13 @@ def test_every_line_is_strict_json_and_says_nan_as_a_word(tmp_path):
     assert plain(2.5) == 2.5 and plain('nan') == 'nan'
 
 
-def test_a_reader_leaves_out_what_is_torn(tmp_path):
+def test_a_reader_skips_torn_lines(tmp_path):
     (tmp_path / 'metrics.jsonl').write_bytes(b'{"step": 1}\n[1]\n\xff\xfe\n{"step": 2}\n{"step": 3, "lo')
     assert read_lines(tmp_path / 'metrics.jsonl') == [{'step': 1}, {'step': 2}]
     assert read_lines(tmp_path / 'missing.jsonl') == read_lines(tmp_path) == []
 
 
-def test_a_resumed_run_drops_what_it_will_say_again(tmp_path):
+def test_a_resumed_run_drops_the_lines_that_it_will_write_again(tmp_path):
     log, said = RunLog(tmp_path), [('train', 4), ('eval', 4), ('event', 4), ('train', 3), ('eval', 3), ('train', 5), ('train', 'x')]
     for kind, step in said:
         log.line('metrics.jsonl', kind=kind, step=step)

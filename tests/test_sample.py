@@ -62,7 +62,7 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward():
     assert torch.equal(got, idx[:, 3:])
 
 
-def test_generation_goes_on_beyond_the_context_from_its_last_half():
+def test_generation_beyond_the_context_continues_from_its_last_half():
     model, idx = model_of(), torch.tensor([[1, 2, 3]])
     got = torch.cat(list(generation.generate(model, idx, 40, 20, temperature=0)))
     text = torch.cat((idx[0], got))
@@ -94,7 +94,7 @@ def test_generation_leaves_the_mode_and_the_global_random_state_alone():
     (dict(temperature=0, top_k=0, top_p=1.0), [1, 0, 0, 0]),
     (dict(temperature=1.0, top_k=0, top_p=1e-9), [1, 0, 0, 0]),
 ], ids=str)
-def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(keys, expected):
+def test_tokens_are_drawn_with_the_requested_probabilities(keys, expected):
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(20_000, 4)
     drawn = generation.choose(logits, **keys, generator=torch.Generator().manual_seed(0))
     share = drawn.bincount(minlength=4) / 20_000
@@ -135,7 +135,7 @@ def alone(model, prompt, n):
                                   dict(mixer='resonance', attention_every=2, ffn='trix'), dict(ffn='resonance'),
                                   dict(positions='learned', ffn='bitnet')], ids=str)
 @pytest.mark.parametrize('n', [7, 40])  # 40: a full context goes on from its last half, more than once
-def test_greedy_rows_of_a_grid_are_what_generate_makes_of_each_prompt(keys, n):
+def test_greedy_rows_of_a_grid_equal_generate(keys, n):
     model = decisive(**keys)
     rows = generation.sample_grid(model, Letters, PROMPTS, n, seed=1)
     assert [(row['prompt'], row['mode']) for row in rows] == [(p, m) for p in PROMPTS for m in ('greedy', 'typical', 'stress')]
@@ -155,14 +155,14 @@ def test_a_row_of_a_grid_does_not_depend_on_the_others(keys):
             assert other == {key: value for key, value in row.items() if key != 'entropy'}
 
 
-def test_a_grid_is_its_seed_and_every_row_draws_for_itself():
+def test_a_grid_depends_only_on_its_seed_and_rows_draw_separately():
     grid = {seed: generation.sample_grid(model_of(), Letters, ['cat', 'cat'], 20, seed) for seed in (1, 2, 2**64 - 1)}
     assert grid[1] == generation.sample_grid(model_of(), Letters, ['cat', 'cat'], 20, 1)
     texts = [row['text'] for rows in grid.values() for row in rows if row['mode'] != 'greedy']
     assert len(set(texts)) == len(texts) == 12
 
 
-def test_entropy_and_repetition_are_those_of_the_text():
+def test_entropy_and_repetition_describe_the_text():
     model = decisive()
     for row in generation.sample_grid(model, Letters, ['cat'], 11, seed=1):
         ids = sample.encode(Letters, 'cat' + row['text'])
@@ -171,7 +171,7 @@ def test_entropy_and_repetition_are_those_of_the_text():
         assert row['repetition'] == generation.repetition(ids[4:])
 
 
-def test_entropy_of_a_model_that_knows_nothing_is_the_logarithm_of_the_vocabulary():
+def test_entropy_of_a_uniform_model_is_the_logarithm_of_the_vocabulary():
     model = model_of()
     model.lm_head.weight.data.zero_()
     rows = generation.sample_grid(model, Letters, ['', 'cat'], 5, seed=1)
@@ -200,7 +200,7 @@ def test_the_end_of_a_document_ends_its_row_and_the_last_one_the_grid(monkeypatc
     assert len(calls) == 2
 
 
-def test_rows_that_ended_early_do_not_hold_the_others_up(monkeypatch):
+def test_rows_that_end_early_do_not_delay_the_others(monkeypatch):
     model, choose = decisive(), generation.choose
     expected = alone(model, 'cat', 40)
 
@@ -218,7 +218,7 @@ def test_a_grid_that_is_stopped_is_empty_and_leaves_the_model_as_it_was():
     assert len(calls) == 5 and model.training and torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_grid_of_a_model_in_training_is_that_in_evaluation():
+def test_a_grid_is_equal_in_training_and_evaluation_mode():
     model = decisive(dropout=0.5, ffn='trix')
     expected = generation.sample_grid(model, Letters, PROMPTS, 10, seed=1)
     before = torch.get_rng_state()
@@ -366,7 +366,7 @@ def test_every_command_has_help_that_explains_every_option(script, capsys):
     assert len(options) >= 6 and all(len(line.split()) > 3 for line in options)  # key, type, default, words
 
 
-def test_a_file_of_prompts_has_one_a_line_whatever_its_mark_and_other_breaks(tmp_path):
+def test_a_file_of_prompts_has_one_prompt_per_line(tmp_path):
     path = tmp_path / 'prompts.txt'
     path.write_bytes('\ufefffirst\r\nsec\u2028ond\x0c\n\nthird'.encode())
     config = SimpleNamespace(interactive=False, prompts=str(path))

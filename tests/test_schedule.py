@@ -81,7 +81,7 @@ def test_warm_up_is_a_line_that_reaches_the_peak_one_step_before_its_end(name):
 
 
 @pytest.mark.parametrize('warmup_steps,max_steps,low', [(10, 110, 0.1), (0, 97, 0.0), (99, 999, 0.1), (33, 77, 1 / 3), (7, 7, 0.1)])
-def test_cosine_and_constant_are_bit_for_bit_those_of_earlier_runs(warmup_steps, max_steps, low):
+def test_cosine_and_constant_equal_earlier_runs_bit_for_bit(warmup_steps, max_steps, low):
     config = config_of(warmup_steps=warmup_steps, max_steps=max_steps, min_lr_ratio=low, learning_rate=6e-4)
 
     def earlier(step):
@@ -115,7 +115,7 @@ def of_torch(make, lr, steps):
 
 
 @pytest.mark.parametrize('warmup_steps,max_steps', [(30, 100), (2, 50), (99, 100), (7, 23), (0, 40), (0, 1), (49, 490)])
-def test_onecycle_is_that_of_torch(warmup_steps, max_steps):
+def test_onecycle_equals_torch(warmup_steps, max_steps):
     config = config_of('onecycle', learning_rate=3e-3, warmup_steps=warmup_steps, max_steps=max_steps)
     expected = of_torch(lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=3e-3, total_steps=max_steps, pct_start=warmup_steps / max_steps, cycle_momentum=False), 3e-3, max_steps)
@@ -123,7 +123,7 @@ def test_onecycle_is_that_of_torch(warmup_steps, max_steps):
 
 
 @pytest.mark.parametrize('restart_steps,restart_factor', [(20, 1), (10, 2), (7, 3), (1, 1), (1, 2), (190, 2), (64, 1)])
-def test_restarts_are_those_of_torch(restart_steps, restart_factor):
+def test_restarts_equal_torch(restart_steps, restart_factor):
     config = config_of('restarts', learning_rate=3e-3, min_lr_ratio=0.1, warmup_steps=10, max_steps=200,
                        restart_steps=restart_steps, restart_factor=restart_factor)
     expected = of_torch(lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
@@ -284,18 +284,18 @@ learning rate, schedule=two_stage
           31   6.250e-02             0  last step"""
 
 
-def test_picture_says_that_more_restarts_follow_and_what_coincides():
+def test_the_picture_shows_further_restarts_and_coinciding_events():
     assert 'restart, more follow\n' in picture(config_of('restarts', restart_steps=5))
     assert 'more follow' not in picture(config_of('restarts', restart_steps=8, max_steps=114))  # thirteen cycles, twelve restarts
     assert picture(config_of(max_steps=1, warmup_steps=0)).endswith('  start, last step')
 
 
-def test_picture_shows_what_is_small_and_only_that_as_more_than_nothing():
+def test_the_picture_shows_small_rates_but_not_zero():
     assert picture(config_of('onecycle')).split('\n')[8][-3:] == '▁▁▁'  # a millionth of the peak
     assert not set('▁▂▃▄▅▆▇█') & set(picture(config_of(learning_rate=0.0)))
 
 
-def test_importing_it_is_quick_because_torch_stays_out():
+def test_importing_schedule_does_not_import_torch():
     code = "import schedule, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parents[1]).returncode == 0
 
@@ -356,5 +356,5 @@ def test_a_negative_option_is_one_problem_in_every_schedule(name, key):
     ('two_stage', dict(max_steps=1, warmup_steps=0)),
     ('cosine', dict(mid_lr_ratio=3.0, decay_steps=999, boundary_step=999, restart_steps=999, restart_factor=0)),
 ])
-def test_what_fits_is_no_problem_and_options_of_other_schedules_are_not_judged(name, options):
+def test_valid_options_pass_and_options_of_other_schedules_are_ignored(name, options):
     assert problems(config_of(name, **options)) == []

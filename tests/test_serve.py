@@ -52,7 +52,7 @@ def expected(server, prompt, n, seed, temperature=0.8):
     return ''.join(generation.pieces(server.encoding, [token.item() for token in tokens]))
 
 
-def test_a_completion_is_what_sample_py_makes_of_the_same_seed(served):
+def test_a_completion_equals_sample_py_with_the_same_seed(served):
     status, content, headers = ask(served, body={'prompt': 'abc', 'max_tokens': 20, 'seed': 3, 'n': 2, 'model': 'any'})
     answer = json.loads(content)
     assert status == 200 and headers['Content-Type'] == 'application/json' and answer['object'] == 'text_completion'
@@ -114,7 +114,7 @@ def test_the_page_and_the_list_of_models(served):
     assert ask(served, '/etc/passwd')[0] == ask(served, '/v1/chat', body={})[0] == 404
 
 
-def test_only_this_machine_is_answered(served):
+def test_only_requests_from_this_machine_are_answered(served):
     assert served.server_address[0] == '127.0.0.1'
     for headers in ({'Host': 'evil.example:80'}, {'Origin': 'http://evil.example'}, {'Origin': 'null'}):
         assert ask(served, body={}, **headers)[0] == 403 and ask(served, '/', **headers)[0] == 403
@@ -158,7 +158,7 @@ def test_more_requests_than_the_queue_holds_are_refused_and_the_others_answered(
     assert statuses == [200, 200]
 
 
-def test_a_client_that_goes_away_ends_its_text_and_the_next_is_answered(served, monkeypatch):
+def test_a_disconnected_client_ends_its_text_and_the_next_client_is_answered(served, monkeypatch):
     made = []
     choose = generation.choose
     monkeypatch.setattr(generation, 'choose', lambda *arguments: made.append(1) or choose(*arguments))

@@ -99,7 +99,7 @@ def refused(function, *arguments, **more):
 
 @pytest.mark.parametrize('dtype', ['u1', 'i1', 'u2', 'i2', 'u4', 'i4', 'u8', 'i8'])
 @pytest.mark.parametrize('ending', ['npy', 'pt'])
-def test_every_type_of_whole_numbers_is_read_where_its_header_says(tmp_path, dtype, ending):
+def test_every_integer_type_is_read_at_the_offset_of_its_header(tmp_path, dtype, ending):
     ids = rows(3, 5, vocab=100).astype(dtype)
     file = save_shard(tmp_path / f'a.{ending}', ids)
     count, length, found, offset = inspect(file)
@@ -111,14 +111,14 @@ def test_every_type_of_whole_numbers_is_read_where_its_header_says(tmp_path, dty
                       'bytes': file.stat().st_size, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
-def test_rows_of_a_larger_tensor_are_read_from_where_they_lie(tmp_path):
+def test_rows_of_a_larger_tensor_are_read_in_place(tmp_path):
     file = save_shard(tmp_path / 'a.pt', torch.arange(60).view(12, 5)[7:10])
     count, length, dtype, offset = inspect(file)
     assert (count, length) == (3, 5) and np.fromfile(file, dtype, 15, offset=offset).tolist() == list(range(35, 50))
     assert (check(file)['min_id'], check(file)['max_id']) == (35, 49)
 
 
-def test_figures_of_a_file_of_many_blocks_are_those_of_all_of_it(tmp_path, monkeypatch):
+def test_figures_of_a_large_file_cover_all_its_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, 'BLOCK', 64)
     good = np.random.default_rng(0).permutation(np.arange(70_000, 71_000, dtype='u4')).reshape(20, 50)
     bad = good.copy()
@@ -140,7 +140,7 @@ def test_flipped_id_of_a_pt_fails_its_checksum(tmp_path):
     assert refused(check, file) == f'{file}: damaged (the checksum of a/data/0 is wrong)'
 
 
-def test_find_shards_takes_a_file_a_directory_and_all_below_it_or_a_glob(tmp_path):
+def test_find_shards_takes_a_file_a_directory_tree_or_a_glob(tmp_path):
     names = ['a.npy', 'b.pt', 'train/c.npy', 'val/d.npy', 'val/deep/e.pt', '.hidden/f.npy', '.g.npy', 'h.txt']
     for name in names:
         (tmp_path / 'x' / name).parent.mkdir(parents=True, exist_ok=True)
@@ -339,7 +339,7 @@ def test_damaged_shard_is_read_as_numpy_and_torch_do_or_refused(tmp_path, ending
 
 # Validate
 
-def test_validate_tells_what_there_is(folder):
+def test_validate_prints_a_summary(folder):
     said = []
     result = validate(folder, say=said.append)
     expected = {'format': 'npy+pt', 'files': 6, 'rows': 30, 'length': 33, 'dtype': 'uint16', 'tokens': 990, 'min_id': 0,
@@ -372,7 +372,7 @@ def test_validate_reads_prepared_bins_with_the_same_figures(tmp_path):
     assert 'val-0.bin: damaged' in refused(validate, path, say=silent)
 
 
-def test_validate_of_a_split_finds_the_file_that_has_changed_since(folder, tmp_path):
+def test_validate_of_a_split_finds_a_changed_file(folder, tmp_path):
     split(folder, tmp_path / 'out', say=silent)
     assert validate(tmp_path / 'out', say=silent)['rows'] == 30
     np.save(folder / '0.npy', rows(5, 33, 1))
@@ -410,7 +410,7 @@ def names(meta, part):
     return [entry['name'] for entry in meta['files'][part]]
 
 
-def test_split_makes_links_and_a_meta_that_tells_all(folder, tmp_path):
+def test_split_makes_links_and_a_complete_meta_json(folder, tmp_path):
     meta = split(folder, tmp_path / 'out', 0.3, seed=5, say=silent)
     assert meta == json.loads((tmp_path / 'out' / 'meta.json').read_text())
     assert (len(meta['files']['train']), len(meta['files']['val'])) == (4, 2)
@@ -428,7 +428,7 @@ def test_split_makes_links_and_a_meta_that_tells_all(folder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['in', 'out']  # nothing hidden is left
 
 
-def test_which_files_are_val_hangs_on_seed_and_name_alone(folder, tmp_path):
+def test_the_files_of_val_depend_only_on_seed_and_name(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / 'elsewhere' / 'copy')
     np.save(copy / '0.npy', rows(7, 33))  # other content
     chosen = {}
@@ -439,7 +439,7 @@ def test_which_files_are_val_hangs_on_seed_and_name_alone(folder, tmp_path):
 
 
 @pytest.mark.parametrize('ratio, expected', [(1e-9, 1), (0.1, 1), (0.4, 2), (0.5, 3), (0.99, 5)])
-def test_number_of_val_files_is_rounded_and_leaves_both_splits_one(folder, tmp_path, ratio, expected):
+def test_the_number_of_val_files_is_rounded_and_both_splits_get_one(folder, tmp_path, ratio, expected):
     meta = split(folder, tmp_path / 'out', ratio, say=silent)
     assert (len(meta['files']['val']), len(meta['files']['train'])) == (expected, 6 - expected)
 
@@ -458,7 +458,7 @@ def test_a_single_file_gives_its_last_rows_to_val(tmp_path):
     assert 'a single row' in refused(split, tmp_path / 'one', tmp_path / 'out1', say=silent)
 
 
-def test_train_and_val_that_are_there_are_the_splits(folder, tmp_path):
+def test_existing_train_and_val_directories_are_the_splits(folder, tmp_path):
     for name in ('train/a.npy', 'train/deep/a.npy', 'val/a.npy', 'test/a.npy'):
         save_shard(tmp_path / 'own' / name, rows(2, 33))
     said = []
@@ -479,7 +479,7 @@ def test_same_names_in_different_directories_do_not_collide(tmp_path):
     assert sorted(linked) == ['a-x.npy', 'a/x.npy', 'b/c/x.npy', 'b/x.npy']
 
 
-def test_split_again_is_fine_and_anything_else_is_refused(folder, tmp_path):
+def test_the_same_split_again_is_accepted_and_another_is_refused(folder, tmp_path):
     split(folder, tmp_path / 'out', 0.3, say=silent)
     made, said = (tmp_path / 'out' / 'meta.json').stat().st_mtime_ns, []
     split(folder, tmp_path / 'out', 0.3, say=said.append)
@@ -520,7 +520,7 @@ def test_killed_split_leaves_nothing_that_looks_finished_and_the_next_one_cleans
     assert sorted(os.listdir(tmp_path)) == ['in', 'out'] and open_data(tmp_path / 'out', 32, 1000).n_windows == 25
 
 
-def test_tokenizer_beside_the_shards_comes_along_and_rules_the_vocabulary(folder, tmp_path):
+def test_the_tokenizer_beside_the_shards_is_copied_and_sets_the_vocabulary(folder, tmp_path):
     (folder / 'tokenizer.json').write_text(json.dumps(tokenizer()))
     said = refused(split, folder, tmp_path / 'out', say=silent)
     assert re.fullmatch(r'.*/5.pt: id 989 is outside the vocabulary of 257 tokens of .*/tokenizer.json: replace this file with the tokenizer .*', said)
@@ -571,7 +571,7 @@ def test_pack_writes_the_tokens_in_order_and_says_what_it_leaves_out(tmp_path):
     assert 'already holds shards' in refused(pack, tmp_path / 'out', 50, tmp_path / 'out2', say=silent)
 
 
-def test_pack_refuses_what_can_not_be_and_makes_nothing(tmp_path, monkeypatch):
+def test_pack_refuses_impossible_requests_and_makes_nothing(tmp_path, monkeypatch):
     path = write(tmp_path / 'd', {'train': [counting(700)], 'val': [counting(50)]})
     said = refused(pack, path, 100, tmp_path / 'out', say=silent)
     assert 'the val split has 50 tokens, fewer than one row of 100: use --row=50 or less, or prepare more text' in said
@@ -607,7 +607,7 @@ def test_windows_that_fill_a_row_ignore_the_last_target_of_every_window(folder, 
 
 
 @pytest.mark.parametrize('dtype', ['u1', 'i4', 'u8'])
-def test_windows_are_where_they_are_in_ids_of_any_width(tmp_path, dtype):
+def test_windows_are_correct_for_ids_of_any_width(tmp_path, dtype):
     for k in range(2):
         save_shard(tmp_path / 'in' / f'{k}.npy', rows(5, 33, vocab=199).astype(dtype))
     split(tmp_path / 'in', tmp_path / 'out', 0.5, say=silent)
@@ -618,7 +618,7 @@ def test_windows_are_where_they_are_in_ids_of_any_width(tmp_path, dtype):
 @pytest.mark.parametrize('row, size, expected', [
     (33, 10, '--block_size=8 or --block_size=11'), (33, 12, '--block_size=11 or --block_size=16'), (33, 34, '32: use --block_size=33'),
     (32768, 1000, '--block_size=512 or --block_size=1024')])
-def test_block_size_that_does_not_divide_names_the_nearest_that_do(tmp_path, row, size, expected):
+def test_a_block_size_that_does_not_divide_is_refused_with_the_nearest(tmp_path, row, size, expected):
     save_shard(tmp_path / 'in' / 'a.npy', rows(2, row))
     split(tmp_path / 'in', tmp_path / 'out', say=silent)
     assert expected in refused(open_data, tmp_path / 'out', size, 1000)
@@ -631,7 +631,7 @@ def starts(loader, world, steps, batch_rows=24, seed=3):
 
 
 @pytest.mark.parametrize('kind', ['shards', 'bins'])
-def test_an_epoch_over_processes_is_every_window_once_even_if_their_number_changes(tmp_path, kind):
+def test_an_epoch_has_every_window_once_even_if_the_number_of_processes_changes(tmp_path, kind):
     if kind == 'shards':
         for k in range(10):
             save_shard(tmp_path / 'in' / f'{k}.{"pt" if k % 3 == 0 else "npy"}', rows(4, 37, 4 * k, 2**16))
@@ -660,7 +660,7 @@ def wide():
         *(bytes([i]) for i in range(256)), *(b'%06d' % i for i in range(2**16 - 257)))]}
 
 
-def test_fingerprint_is_content_and_names_not_the_place(folder, tmp_path):
+def test_the_fingerprint_depends_on_content_and_names_not_on_the_path(folder, tmp_path):
     def fingerprint(source, out, **more):
         split(source, tmp_path / out, say=silent, **more)
         return open_data(tmp_path / out, 16, 2000).fingerprint
@@ -801,7 +801,7 @@ def test_a_run_on_shards_without_a_tokenizer_says_so_once_and_trains(trained):
     assert 'sample from it' not in said and 'bits per byte' not in said.replace('no samples and no bits per byte', '')
 
 
-def test_such_a_run_is_resumed_evaluated_and_watched_but_not_sampled_from(trained, capsys):
+def test_a_run_without_a_tokenizer_is_resumed_evaluated_and_watched_but_not_sampled(trained, capsys):
     folder, argv, _ = trained
     code, said = finish([*argv, '--max_steps=12', '--resume=auto'])
     assert code == 0 and 'resuming from' in said
@@ -840,7 +840,7 @@ def speaking(tmp_path_factory):
     return folder, said
 
 
-def test_a_tokenizer_named_for_rows_gives_samples_and_bits_per_byte(speaking, monkeypatch, capsys):
+def test_a_tokenizer_for_rows_gives_samples_and_bits_per_byte(speaking, monkeypatch, capsys):
     folder, said = speaking
     monkeypatch.chdir(folder)
     assert 'no tokenizer' not in said and all(line['bits_per_byte'] > 0 for line in lines(folder / 'run', 'eval'))
@@ -904,7 +904,7 @@ def test_a_tokenizer_that_is_not_used_is_named(folder, tmp_path, capsys, monkeyp
     assert 'bins has a vocabulary of 257, the model has 1,000: --vocab_size=257 makes the model' in said('--dataset=./bins')
 
 
-def test_a_directory_that_is_not_prepared_is_called_by_what_it_holds(folder, tmp_path, monkeypatch):
+def test_an_unprepared_directory_is_refused_with_what_it_holds(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes' / 'a.txt').write_text('a')

@@ -85,7 +85,7 @@ def test_counts_and_document_lengths_are_exact_over_chunks_and_files(tmp_path, m
         assert lengths == {0: 1, 1: 1, 3: 2, 14: 1, 25: 1} and tail == 0
 
 
-def test_a_document_without_an_end_is_no_document_but_named(tmp_path, monkeypatch):
+def test_an_unfinished_document_is_not_counted_but_reported(tmp_path, monkeypatch):
     path = bins(tmp_path / 'd', [documents(3, 2) + [98] * 9])
     for chunk in (4, 1000):
         monkeypatch.setattr(show, 'CHUNK', chunk)
@@ -94,7 +94,7 @@ def test_a_document_without_an_end_is_no_document_but_named(tmp_path, monkeypatc
     assert '2, and 9 tokens of an unfinished one' in show.document_rows(lengths, tail, EOT)[0]
 
 
-def test_of_much_data_a_sample_of_chunks_is_read_spread_evenly_and_said(tmp_path, monkeypatch, undrawn):
+def test_large_data_are_sampled_in_evenly_spread_chunks_with_a_message(tmp_path, monkeypatch, undrawn):
     monkeypatch.setattr(show, 'CHUNK', 10)
     monkeypatch.setattr(show, 'LIMIT', 40)
     ids = np.repeat(np.arange(10), 10)  # chunk k holds k alone
@@ -104,7 +104,7 @@ def test_of_much_data_a_sample_of_chunks_is_read_spread_evenly_and_said(tmp_path
     assert 'a sample: 40 of 100 train tokens' in said(show.show, path, out=f'{tmp_path}/p.png')[0]
 
 
-def test_of_a_sample_only_documents_that_were_read_whole_count(tmp_path, monkeypatch):
+def test_a_sample_counts_only_documents_that_were_read_completely(tmp_path, monkeypatch):
     monkeypatch.setattr(show, 'CHUNK', 10)
     monkeypatch.setattr(show, 'LIMIT', 30)
     ids = documents(4, 2) + [98, 98] + [98] * 10 + documents(1, 5) + [98, 98] + documents(8, 0)  # chunks 0 and 2 are read, and 1
@@ -112,7 +112,7 @@ def test_of_a_sample_only_documents_that_were_read_whole_count(tmp_path, monkeyp
     assert show.survey(show.open_whole(path))[1] == {4: 1, 2: 1, 5: 1}
 
 
-def test_the_figures_of_tokens_are_those_computed_by_hand(tmp_path, undrawn):
+def test_the_token_figures_equal_the_hand_computation(tmp_path, undrawn):
     ids = [98] * 4 + [97] * 2 + [258, EOT]  # b x 4, a x 2, one token of 2 bytes, the end: p 1/2, 1/4, 1/8, 1/8
     path = bins(tmp_path / 'd', [ids])
     text, _ = said(show.show, path, n=0, out=f'{tmp_path}/p.png')
@@ -133,7 +133,7 @@ def test_the_share_of_the_top_tokens_counts_only_them():
     assert rows['the 1,000 most common'] == f'{1200 / 1700:.2%} of all tokens'
 
 
-def test_the_figures_of_documents_are_those_computed_by_hand():
+def test_the_document_figures_equal_the_hand_computation():
     rows = dict(show.document_rows({10: 5, 256: 3, 1025: 1, 40_000: 1}, 0, EOT))
     assert rows['documents'] == '10'
     assert rows['tokens, without the end of text'] == ('mean 4,184.3, median 10, 10 % have at most 10, 90 % have at most 1,025, '
@@ -150,7 +150,7 @@ def test_the_meta_data_are_shown(tmp_path, undrawn):
         assert re.search(pattern, text), pattern
 
 
-def test_bytes_per_token_are_those_of_the_text_and_not_those_of_the_file(tmp_path, undrawn):
+def test_bytes_per_token_count_the_text_and_not_the_file(tmp_path, undrawn):
     path = bins(tmp_path / 'd', [documents(10)])
     meta = json.loads((path / 'meta.json').read_text())
     meta['files']['train'][0]['bytes'] = 33
@@ -179,7 +179,7 @@ def test_windows_of_shards_stay_inside_a_row(tmp_path):
         assert len(ids) == 80 and set(ids.tolist()) == {int(row)} and int(token) <= 20
 
 
-def test_text_is_readable_and_steers_no_terminal(tmp_path):
+def test_shown_text_is_readable_and_cannot_control_the_terminal(tmp_path):
     data = list('Grüße\n\t'.encode()) + [EOT, 27, ord('['), 0x85, 0xc3]
     assert show.readable_text(np.array(data), load_tokenizer(tokenizer())) == 'Grüße\n\t<|endoftext|>\ufffd[\ufffd\ufffd'
     assert show.readable_text(np.array([7, 300_000]), None) == '7 300000'
@@ -206,7 +206,7 @@ def test_rows_are_read_exactly_wherever_a_chunk_begins(tmp_path):
                 assert show.read(data, start, stop).tolist() == list(range(start, stop))
 
 
-def test_the_picture_is_a_file_of_its_own_and_the_data_stay_as_they_are(tmp_path, monkeypatch):
+def test_the_picture_is_a_separate_file_and_the_data_do_not_change(tmp_path, monkeypatch):
     path = bins(tmp_path / 'my$data', [documents(0, 10, 300)])
     before = {file: file.read_bytes() for file in path.iterdir()}
     monkeypatch.chdir(tmp_path)
@@ -229,12 +229,12 @@ def test_the_slope_of_a_zipf_law_is_found():
     assert (slope, math.exp(first)) == (pytest.approx(-1.2), pytest.approx(1e6))
 
 
-def test_it_starts_without_torch_which_takes_seconds():
+def test_show_starts_without_torch():
     code = 'import sys; from corpora import show; assert "torch" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], cwd=Path(show.__file__).parent.parent, check=True)
 
 
-def test_what_is_wrong_with_the_data_is_one_line(tmp_path, monkeypatch):
+def test_a_problem_of_the_data_is_one_line(tmp_path, monkeypatch):
     good = bins(tmp_path / 'd', [documents(10)])
     for path, kwargs, message in ((tmp_path / 'none', {}, 'no meta.json'), (good, {'n': -1}, '--n=-1'),
                                   (good, {'out': f'{tmp_path}/no/p.png'}, 'no/p.png: No such file'),

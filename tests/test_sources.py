@@ -151,7 +151,7 @@ def is_the_original(key, here, original, batch_tokens):
 
 
 @pytest.mark.parametrize('files, key', NUMBERS)
-def test_a_number_is_that_of_the_original_or_a_deviation_with_a_reason(files, key):
+def test_every_number_equals_the_original_or_is_a_deviation_with_a_reason(files, key):
     here, original = numbers_here(files)[key], ORIGINALS[files][key]
     same = is_the_original(key, here, original, numbers_here(files)['batch_tokens'])
     if (files, key) in DEVIATIONS:
@@ -172,7 +172,7 @@ def test_english_corpora_get_english_prompts(files):
 
 
 @pytest.mark.parametrize('name', ['trix_tiny', 'dense_tiny'])
-def test_the_recipe_of_our_own_is_that_of_the_quick_start(name):
+def test_our_recipe_is_the_recipe_of_the_quick_start(name):
     plain, with_recipe = train.load(paths(name)), train.load(paths(f'{name} recipes/muon'))
     assert {**with_recipe.as_dict(), 'out_dir': ''} == {**plain.as_dict(), 'out_dir': ''}
 
@@ -180,7 +180,7 @@ def test_the_recipe_of_our_own_is_that_of_the_quick_start(name):
 @pytest.mark.parametrize('name, sequences, factor', [
     ('trix_small', 64, 4), ('trix_medium', 64, 2), ('wikitext_small', 32, 1), ('bitnet_95m', 32, 1),
     ('resonance_small', 32, 1)])
-def test_the_recipe_of_our_own_reads_the_same_tokens_in_at_most_64_sequences_a_step(name, sequences, factor):
+def test_our_recipe_reads_the_same_tokens_in_at_most_64_sequences_per_step(name, sequences, factor):
     plain, config = train.load(paths(name)), train.load(paths(f'{name} recipes/muon'))
     assert config.batch_tokens == sequences * config.block_size == plain.batch_tokens // factor
     assert (config.epochs, config.max_steps) == (plain.epochs, plain.max_steps * factor)
@@ -282,7 +282,7 @@ def run_small(command, number):
 
 
 @pytest.mark.parametrize('section', SECTIONS)
-def test_the_commands_of_the_page_do_in_small_what_they_say(section, place, monkeypatch):
+def test_the_commands_of_the_page_run_on_small_models(section, place, monkeypatch):
     monkeypatch.setattr(convert, 'PARITY_TOKENS', 64)  # tokens that a conversion is measured on
     for number, command in enumerate(SECTIONS[section]):
         run_small(command, number)

@@ -97,7 +97,7 @@ def test_two_characters_are_enough_with_bytes_for_tokens(tmp_path):
     assert both(out) == (['é'], ['🙂']) and meta(out)['split'] == 'position'
 
 
-def test_one_line_says_what_the_hash_did(tmp_path, capsys):
+def test_one_line_explains_the_split_by_position(tmp_path, capsys):
     out = prepared(written(tmp_path, text_of(95_000, '\r')), tmp_path / 'out')
     line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('split by position')]
     assert line == ('split by position: val is the last part of the text, because a split of 1 document by hash '
@@ -126,13 +126,13 @@ def corpus_of(texts):
     return Corpus({}, '', lambda position=None: (Document(text, '', None, i) for i, text in enumerate(texts)))
 
 
-def test_whole_documents_in_order_where_that_comes_near_the_ratio(tmp_path):
+def test_the_cut_is_between_documents_if_that_is_near_the_ratio(tmp_path):
     rows = lopsided_rows(20)
     out = prepared(written_rows(tmp_path, rows), tmp_path / 'out')
     assert both(out) == (rows[:19], rows[19:]) and meta(out)['documents']['train'] == 19
 
 
-def test_duplicates_and_empty_documents_go_out_before_the_cut(tmp_path):
+def test_duplicates_and_empty_documents_are_dropped_before_the_cut(tmp_path):
     rows = lopsided_rows(20)
     corpus = written_rows(tmp_path, [rows[0], '', *rows[:10], ' ', *rows[5:], rows[3], rows[3]])
     out = prepared(corpus, tmp_path / 'out')
@@ -140,7 +140,7 @@ def test_duplicates_and_empty_documents_go_out_before_the_cut(tmp_path):
     assert meta(out)['documents'] == {'read': 30, 'unreadable': 0, 'empty': 2, 'duplicates': 8, 'train': 19, 'val': 1}
 
 
-def test_max_documents_is_what_is_split(tmp_path):
+def test_the_cut_applies_to_max_documents(tmp_path):
     rows = lopsided_rows(20)
     corpus = written_rows(tmp_path, [*rows, *(f'more {i} of the loss' for i in range(300))])
     out = prepared(corpus, tmp_path / 'out', max_documents=20)
@@ -165,7 +165,7 @@ def test_max_tokens_beyond_a_corpus_split_by_position_changes_nothing(tmp_path):
     assert both(prepared(corpus, tmp_path / 'all')) == both(prepared(corpus, tmp_path / 'budget', max_tokens=10**6))
 
 
-def test_splits_within_half_of_the_ratio_stay_those_of_the_hash(tmp_path):
+def test_splits_within_half_of_the_ratio_stay_split_by_hash(tmp_path):
     rows = [f'document {i} ' + 'window token loss ' * 10 for i in range(200)]
     val = hash_val(rows, 0.2)
     out = prepared(written_rows(tmp_path, rows), tmp_path / 'out', val_ratio=0.2)
@@ -184,13 +184,13 @@ def test_large_corpora_are_never_split_by_position(tmp_path, monkeypatch, val_ra
     assert list(tmp_path.iterdir()) == [corpus]
 
 
-def test_a_shard_keeps_the_hash_and_says_that_so_small_a_corpus_needs_none(tmp_path):
+def test_a_shard_is_split_by_hash_and_a_small_corpus_needs_no_shard(tmp_path):
     corpus = written_rows(tmp_path, lopsided_rows(20))
     with pytest.raises(UserError, match='none of .* documents fell into the val split: leave --shard out for so small a corpus'):
         prepared(corpus, tmp_path / 'out', shard='0/2')
 
 
-def test_splits_of_the_corpus_itself_are_not_touched(tmp_path):
+def test_own_splits_of_a_corpus_are_kept(tmp_path):
     for split, rows in {'train': 3, 'valid': 4, 'test': 1}.items():
         (tmp_path / f'wiki.{split}.raw').write_text(f' = {split} = \n \n Some text of the loss . \n \n' * rows)
     out = prepared(tmp_path, tmp_path / 'out', dataset='wikitext2', source=tmp_path, val_ratio=0.05)
@@ -201,7 +201,7 @@ def test_splits_of_the_corpus_itself_are_not_touched(tmp_path):
 
 @pytest.mark.parametrize('module, name, call', [
     (building, 'write_tokenizer', 1), (building, 'encode', 1), (building, 'encode', 30), (preparation, 'publish', 1)])
-def test_a_killed_preparation_by_position_goes_on_to_the_same_bins(tmp_path, monkeypatch, capsys, module, name, call):
+def test_a_killed_preparation_by_position_resumes_to_the_same_bins(tmp_path, monkeypatch, capsys, module, name, call):
     for key, value in (('BATCH', 1000), ('SAMPLE', 200_000), ('PART', 3)):
         monkeypatch.setattr(building, key, value)
     corpus = written_rows(tmp_path, [text_of(1500, seed=i) for i in range(60)])
@@ -228,7 +228,7 @@ def test_a_killed_preparation_by_position_goes_on_to_the_same_bins(tmp_path, mon
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.text(st.sampled_from('ab \r\n\u2028é🙂'), min_size=1, max_size=30), min_size=1, max_size=12),
        st.floats(0.001, 0.999))
-def test_a_cut_loses_nothing_and_leaves_neither_split_empty(rows, val_ratio):
+def test_a_cut_loses_no_text_and_leaves_no_split_empty(rows, val_ratio):
     config, texts = preparation.PrepareConfig(val_ratio=val_ratio), [text for text in dict.fromkeys(rows) if not text.isspace()]
     if not texts:
         return
@@ -270,7 +270,7 @@ def test_a_corpus_of_the_limit_is_not_small():
 
 # A split shorter than a window
 
-def test_a_split_shorter_than_a_window_says_how_much_text_that_is_and_what_to_do(tmp_path):
+def test_a_split_shorter_than_a_window_is_refused_with_the_needed_text(tmp_path):
     out = prepared(written(tmp_path, text_of(3000)), tmp_path / 'out')
     with pytest.raises(UserError) as error:
         TokenData(out, 1000, 259)

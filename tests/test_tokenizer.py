@@ -151,7 +151,7 @@ PREFIXES = {'ours': '', 'byte_level': '', 'sentencepiece': ' ', 'metaspace_words
 
 
 @pytest.mark.parametrize('kind', PREFIXES)
-def test_every_text_comes_back_byte_by_byte(encodings, kind):
+def test_every_text_is_decoded_byte_by_byte(encodings, kind):
     @settings(max_examples=100 if 'metaspace' in kind else 300, deadline=None)
     @given(TEXTS)
     @example('')
@@ -204,7 +204,7 @@ def test_text_after_a_special_token_comes_back_without_the_space_in_front(encodi
 # The ids are those of others
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_ids_are_those_of_the_original(encodings, files, kind):
+def test_ids_equal_those_of_the_original(encodings, files, kind):
     original = Tokenizer.from_file(str(files[kind]))
 
     @settings(max_examples=100, deadline=None)
@@ -228,7 +228,7 @@ def test_runs_of_spaces_among_the_added_tokens_are_text(encodings, files):
     assert encodings['byte_level'].decode_single_token_bytes(run) == b'    ' and token_bytes(encodings['byte_level'])[run] == 4
 
 
-def test_gpt2_is_gpt2(gpt2_content, tmp_path):
+def test_gpt2_has_the_ids_of_gpt2(gpt2_content, tmp_path):
     (tmp_path / 'tokenizer.json').write_text(json.dumps(gpt2_content))
     encoding = load_tokenizer(tmp_path)
     assert (encoding.name, encoding.n_vocab, encoding.eot_token) == ('gpt2', 50257, 50256)
@@ -246,7 +246,7 @@ def test_gpt2_encodes_as_tiktoken_does(gpt2_content, gpt2_cache):
         assert ours.encode_ordinary(text) == original.encode_ordinary(text)
 
 
-def test_gpt2_out_of_reach_is_one_line_with_the_alternatives(tmp_path, monkeypatch):
+def test_gpt2_without_a_network_is_one_line_with_the_alternatives(tmp_path, monkeypatch):
     def fail(name):
         raise ConnectionError('no\nroute to host')
     monkeypatch.setattr(tiktoken, 'get_encoding', fail)
@@ -293,7 +293,7 @@ def test_every_short_text_is_split_as_gpt2_splits_it(both_tokenizers):
             assert regex.findall(FASTER, text) == regex.findall(GPT2, text), repr(text)
 
 
-def test_trained_tokenizer_is_bytes_first_then_merges_and_the_end_last():
+def test_a_trained_tokenizer_has_bytes_then_merges_then_the_end_of_text():
     content = train_bpe(iter(sentences(500)), 300)
     encoding = load_tokenizer(content)
     assert encoding.n_vocab == 300 and encoding.eot_token == 299 and content == train_bpe(sentences(500), 300)
@@ -303,7 +303,7 @@ def test_trained_tokenizer_is_bytes_first_then_merges_and_the_end_last():
         assert any(token[:k] in tokens[:i] and token[k:] in tokens[:i] for k in range(1, len(token)))
 
 
-def test_training_on_ordinary_words_makes_the_merges_of_the_library_alone():
+def test_cutting_long_words_does_not_change_the_merges_of_ordinary_words():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.train_from_iterator([CODE, *sentences(100)], trainers.BpeTrainer(
@@ -325,7 +325,7 @@ def test_training_cuts_words_that_would_make_it_slow(monkeypatch):
     check_round_trip(load_tokenizer(content), line)
 
 
-def test_vocabulary_that_a_corpus_cannot_fill_is_refused_with_the_largest_that_it_can():
+def test_a_vocabulary_that_a_corpus_cannot_fill_is_refused_with_the_largest_possible():
     advice = '^--vocab_size=60000: this corpus is too small for so many tokens: use --vocab_size=[0-9]+ or less'
     with pytest.raises(UserError, match=advice) as error:
         train_bpe(sentences(100), 60000)
@@ -333,7 +333,7 @@ def test_vocabulary_that_a_corpus_cannot_fill_is_refused_with_the_largest_that_i
     assert load_tokenizer(train_bpe(sentences(100), largest)).n_vocab == largest
 
 
-def test_training_stops_where_text_without_spaces_would_fill_the_memory(monkeypatch, capsys):
+def test_training_on_text_without_spaces_stops_before_it_fills_the_memory(monkeypatch, capsys):
     rng, read = random.Random(0), []
 
     def clauses():
@@ -502,7 +502,7 @@ def split_at(pattern, behavior):
     ('sentencepiece', without('▁'), 'no token ▁'),
     ('sentencepiece', at('model.ignore_merges', True), 'encoding and decoding changes a text'),
 ])
-def test_tokenizer_that_cannot_give_back_every_text_is_refused_with_the_reason(tmp_path, kind, edit, message):
+def test_a_tokenizer_that_can_lose_text_is_refused_with_the_reason(tmp_path, kind, edit, message):
     file = tmp_path / 'tokenizer.json'
     file.write_text(json.dumps(edited(kind, edit)))
     with pytest.raises(UserError) as error:
@@ -518,7 +518,7 @@ def test_tokenizer_that_cannot_give_back_every_text_is_refused_with_the_reason(t
     ('{"a":' * 10**5, 'broken ('),
     ('\x80', 'broken ('),
 ])
-def test_file_that_is_no_tokenizer_is_refused(tmp_path, text, message):
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, text, message):
     file = tmp_path / 'x.json'
     file.write_bytes(text.encode('latin-1'))
     with pytest.raises(UserError) as error:
@@ -540,7 +540,7 @@ def test_end_of_text_is_the_first_of_the_known_names(tmp_path, names, end):
         check_round_trip(encoding, f'{name} {name}', ' ')
 
 
-def test_special_token_that_merges_could_make_is_never_made(tmp_path):
+def test_merges_never_make_a_special_token(tmp_path):
     def edit(content):
         vocab = content['model']['vocab']
         for left, right in (('<', '/'), ('</', 's'), ('</s', '>'), ('<0x4', '1>'), ('<0xE2>', '<0x96>')):
@@ -553,7 +553,7 @@ def test_special_token_that_merges_could_make_is_never_made(tmp_path):
         check_round_trip(encoding, text, ' ')
 
 
-def test_largest_id_counts_and_holes_stand_for_nothing(tmp_path):
+def test_the_largest_id_sets_the_vocabulary_and_unused_ids_have_no_bytes(tmp_path):
     content = edited('byte_level', at('added_tokens.0.id', 65535))
     content['model']['vocab'].pop('<|pad|>')
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))

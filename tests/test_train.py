@@ -43,7 +43,7 @@ def whole(corpus, tmp_path_factory):
 
 # ---- it trains
 
-def test_a_run_learns_and_leaves_what_the_design_says(whole):
+def test_a_run_learns_and_writes_its_files(whole):
     train_lines, evals = lines(whole, 'train'), lines(whole, 'eval')
     assert [line['step'] for line in train_lines] == list(range(1, 41))
     assert abs(evals[0]['loss'] - math.log(300)) < 0.3 and evals[-1]['loss'] < evals[0]['loss'] - 0.7
@@ -173,7 +173,7 @@ def test_a_resumed_run_can_have_a_new_directory(corpus, tmp_path, whole):
     assert all(torch.equal(a['model'][key], b['model'][key]) for key in b['model'])
 
 
-def test_going_back_in_a_run_needs_another_directory(corpus, tmp_path, whole):
+def test_resuming_an_earlier_checkpoint_needs_another_directory(corpus, tmp_path, whole):
     first, last = checkpoint.steps(whole / 'checkpoints')[0], checkpoint.steps(whole / 'checkpoints')[-1]
     code, said = finish(arguments(corpus, whole, f'--resume={first}'))
     assert code == 2 and f'has a later checkpoint, {last.name}' in said
@@ -248,7 +248,7 @@ def test_non_finite_steps_are_skipped_recorded_and_end_the_run_with_exit_code_3(
     (['--ffn=trix'], {'trix_overload', 'trix_entropy', 'trix_dead', 'ternary_minus', 'ternary_zero', 'ternary_plus', 'ternary_scale',
                       'ternary_flips', 'ternary_fence'}),
 ], ids=['hybrid', 'trix'])
-def test_blocks_log_their_statistics_and_go_on_exactly_after_a_resume(corpus, tmp_path, words, keys):
+def test_blocks_log_their_statistics_and_resume_exactly(corpus, tmp_path, words, keys):
     code, said = finish(arguments(corpus, tmp_path / 'whole', '--keep=0', *words))
     assert code == 0, said
     code, said = finish(arguments(corpus, tmp_path / 'rest', *words, f'--resume={tmp_path}/whole/checkpoints/step_0000020.pt'))
@@ -388,7 +388,7 @@ def save_slowly():
     (evaluate_slowly, [], lambda run: lines_so_far(run)[-1:] and json.loads(lines_so_far(run)[-1])['step'] == 5),
     (save_slowly, [], lambda run: list((run / 'checkpoints').glob('*4.pt.tmp'))),
 ], ids=['compiling', 'evaluating', 'saving'])
-def test_a_signal_is_obeyed_within_10_seconds_whatever_goes_on(corpus, tmp_path, whole, slowly, words, when):
+def test_a_signal_is_obeyed_within_10_seconds_at_any_time(corpus, tmp_path, whole, slowly, words, when):
     out = tmp_path / 'run'
     process = start(arguments(corpus, out, *words), slowly)
     while not when(out) and process.is_alive():
@@ -471,7 +471,7 @@ def test_two_runs_never_write_into_one_directory(corpus, tmp_path, whole):
     assert_same_run(out, whole)
 
 
-def test_muon_trains_the_matrices_and_goes_on_exactly(corpus, tmp_path):
+def test_muon_trains_the_matrices_and_resumes_exactly(corpus, tmp_path):
     words = ['--optimizer=muon', '--matrix_lr=2e-2', '--ffn=swiglu', '--keep=0']
     code, said = finish(arguments(corpus, tmp_path / 'whole', *words))
     assert code == 0 and 'Muon: 7 matrices' in said and 'AdamW: 1 matrices and 3 vectors' in said
@@ -526,7 +526,7 @@ def test_a_resume_with_another_batch_reads_every_window_once_and_counts_its_toke
     assert code == 0 and lines(tmp_path / 'run', 'train')[-1]['tokens'] == 1024 + 9 * batch_tokens
 
 
-def test_what_a_changed_option_means_for_the_rest_of_a_run_is_said(corpus, tmp_path, whole):
+def test_a_resumed_run_explains_the_effect_of_changed_options(corpus, tmp_path, whole):
     first = checkpoint.steps(whole / 'checkpoints')[0]
     words = ['--seed=2', '--max_steps=80', '--eval_tokens=128', f'--resume={first}']
     code, said = finish(arguments(corpus, tmp_path / 'run', *words))
@@ -557,7 +557,7 @@ def test_two_stages_keep_checkpoints_on_both_sides_of_the_boundary(corpus, tmp_p
     assert [line['wd'] for line in lines(tmp_path / 'run', 'train')] == [0.1] * 18 + [0.0] * 22
 
 
-def test_other_data_is_refused_with_both_fingerprints_unless_asked_for(corpus, tmp_path, whole):
+def test_other_data_need_the_option_other_data(corpus, tmp_path, whole):
     other = shutil.copytree(corpus, tmp_path / 'other')
     meta = json.loads((other / 'meta.json').read_text())
     (other / 'meta.json').write_text(json.dumps({**meta, 'source': 'elsewhere'}))
@@ -669,7 +669,7 @@ def test_a_console_that_lacks_a_character_does_not_end_a_run(corpus, tmp_path, e
 @pytest.mark.parametrize('word, says', [
     ('--learning_rate=0', 'learning_rate=0.0 must be greater than 0'), ('--learning_rate=-1', 'learning_rate=-1.0 must not be negative'),
     (f'--seed={2**63}', f'seed={2**63} must be below 2^63')])
-def test_numbers_that_no_run_can_have_are_refused(word, says):
+def test_impossible_numbers_are_refused(word, says):
     with pytest.raises(UserError, match=re.escape(says)):
         train.load([word])
 

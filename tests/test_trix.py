@@ -86,7 +86,7 @@ def test_weights_learn_straight_through_the_ternary_codes():
 
 
 @pytest.mark.parametrize('execution', ['dense', 'loop', 'grouped'])
-def test_every_tile_that_got_tokens_learns_and_no_other(execution):
+def test_only_tiles_that_got_tokens_learn(execution):
     layer = trix()
     layer.balance[4] -= 100.0
     layer.execution = execution
@@ -96,7 +96,7 @@ def test_every_tile_that_got_tokens_learns_and_no_other(execution):
     assert ((layer.up.grad.abs().amax((1, 2)) > 0) == got).all() and ((layer.down.grad.abs().amax((1, 2)) > 0) == got).all()
 
 
-def test_up_learns_through_the_gate_alone():
+def test_up_learns_only_through_the_gate():
     layer, x = trix(), torch.randn(1, 64, 16).flatten(0, 1)
     tiles, gates = layer.route(x, *routing(layer))
     gates.sum().backward()
@@ -104,7 +104,7 @@ def test_up_learns_through_the_gate_alone():
     assert ((layer.up.grad.abs().amax((1, 2)) > 0) == got).all()
 
 
-def test_the_gate_gradient_is_that_of_the_scaled_mean():
+def test_the_gate_gradient_equals_the_scaled_mean():
     layer, x = trix(k=6), torch.randn(5, 16)
     _, gates = layer.route(x, *routing(layer))
     gates.sum().backward()
@@ -116,7 +116,7 @@ def test_the_gate_gradient_is_that_of_the_scaled_mean():
     torch.testing.assert_close(layer.up.grad * a, latent.grad)
 
 
-def test_balance_chooses_but_never_weighs():
+def test_the_balance_affects_the_choice_of_tiles_but_not_the_gates():
     layer, x = trix(tiles=2, k=1), torch.randn(200, 16)
     tiles, gates = layer.route(x, *routing(layer))
     layer.balance[:] = torch.tensor([50.0, -50.0])
@@ -181,7 +181,7 @@ def test_int8_rounds_to_127_levels_of_the_largest_magnitude_and_passes_the_gradi
     assert torch.equal(x.grad, torch.ones(2, 4))
 
 
-def test_under_autocast_codes_and_routes_are_those_of_fp32():
+def test_under_autocast_codes_and_routes_equal_fp32():
     layer, x = trix(d=64, h=32), torch.randn(1, 100, 64)
     seen = []
     for enabled in (False, True):
@@ -214,7 +214,7 @@ def test_the_hash_router_sends_a_token_always_to_the_same_tiles_and_spreads_toke
     assert torch.equal(again.trix_layers()[0].table, layer.table) and torch.equal(again(idx), model(idx))
 
 
-def test_gates_are_those_of_the_signatures_whatever_the_router():
+def test_gates_use_the_signatures_with_every_router():
     layer, x = trix(k=6, trix_router='first'), torch.randn(1, 5, 16)
     other = trix(k=6)
     torch.testing.assert_close(layer(x), other(x))

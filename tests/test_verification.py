@@ -78,7 +78,7 @@ def test_a_fresh_preparation_is_never_read(tmp_path, reads):
 
 
 @pytest.mark.parametrize('change', ['copy', 'touch', 'vocabulary', 'hash'])
-def test_a_file_that_is_not_as_it_was_is_read_again(path, reads, tmp_path, change):
+def test_a_changed_file_is_read_again(path, reads, tmp_path, change):
     TokenData(path, 16, VOCAB)
     reads.clear()
     if change == 'copy':
@@ -115,7 +115,7 @@ def test_change_that_keeps_size_and_time_is_found_by_verify_and_by_validate(path
         preparation.open_dataset(config, verify='always' if config.verify else 'once')
 
 
-def test_evaluation_reads_all_again_where_that_is_asked_for(path, monkeypatch):
+def test_evaluation_with_verify_reads_all_files_again(path, monkeypatch):
     asked = []
     monkeypatch.setattr(evaluate, 'open_data', lambda *arguments: asked.append(arguments[-1]) or TokenData(*arguments))
 
@@ -127,7 +127,7 @@ def test_evaluation_reads_all_again_where_that_is_asked_for(path, monkeypatch):
     assert asked == ['once', 'always']
 
 
-def test_validation_puts_what_it_has_read_on_record(path, reads):
+def test_validate_records_the_files_that_it_has_read(path, reads):
     validate(path, say=lambda line: None)
     assert len(reads) == 3
     TokenData(path, 16, VOCAB)
@@ -161,7 +161,7 @@ def test_directory_that_cannot_be_written_is_remembered_in_the_users_cache(path,
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"files": 5}', '{"files": {"val.bin": null}}', '\xff'])
-def test_broken_record_is_no_record(path, reads, text):
+def test_a_broken_record_is_ignored(path, reads, text):
     (path / verification.RECORD).write_bytes(text.encode('latin-1'))
     TokenData(path, 16, VOCAB)
     assert len(reads) == 3
@@ -186,7 +186,7 @@ def test_long_verification_says_what_it_does(path, monkeypatch, capsys):
     assert (once, again) == (f'{path}: verifying 0.0 GB of tokens, once', f'{path}: verifying 0.0 GB of tokens')
 
 
-def test_run_with_verify_ends_where_a_byte_has_changed_unseen(corpus, tmp_path):
+def test_a_run_with_verify_ends_at_a_changed_byte(corpus, tmp_path):
     copy = shutil.copytree(corpus, tmp_path / 'tokens')
     TokenData(copy, 16, 300)
     flip(copy / 'train.bin')

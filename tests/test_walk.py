@@ -200,7 +200,7 @@ def no_room(d, size=1000):
 
 
 @pytest.mark.parametrize('name', COMMANDS)
-def test_where_nothing_can_be_written_a_line_says_so(name, place):
+def test_a_line_says_that_nothing_can_be_recorded(name, place):
     needs(name)
     before = files(place)
     with read_only(place):
@@ -213,7 +213,7 @@ def test_where_nothing_can_be_written_a_line_says_so(name, place):
 
 
 @pytest.mark.parametrize('name', MAKING)
-def test_on_a_full_disk_a_line_says_so_and_nothing_half_written_stays(name, place):
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(name, place):
     needs(name)
     before = files(place)
     with no_room(place, 30 if name in ('prepare split', 'prepare join', 'prepare pack') else 1000):
@@ -224,7 +224,7 @@ def test_on_a_full_disk_a_line_says_so_and_nothing_half_written_stays(name, plac
 
 
 @pytest.mark.parametrize('name', COMMANDS)
-def test_names_that_are_not_utf8_work_or_are_refused_before_the_work(name, original, tmp_path):
+def test_names_that_are_not_utf8_work_or_are_refused_at_once(name, original, tmp_path):
     needs(name)
     d = shutil.copytree(original, tmp_path / os.fsdecode(b'caf\xe9'), symlinks=True)
     before = files(d)
@@ -316,7 +316,7 @@ def test_a_run_that_is_stopped_before_its_first_step_says_so(place, monkeypatch)
 
 
 @pytest.mark.parametrize('word', ['--tensorboard', '--profile'])
-def test_what_cannot_be_written_under_such_a_name_is_refused_before_the_run(word, original, tmp_path, monkeypatch):
+def test_outputs_that_need_utf8_names_are_refused_before_the_run(word, original, tmp_path, monkeypatch):
     monkeypatch.setattr(train.runlog, 'check_packages', lambda **wanted: None)
     d = shutil.copytree(original, tmp_path / os.fsdecode(b'caf\xe9'), symlinks=True)
     with pytest.raises(UserError, match='not UTF-8, and the libraries behind --tensorboard and --profile open no other path'):
@@ -332,7 +332,7 @@ TORCHRUN = {'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'l
 @pytest.mark.parametrize('change, says', [
     ({'RANK': '²'}, "RANK='²', expected numbers"), ({'WORLD_SIZE': '-2'}, "WORLD_SIZE='-2', expected numbers"), ({'MASTER_PORT': ''}, "MASTER_PORT='', expected"),
     ({'WORLD_SIZE': '0'}, 'RANK=0, but WORLD_SIZE=0'), ({'WORLD_SIZE': None, 'MASTER_ADDR': None}, 'RANK but no WORLD_SIZE, MASTER_ADDR')])
-def test_an_environment_that_torchrun_did_not_make_is_a_line(change, says, monkeypatch):
+def test_an_incomplete_torchrun_environment_is_one_line(change, says, monkeypatch):
     for key, value in {**TORCHRUN, **change}.items():
         monkeypatch.setenv(key, value) if value is not None else monkeypatch.delenv(key, raising=False)
     with pytest.raises(UserError) as refused:
@@ -353,12 +353,12 @@ def test_odd_environments_change_nothing(name, environment, place, monkeypatch):
     assert_whole(place, before)
 
 
-def test_a_backend_of_pictures_that_does_not_exist_is_a_line(place):
+def test_an_unknown_matplotlib_backend_is_one_line(place):
     done = subprocess.run([sys.executable, 'watch.py', place / 'run', '--plot'], cwd=ROOT, env={**os.environ, 'MPLBACKEND': 'none'}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('no picture: matplotlib: ') and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_a_date_that_is_none_is_a_line(place, monkeypatch):
+def test_an_invalid_source_date_epoch_is_one_line(place, monkeypatch):
     monkeypatch.setenv('SOURCE_DATE_EPOCH', 'never')
     assert ends('watch --report', place)[:2] == (2, ['SOURCE_DATE_EPOCH=never: expected a number of seconds'])
 

@@ -95,7 +95,7 @@ def test_status_of_a_healthy_run_says_what_its_files_say(tmp_path):
     assert watch.remarks([watch.Run(tmp_path / 'x')], time.time()) == []
 
 
-def test_a_killed_run_says_so_and_how_to_go_on(tmp_path):
+def test_a_killed_run_is_reported_with_the_way_to_continue(tmp_path):
     child = subprocess.Popen(['true'])
     child.wait()
     here, elsewhere = make(tmp_path / 'here', pid=child.pid), make(tmp_path / 'elsewhere', pid=child.pid, host='another-machine')
@@ -197,7 +197,7 @@ def test_training_time_leaves_evaluations_out_and_starts_where_the_run_does(tmp_
 
 
 @pytest.mark.parametrize('seconds, text', [(0.4, '0 s'), (59, '59 s'), (185, '3 min 5 s'), (7500, '2 h 5 min'), (371_000, '4 d 7 h'), (-3, '0 s')])
-def test_durations_read_well(seconds, text):
+def test_durations_are_readable(seconds, text):
     assert watch.duration(seconds) == text
 
 
@@ -208,7 +208,7 @@ def test_durations_read_well(seconds, text):
     (700, {'schedule': 'wsd'}, 'stable, until step 800, in 50 s'), (900, {'schedule': 'wsd'}, 'decay, until step 1,000, in 50 s'),
     (500, {'schedule': 'restarts', 'restart_steps': 300, 'restart_factor': 2}, 'cosine cycle, until step 1,000, in 4 min 10 s'),
     (20, {'schedule': 'onecycle'}, 'warm-up, until step 99, in 40 s'), (1000, {}, ''), (40, {'warmup_steps': '3'}, '')])
-def test_the_stage_of_the_schedule_and_the_time_to_its_end_are_told(tmp_path, step, options, text):
+def test_the_stage_of_the_schedule_and_its_remaining_time_are_shown(tmp_path, step, options, text):
     folder = make(tmp_path / 'x', [train_line(at) for at in (step - 20, step - 10, step)], options={**OPTIONS, **options}, step=step)
     assert facts(folder)['schedule'] == text
 
@@ -230,7 +230,7 @@ def test_all_samples_of_the_newest_round_are_shown_in_full(tmp_path, capsys):
     assert out.count('  one\n') == 20 and '  two' in out and 'old' not in out and 'stress' in out
 
 
-def test_a_run_without_validation_is_judged_by_its_training_loss(tmp_path):
+def test_hints_use_the_training_loss_without_validation(tmp_path):
     flat = [train_line(step, loss=3.0 + 0.02 * math.sin(step)) for step in range(10, 4010, 10)]
     assert 'x: plateau: the training loss fell by less than 0.5 % from step 3010 to 4000' in screen(make(tmp_path / 'x', flat))
     assert 'plateau' not in screen(make(tmp_path / 'validated', [*flat, eval_line(4000, 3.0)]))
@@ -254,7 +254,7 @@ def scripted_sleep(monkeypatch, *acts):
     monkeypatch.setattr(watch.time, 'sleep', lambda seconds: next(acts)())
 
 
-def test_watching_a_pipe_says_each_change_once_and_ends_with_the_run(tmp_path, monkeypatch, capsys):
+def test_watching_into_a_pipe_prints_each_change_once_and_ends_with_the_run(tmp_path, monkeypatch, capsys):
     folder, now = make(tmp_path / 'x', age=50), time.time()
 
     def grow():
@@ -455,7 +455,7 @@ def test_runs_are_compared_in_one_picture_and_one_page(drawn, tmp_path, monkeypa
     assert curves[f'{tmp_path.name}/other'][-1].tolist() == pytest.approx([100 / 60, 3.0]) and axes.get_xlabel() == 'minutes of training'
 
 
-def test_runs_on_different_data_are_compared_by_bits_per_byte_alone(tmp_path, capsys):
+def test_runs_on_different_data_are_compared_only_by_bits_per_byte(tmp_path, capsys):
     def run(name, loss, bits, **options):
         evals = [{'kind': 'eval', 'step': step, 'tokens': 100 * step, 'loss': loss, 'perplexity': 9.87, 'bits_per_byte': bits} for step in (0, 10)]
         return make(tmp_path / name, [train_line(10, loss=loss), *evals], options={**OPTIONS, **options})

@@ -99,7 +99,7 @@ def saved(content, path):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_ids_are_those_of_the_library_and_the_text_comes_back(tmp_path, kind):
+def test_ids_equal_the_library_and_decoding_gives_the_text(tmp_path, kind):
     content = KINDS[kind]()
     theirs = Tokenizer.from_str(json.dumps(content))
     ours = load_tokenizer(from_file(saved(content, tmp_path / 'tokenizer.json')))
@@ -128,7 +128,7 @@ def test_ids_are_those_of_the_library_and_the_text_comes_back(tmp_path, kind):
     check_any()
 
 
-def test_nfc_of_a_text_in_slices_is_that_of_the_whole(tmp_path, monkeypatch):
+def test_nfc_in_slices_equals_nfc_of_the_whole_text(tmp_path, monkeypatch):
     ours = load_tokenizer(from_file(saved(qwen(), tmp_path / 'tokenizer.json')))
     text = 'a' + '\u0300\u0327' * 9 + ' ' + 'e\u0301' * 30 + 'x\u0323\u0307 '
     whole = ours.normalize(text)
@@ -160,7 +160,7 @@ def test_what_cannot_be_encoded_exactly_is_refused_by_name(tmp_path, edit, messa
     assert message in str(error.value) and '\n' not in str(error.value)
 
 
-def test_added_token_with_a_space_is_refused_where_a_space_is_written_otherwise(tmp_path):
+def test_an_added_token_with_a_space_is_refused_for_sentencepiece(tmp_path):
     content = json.loads(json.dumps(gemma()))
     content['added_tokens'].append(added('a b', 5000, False))
     with pytest.raises(UserError, match="the added token 'a b' has a space, which this kind of BPE writes as ▁"):
@@ -219,7 +219,7 @@ def test_ids_beyond_16_bits_reach_a_batch(wide, tmp_path):
     assert (loader.gather('train', np.array([0]))[0][0] == ids[:31]).all()
 
 
-def test_bins_of_32_bits_go_on_behind_what_a_killed_preparation_has_recorded(tmp_path):
+def test_bins_of_32_bits_resume_after_the_recorded_part(tmp_path):
     lengths = np.ones(70_001, np.int32)
     bins = Bins(tmp_path, 'train', lengths, np.dtype('<u4'), [])
     bins.append(np.array([70_000, 1, 2], '<u4'))

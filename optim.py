@@ -124,7 +124,7 @@ def orthogonal_shards(params, updates):
 
 
 def orthogonal_round(shards, params):
-    """One round of orthogonal_shards: shards (rows, n) of at most one matrix per process -> the same rows, orthogonalized."""
+    """One round of orthogonal_shards: shards (rows, n) of at most one matrix per process -> the orthogonalized rows."""
     mesh = params[0].device_mesh
     rank, world = mesh.get_local_rank(), mesh.size()
     own = params[rank].shape if rank < len(params) else torch.Size((0, 0))  # of the matrix that this process collects

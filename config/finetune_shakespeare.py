@@ -1,6 +1,7 @@
-# Finetunes GPT-2 (124M parameters) on Shakespeare: 80 steps, about two passes over 1 MB of text. The shape comes from the
-# pretrained model. Get the text first:
-# curl -Lo data/shakespeare.txt https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+# Finetunes GPT-2 (124M parameters) on Shakespeare: 80 steps, about two passes over 1 MB of text. The shape comes from
+# the pretrained model. Get the text first:
+# curl -Lo data/shakespeare.txt \
+#   https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 # `--init_from=hf:DIRECTORY --tokenizer=DIRECTORY/tokenizer.json` starts from another model, without a network.
 init_from = 'gpt2'
 dataset, tokenizer = 'text:data/shakespeare.txt', 'gpt2'

@@ -227,8 +227,8 @@ def test_a_byte_order_mark_decides_the_encoding_and_is_not_a_token(tmp_path, enc
 def test_utf_16_without_a_mark_is_refused_with_the_option_that_reads_it(tmp_path, encoding):
     text = 'Plain English, naïve 数.\n' * 9
     path = written(tmp_path / 'a.txt', text.encode(encoding))
-    assert refused(path) == (f'{path}: every other byte is NUL: likely {encoding} without a mark, '
-                             f'which --encoding={encoding} reads')
+    assert refused(path) == (f'{path}: every other byte is NUL, so it is likely {encoding} without a mark: '
+                             f'try --encoding={encoding}')
     assert texts(path, encoding=encoding) == [text]
 
 

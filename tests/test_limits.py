@@ -192,7 +192,7 @@ def test_a_run_keeps_and_archives_checkpoints_by_steps_and_by_tokens(corpus, tmp
     model, state = checkpoint.load_model(archive, torch.device('cpu'))
     assert state['step'] == 16 and state['tokenizer'] and state['config']['n_embd'] == 16
     code, said = finish(without_steps(corpus, tmp_path / 'other', f'--resume={archive}'))
-    assert code == 2 and said.splitlines()[-1].startswith(f'{archive}: has no optimizer state')
+    assert code == 2 and said.splitlines()[-1].startswith(f'{archive}: this file has weights but no optimizer state')
 
 
 def test_a_better_validation_saves_unless_save_on_best_is_off(corpus, tmp_path):

@@ -139,7 +139,7 @@ IDS = counting(99)
     (content(bytes([1, 0, 44, 1])), 'train.bin: id 300 at position 1 is outside the vocabulary of 300: another'),
     (lambda folder: (folder / 'train.bin').symlink_to(folder / 'gone'), 'train.bin: broken symbolic link to'),
     (lambda folder: (folder / 'train.bin').mkdir(), 'train.bin: Is a directory'),
-    (header(IDS, 20240801, 7, dtype='<u4'), 'ids of uint16 and uint32: name files of one'),
+    (header(IDS, 20240801, 7, dtype='<u4'), 'ids of uint16 and uint32: give files of only one'),
     (lambda folder: None, 'theirs: none of its .bin files is for training: val.bin'),
     (lambda folder: (folder / 'val.bin').unlink(), 'theirs: no such file, and no directory or glob with .bin files'),
     (single_token, 'x.bin: 1 token cannot be both training and validation'),

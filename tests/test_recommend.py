@@ -74,7 +74,7 @@ def test_a_preset_that_can_not_hold_the_data_is_left_out_with_the_reason(tmp_pat
     assert all(re.match('its (vocabulary|block_size) of', reason) for reason in reasons.values()), reasons
     assert reasons['trix_tiny'] == 'its vocabulary of 8,192 is smaller than the 9,000 of the data'
     assert reasons['trix_small'] == 'its block_size of 256 divides neither rows of 300 tokens nor 299'
-    assert text.endswith('give the nearest one a --vocab_size that does, --block_size=300')
+    assert text.endswith('use the nearest one with --vocab_size=9000, --block_size=300')
 
 
 @pytest.mark.parametrize('row, suited', [(512, True), (513, True), (514, False), (256, True), (255, False), (257, True)])

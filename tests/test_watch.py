@@ -494,7 +494,7 @@ def test_the_schedule_of_a_config_is_drawn_before_a_run(tmp_path, monkeypatch, c
     (['runs'], 'runs: not a run, because it has none of config.json, metrics.jsonl, status.json; it contains the runs runs/trix_tiny'),
     (['file'], 'file: not a run'), (['runs/trix_tiny', '--plt'], "did you mean 'plot'"), (['runs/trix_tiny', '--every=0'], 'every=0.0 must be'),
     (['runs/trix_tiny', '--out=x.png'], 'ask for --plot or for --report'), (['runs/trix_tiny', '--plot', '--report', '--out=x.png'], '--out=FILE'),
-    (['config.py'], 'config.py: a config file has a schedule and no run yet'), (['config.py', 'runs/trix_tiny', '--plot'], 'no run yet'),
+    (['config.py'], 'config.py is a config file, not a run'), (['config.py', 'runs/trix_tiny', '--plot'], 'is a config file'),
     (['config.py', '--plot'], 'config.py: no such file'), (['runs/trix_tiny', '--plot', '--out=nowhere/x.png'], 'nowhere/x.png: could not be written'),
 ])
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, words, message):

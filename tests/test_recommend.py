@@ -140,7 +140,7 @@ def test_whether_it_fits_is_judged_by_the_card_that_is_named(tmp_path, two, unme
     small, large = said(recommend.recommend, path, 'cpu', 0.05)[0], said(recommend.recommend, path, 'cpu', 16)[0]
     assert cells(small, 'trix_tiny')[7] == 'no' and cells(large, 'trix_tiny')[7] == 'yes'
     assert 'do not fit' in small and 'do not fit' not in large
-    assert '16.0 GB of a card of 16 GB' in large and 'keeps in bfloat16' in large
+    assert 'The memory of a card of 16 GB is 16.0 GB' in large and 'keeps in bfloat16' in large
 
 
 def test_shards_that_were_not_split_are_read_for_their_vocabulary(tmp_path, two, unmeasured):

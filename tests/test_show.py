@@ -237,7 +237,7 @@ def test_show_starts_without_torch():
 def test_a_problem_of_the_data_is_one_line(tmp_path, monkeypatch):
     good = bins(tmp_path / 'd', [documents(10)])
     for path, kwargs, message in ((tmp_path / 'none', {}, 'no meta.json'), (good, {'n': -1}, '--n=-1'),
-                                  (good, {'out': f'{tmp_path}/no/p.png'}, 'no/p.png: No such file'),
+                                  (good, {'out': f'{good}/meta.json/p.png'}, 'p.png: File exists'),
                                   (bins(tmp_path / 'e', [documents(10)], documents=5), {}, 'meta.json: broken')):
         with pytest.raises(UserError, match=message) as error:
             show.show(path, say=lambda _: None, **kwargs)

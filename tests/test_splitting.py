@@ -173,8 +173,8 @@ def test_splits_within_half_of_the_ratio_stay_split_by_hash(tmp_path):
 
 
 @pytest.mark.parametrize('val_ratio, message', [
-    (1e-9, 'none of 150 documents fell into the val split: more documents, or a larger --val_ratio'),
-    (1 - 1e-9, 'none of 150 documents fell into the train split: more documents, or a smaller --val_ratio')])
+    (1e-9, 'none of 150 documents fell into the val split: use more documents, or a larger --val_ratio'),
+    (1 - 1e-9, 'none of 150 documents fell into the train split: use more documents, or a smaller --val_ratio')])
 def test_large_corpora_are_never_split_by_position(tmp_path, monkeypatch, val_ratio, message):
     monkeypatch.setattr(building, 'SAMPLE', 10_000)
     monkeypatch.setattr(building, 'BATCH', 3000)

@@ -852,15 +852,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """The sum of the losses. Forward computes the gradients with loss_and_gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, *rest):
-        loss, dx, dw = loss_and_gradients(x, weight, *rest, any(ctx.needs_input_grad))
+    def forward(ctx, *arguments):
+        loss, dx, dw = loss_and_gradients(*arguments)
         ctx.save_for_backward(dx, dw)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, *7 * [None]
+        return dx * grad, dw * grad, *8 * [None]
 
 
 @custom_op('nanotrix::cross_entropy', mutates_args=())
@@ -895,10 +895,7 @@ def chunked_cross_entropy(x, weight, targets, softcap=0.0, teacher=None):
     teacher: (x (N, C'), weight (V, C'), softcap, distill_weight) of a teacher model with distribution q. With a
     teacher, the loss is (1 - distill_weight) * cross-entropy + distill_weight * KL(q || p)."""
     teacher_x, teacher_w, teacher_cap, distill_weight = teacher or (None, None, 0.0, 0.0)
-    arguments = x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, distill_weight, autocast_dtype(x)
-    if traced():
-        need = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        loss = cross_entropy_op(*arguments, need)[0]
-    else:
-        loss = ChunkedCrossEntropy.apply(*arguments)
+    need = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    arguments = x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, distill_weight, autocast_dtype(x), need
+    loss = cross_entropy_op(*arguments)[0] if traced() else ChunkedCrossEntropy.apply(*arguments)
     return loss / (targets >= 0).sum()

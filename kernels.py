@@ -8,8 +8,14 @@ model.py imports this file.
   - an opaque operator (`torch.library.custom_op`)
   - an autograd.Function without in-place operations and without outputs that alias each other. With in-place operations
     or aliases, torch 2.11 silently computes wrong gradients (github.com/pytorch/pytorch/issues/180642).
+
+The loss has two paths, for eager and for compiled models alike. The device decides:
+  - eager_loss uses plain tensor operations, in chunks that stay in a CPU's cache.
+  - fused_loss is for CUDA. torch.compile fuses all work on a chunk of logits between the matrix products into two
+    passes over memory, in place. If that fails, the loss says so in one line and uses eager_loss.
 """
 import contextlib
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -800,19 +806,146 @@ class ResonanceCache:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
 
-def loss_and_gradients(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, distill_weight, low, need):
+FUSED_DEVICES = {'cuda'}  # device types that use fused_loss
+CHUNK_BYTES = 2 ** 29  # of logits in fused_loss: 4,096 rows of GPT-2's vocabulary in bf16
+
+
+def loss_and_gradients(x, *arguments):
+    """-> (sum of the losses (), gradient of x, gradient of weight). The arguments are those of eager_loss.
+
+    One pass computes losses and gradients for a chunk of rows at a time. It stores no logits and computes no logits
+    twice. Besides its inputs, it holds one chunk of logits and the two gradients (idea: Liger Kernel,
+    arXiv:2410.10989)."""
+    device = x.device.type
+    if device in FUSED_DEVICES:
+        try:
+            return fused_loss(x, *arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler, or an operation that this device lacks
+            FUSED_DEVICES.discard(device)
+            reason = next(iter(str(error).strip().splitlines()), '')
+            print(f'the loss runs without torch.compile, which is slower: {type(error).__name__}: {reason}',
+                  file=sys.stderr, flush=True)
+    return eager_loss(x, *arguments)
+
+
+def loss_chunk(device, V, low, positions):
+    """The shape of a chunk of logits -> (rows, columns). device: its type. low: the dtype of the matrix products."""
+    if device in FUSED_DEVICES:
+        columns = V + -V % 64
+        rows = min(8192, max(128, CHUNK_BYTES // (columns * low.itemsize)))
+        # Powers of two, so that few shapes are compiled.
+        return min(2 ** (rows.bit_length() - 1), max(128, 2 ** (positions - 1).bit_length())), columns
+    rows = max(64, 2 ** 20 // V // 64 * 64)  # 4 MB of fp32 logits stay in a core's cache
+    return rows if device == 'cpu' else 32 * rows, V  # 32: enough work to fill a GPU
+
+
+def chunk_loss(logits, targets, teacher_logits, V, softcap, teacher_cap, distill_weight, need):
+    """The sum of the losses of a chunk, (). With `need`, replaces the logits (rows, columns) by their gradient.
+
+    Columns from V on are padding. Their gradient is 0.
+    Only the last line works in place. torch.compile fuses all lines into two passes over the logits."""
+    targets, column = targets[:, None], torch.arange(logits.size(1), device=logits.device)
+    keep, padding = targets >= 0, column >= V
+    z = logits.float()
+    if softcap:
+        tanh = (z / softcap).tanh()
+        z = softcap * tanh
+    if len(column) > V:
+        z = z.masked_fill(padding, -math.inf)
+    peak = z.amax(1, keepdim=True)
+    exp = (z - peak).exp()
+    total = exp.sum(1, keepdim=True)
+    at = (1 - distill_weight) * z.gather(1, targets.clamp(min=0))
+    if teacher_logits is not None:
+        log_q = teacher_logits.float()
+        if teacher_cap:
+            log_q = teacher_cap * (log_q / teacher_cap).tanh()
+        if len(column) > V:
+            log_q = log_q.masked_fill(padding, -math.inf)
+        log_q = log_q.log_softmax(1)
+        q = log_q.exp()
+        difference = z - log_q
+        if len(column) > V:
+            difference = difference.masked_fill(padding, 0)  # not inf - inf
+        at = at + distill_weight * (q * difference).sum(1, keepdim=True)
+    loss = ((peak + total.log() - at) * keep).sum()
+    if need:
+        p = exp / total - (1 - distill_weight) * (column == targets)
+        if teacher_logits is not None:
+            p = p - distill_weight * q
+        logits.copy_(p * keep * (1 - tanh.square()) if softcap else p * keep)
+    return loss
+
+
+@functools.cache
+def compiled_chunk_loss():
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one for each shape
+    # Reductions are not chosen by timing. Otherwise a killed run could not resume exactly.
+    return torch.compile(chunk_loss, dynamic=False, fullgraph=True, options={'deterministic': True})
+
+
+@torch.no_grad()
+def fused_loss(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, distill_weight, low, need):
+    """eager_loss for GPUs. Every chunk has the same shape: rows without a token are zeros with the target -1.
+
+    Tensor cores need aligned rows of logits, so the vocabulary is padded with rows of zeros in `weight`."""
+    N, V = len(x), len(weight)
+    rows, columns = loss_chunk(x.device.type, V, low, N)
+    w = padded(weight.to(low), columns)
+    teacher_w = teacher_w if teacher_w is None else padded(teacher_w.to(low), columns)
+    logits = x.new_empty(rows, columns, dtype=low)
+    teacher_logits = None if teacher_w is None else torch.empty_like(logits)
+    targets = F.pad(targets, (0, -N % rows), value=-1)
+    loss = torch.zeros((), device=x.device)
+    dx, dw = x.new_empty(0), x.new_empty(0)
+    if need:
+        dx, dw = torch.empty_like(x), torch.zeros_like(w, dtype=torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        for i in range(0, N, rows):
+            xs = x[i:i + rows].to(low)
+            n = len(xs)
+            product_into(logits, xs, w)
+            if teacher_x is not None:
+                product_into(teacher_logits, teacher_x[i:i + rows].to(low), teacher_w)
+            loss += compiled_chunk_loss()(
+                logits, targets[i:i + rows], teacher_logits, V, softcap, teacher_cap, distill_weight, need)
+            if need:
+                p = logits[:n]  # (n, columns), the gradient now
+                torch.mm(p, w, out=dx[i:i + n]) if dx.dtype == low else dx[i:i + n].copy_(p @ w)
+                add_product(dw, p.T, xs)
+    return loss, dx, dw[:V].to(weight.dtype)
+
+
+def padded(weight, n):  # (V, C) -> (n, C), with rows of zeros
+    return F.pad(weight, (0, 0, 0, n - len(weight))) if len(weight) < n else weight
+
+
+def product_into(logits, x, w):  # logits (rows, V) = x (n, C) @ w.T, and zeros below
+    torch.mm(x, w.T, out=logits[:len(x)])
+    logits[len(x):].zero_()
+
+
+def add_product(total, a, b):
+    """total += a @ b, with `total` in fp32. CUDA adds products of lower precision in fp32, too."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(a @ b)
+
+
+def eager_loss(x, weight, targets, softcap, teacher_x, teacher_w, teacher_cap, distill_weight, low, need):
     """-> (sum of the losses (), gradient of x, gradient of weight). Without `need` the gradients are empty.
 
     low: the dtype of the matrix products.
 
-    One pass computes losses and gradients for a few rows at a time. It stores no logits and computes no logits twice.
-    Besides its inputs, it holds one chunk of logits and the two gradients (idea: Liger Kernel, arXiv:2410.10989).
     On two CPU cores it matches F.linear_cross_entropy of torch 2.13 with chunks of 128, within the noise, and is faster
     than the default of F.linear_cross_entropy. To measure: `bench.py head`."""
     w, teacher_w = weight.to(low), teacher_w if teacher_w is None else teacher_w.to(low)
-    rows = max(64, 2 ** 20 // len(weight) // 64 * 64)  # 4 MB of fp32 logits stay in a core's cache
-    if x.device.type != 'cpu':
-        rows *= 32  # enough work to fill a GPU
+    rows, _ = loss_chunk(x.device.type, len(weight), low, len(x))
     loss = torch.zeros((), device=x.device)
     dx, dw = x.new_empty(0), x.new_empty(0)
     if need:

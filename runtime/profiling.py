@@ -21,7 +21,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from files import replacing
-from kernels import autocast
+from kernels import FUSED_DEVICES, autocast, loss_chunk
 from optim import Muon, local_tensor
 from runtime import device as hardware
 
@@ -107,10 +107,12 @@ def saved_bytes(model, rows, device, dtype):
 
 
 def logit_bytes(model, rows, device, dtype):
-    """Bytes of one chunk of logits in ChunkedCrossEntropy: in fp32, plus a copy in a lower-precision `dtype`."""
-    V, positions = model.config.vocab_size, rows * model.config.block_size
-    chunk = max(64, 2 ** 20 // V // 64 * 64) * (1 if device.type == 'cpu' else 32)
-    return min(chunk, positions) * V * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+    """Bytes of one chunk of logits in the loss. In kernels.eager_loss: in fp32, plus a copy in a lower precision."""
+    positions = rows * model.config.block_size
+    chunk, columns = loss_chunk(device.type, model.config.vocab_size, dtype, positions)
+    if device.type in FUSED_DEVICES:
+        return chunk * columns * dtype.itemsize
+    return min(chunk, positions) * columns * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

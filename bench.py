@@ -12,7 +12,7 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
     python bench.py batch --model=FILE      # the largest batch of a config file that fits
     python bench.py memory --model=FILE     # estimated memory by batch, precision and checkpointing, on 8 to 24 GB
     python bench.py sweep config/x.py --learning_rate=1e-3,3e-3  # runs over a grid of options, and the best of them
-    python bench.py head                    # the loss: chunked, torch's fused one and the plain formula
+    python bench.py head                    # the loss: ours with and without torch.compile, and others
     python bench.py quality                 # what each FFN learns from the same tokens, three seeds (hours on a CPU)
     python bench.py quality --preset=mixer  # or recall, routing, tiles, bitnet, speedrun, tiny;
                                             # --match=params, flops or bytes

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import settings
 from benchmarks.measure import ROOT, Candidate, alike, compare, interleaved, report, side_by_side, sizes, timed
 from configurator import UserError
-from kernels import chunked_cross_entropy
+from kernels import FUSED_DEVICES, autocast, chunked_cross_entropy
 from model import GPT, GPTConfig
 from runtime import device as hardware
 
@@ -26,6 +26,7 @@ SHAPES = [  # (shape, sequences a step, divisor of --repeats: the longer a step,
     (untied(n_embd=256, n_layer=6, n_head=8), 16, 3),
     (untied(n_embd=512, n_layer=12, n_head=8), 8, 5)]
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+HEAD_SHAPES = {'cpu': (4096, 128, 8192), 'cuda': (32_768, 768, 50_304)}  # tokens, width, vocabulary
 CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn='gelu')
 
 
@@ -240,22 +241,48 @@ def decode(config):
 
 
 def head(config):
-    """Forward and backward of the loss: 4096 tokens, width 128, vocabulary 8192."""
-    device, _, description = hardware.resolve(config.device, 'float32')
+    """
+    Forward and backward of the loss, for a shape in HEAD_SHAPES. On a GPU in bf16, and without the candidates that hold
+    all logits.
+    """
+    device, dtype, description = hardware.resolve(config.device, 'float32')
+    if device.type == 'cuda':
+        dtype = torch.bfloat16
+    N, C, V = HEAD_SHAPES.get(device.type, HEAD_SHAPES['cpu'])
     torch.manual_seed(0)
-    x = torch.randn(4096, 128, device=device).requires_grad_()
-    w = (0.02 * torch.randn(8192, 128, device=device)).requires_grad_()
-    y = torch.randint(8192, (4096,), device=device)
-    losses = {'plain': lambda: F.cross_entropy(x @ w.T, y), 'chunked (ours)': lambda: chunked_cross_entropy(x, w, y)}
-    if hasattr(F, 'linear_cross_entropy') and hasattr(torch.nn, 'LinearCrossEntropyOptions'):  # not in older torch
-        for name, options in (
-                ('torch fused', torch.nn.LinearCrossEntropyOptions()),
-                ('torch fused, chunks of 128',
-                 torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128, chunking_method=None))):
-            losses[name] = partial(F.linear_cross_entropy, x, w, y, options=options)
-    print(f'the loss on {description}')
+    x = torch.randn(N, C, device=device, dtype=dtype).requires_grad_()
+    w = (0.02 * torch.randn(V, C, device=device)).requires_grad_()
+    y = torch.randint(V, (N,), device=device)
 
-    def seconds(loss):
-        return timed(lambda: torch.autograd.grad(loss(), (x, w)), device)
-    times = interleaved({name: partial(seconds, loss) for name, loss in losses.items()}, config.repeats)
-    report('head', compare(times, 'plain'), config)
+    def ours(fused):
+        (FUSED_DEVICES.add if fused else FUSED_DEVICES.discard)(device.type)
+        with autocast(device, dtype):
+            return chunked_cross_entropy(x, w, y)
+
+    losses = {'chunked (ours)': partial(ours, False)}
+    ours(True)  # compiles
+    if device.type in FUSED_DEVICES:
+        losses['chunked, compiled (ours)'] = partial(ours, True)
+    if device.type != 'cuda':
+        losses['plain'] = lambda: F.cross_entropy(x @ w.T, y)
+        # Older versions of torch have no linear_cross_entropy.
+        if hasattr(F, 'linear_cross_entropy') and hasattr(torch.nn, 'LinearCrossEntropyOptions'):
+            options = torch.nn.LinearCrossEntropyOptions
+            losses['torch fused'] = partial(F.linear_cross_entropy, x, w, y, options=options())
+            losses['torch fused, chunks of 128'] = partial(
+                F.linear_cross_entropy, x, w, y, options=options(batch_chunk_size=128, chunking_method=None))
+    print(f'the loss of {N} tokens, width {C}, vocabulary {V} on {description}')
+
+    def gradients(loss):
+        torch.autograd.grad(loss(), (x, w))
+
+    times = interleaved({name: partial(timed, partial(gradients, loss), device) for name, loss in losses.items()},
+                        config.repeats)
+    rows = compare(times, 'chunked (ours)')
+    if device.type == 'cuda':
+        for row in rows:
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            gradients(losses[row['name']])
+            row['peak GB'] = (torch.cuda.max_memory_allocated(device) - before) / 1e9  # without the inputs
+    report('head', rows, config)

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 import bench
+import kernels
 import settings
 from benchmarks import blocks, loop, measure, preparing, presets, sweep, tables
 from configurator import UserError
@@ -77,6 +78,17 @@ def test_blocks_writes_table_and_picture(tmp_path, monkeypatch):
     assert [row['block'] for row in rows] == list(blocks.variants(shape))
     assert {row['shape'] for row in rows} == {'1 x 16'}
     assert rows[0]['ratio to dense'] == rows[1]['ratio to swiglu'] == 1 and all(0.05 < row['peak GB'] < 5 for row in rows)
+
+
+def test_head_measures_the_loss_with_and_without_compilation(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, 'HEAD_SHAPES', {'cpu': (200, 8, 50)})
+    monkeypatch.setattr(kernels, 'compiled_chunk_loss', lambda: kernels.chunk_loss)
+    monkeypatch.setattr(blocks, 'FUSED_DEVICES', devices := set())
+    monkeypatch.setattr(kernels, 'FUSED_DEVICES', devices)
+    bench.main(['head', '--device=cpu', '--repeats=2', f'--out={tmp_path}'])
+    rows = json.loads(result_file(tmp_path, 'head.json').read_text())['rows']
+    assert [row['name'] for row in rows][:3] == ['chunked (ours)', 'chunked, compiled (ours)', 'plain']
+    assert rows[0]['ratio'] == 1 and all(row['seconds'] > 0 for row in rows)
 
 
 def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):

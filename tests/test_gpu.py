@@ -84,6 +84,12 @@ def test_the_gpu_computes_the_loss_and_gradients_of_the_cpu(family):
     assert found['loss'] < 1e-4 and found['gradient'] < 1e-3
 
 
+@pytest.mark.parametrize('precision', ['bfloat16', 'float16', 'float32'])
+def test_the_fused_loss_is_the_eager_loss(precision):
+    found = job('fused_loss', precision)
+    assert max(found.values()) < (1e-4 if precision == 'float32' else 0.02), found
+
+
 @each_family
 @pytest.mark.parametrize('precision', PRECISIONS)
 def test_compiled_and_eager_agree(family, precision):
@@ -242,6 +248,25 @@ def compiled_and_eager(family, precision, checkpointing=''):
     problem, note = compiler.check(model, compiler.compiled(model), compute, device, dtype, contextlib.nullcontext(),
                                    lambda *numbers: numbers, lambda error: False)
     return {'problem': problem, 'note': note}
+
+
+def fused_loss(precision):
+    import torch
+
+    import kernels
+    low, worst = getattr(torch, precision), {'loss': 0, 'x': 0, 'weight': 0}
+    for V, cap, share in ((5003, 0.0, 0.0), (5056, 5.0, 0.0), (5003, 5.0, 0.4)):
+        torch.manual_seed(0)
+        x, w = torch.randn(9000, 64), torch.randn(V, 64) / 8  # two chunks
+        teacher = (torch.randn(9000, 32), torch.randn(V, 32) / 8, 3.0, share) if share else (None, None, 0.0, 0.0)
+        targets = torch.randint(-1, V, (9000,))
+        arguments = [t.to(DEVICE) if torch.is_tensor(t) else t for t in (x, w, targets, cap, *teacher, low, True)]
+        kernels.FUSED_DEVICES = {torch.device(DEVICE).type}
+        ours, expected = kernels.loss_and_gradients(*arguments), kernels.eager_loss(*arguments)
+        assert kernels.FUSED_DEVICES, 'no compilation'
+        for name, a, b in zip(worst, ours, expected):
+            worst[name] = max(worst[name], ((a - b).norm() / b.norm()).item())
+    return worst
 
 
 def executions(family):

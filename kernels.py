@@ -807,7 +807,7 @@ class ResonanceCache:
 # The loss
 
 FUSED_DEVICES = {'cuda'}  # device types that use fused_loss
-CHUNK_BYTES = 2 ** 29  # of logits in fused_loss: 4,096 rows of GPT-2's vocabulary in bf16
+CHUNK_BYTES = 2 ** 30  # of logits in fused_loss: 8,192 rows of the vocabulary of GPT-2 in bf16
 
 
 def loss_and_gradients(x, *arguments):

@@ -105,7 +105,8 @@ class TrainStep:
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
-        loss, norm = sum(losses).item(), norm.item()  # the only device sync in a step
+        loss = sum(losses)
+        loss, norm = torch.stack((loss, norm.to(loss))).tolist()  # the only device sync in a step
         loss = self.group.sum(loss)[0] / self.group.world
         skip = self.why_skip(loss, norm, recent)
         self.zero_steps = self.zero_steps + 1 if skip == 'zero_gradient' else 0

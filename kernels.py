@@ -817,7 +817,8 @@ def loss_and_gradients(x, *arguments):
     twice. Besides its inputs, it holds one chunk of logits and the two gradients (idea: Liger Kernel,
     arXiv:2410.10989)."""
     device = x.device.type
-    if device in FUSED_DEVICES:
+    # Under a dispatch mode (fake tensors, a FLOP counter), dynamo would mark the function as never to be compiled.
+    if device in FUSED_DEVICES and not torch._C._len_torch_dispatch_stack():
         try:
             return fused_loss(x, *arguments)
         except torch.OutOfMemoryError:

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_blocks import T, build, tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import chunked_cross_entropy, gated_hidden, rms, short_filter
@@ -118,6 +119,10 @@ def test_the_compiled_body_of_the_fused_loss_is_the_formula(monkeypatch, backend
     torch._dynamo.reset()
     use_fused_loss(monkeypatch, lambda body: torch.compile(body, backend=backend, dynamic=False, fullgraph=True))
     x, w, targets, teacher = example(share=share, cap=3.0)
+    with FlopCounterMode(display=False):  # would keep the body from being compiled for ever
+        expected = chunked_cross_entropy(x, w, targets, softcap, teacher)
+    with torch.inference_mode():
+        torch.testing.assert_close(chunked_cross_entropy(x, w, targets, softcap, teacher), expected)
     agree(lambda x, w: chunked_cross_entropy(x, w, targets, softcap, teacher), lambda x, w: formula(x, w, targets, softcap, teacher), x, w)
     assert kernels.FUSED_DEVICES, 'compilation failed'
 

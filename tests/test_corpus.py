@@ -568,7 +568,7 @@ def test_an_unreachable_hub_gives_one_line_with_the_alternatives(hub, capfd, mon
     hub.faults = {call: ConnectionError("Couldn't reach it") for call in range(1, 99)}
     message = refused('fineweb_edu')
     assert hub.waits == [1, 2, 4, 8, 16] and len(hub.asked) == 6 == hub_module.RETRIES + 1
-    assert message.startswith("fineweb_edu: can't read HuggingFaceFW/fineweb-edu sample-10BT from the Hugging Face Hub "
+    assert message.startswith("fineweb_edu: cannot read HuggingFaceFW/fineweb-edu sample-10BT from the Hugging Face Hub "
                               "after row 0, tried 6 times (ConnectionError: Couldn't reach it)")
     assert all(way in message for way in ('--source=PATH', '--dataset=text:PATH', '--dataset=pylib'))
     assert len(capfd.readouterr().err.splitlines()) == 5
@@ -752,7 +752,7 @@ def test_shakespeare_is_downloaded_once_and_split_where_nanogpt_does(shakespeare
 def test_a_text_other_than_shakespeare_is_refused_and_not_kept(shakespeare, monkeypatch):
     Path('short.txt').write_text('short')
     Path('other.txt').write_text('x' * 1000)
-    for source, message in (('short.txt', '5 bytes, expected the 1,000 of'), ('other.txt', 'another text'), ('none.txt', 'No such file')):
+    for source, message in (('short.txt', '5 bytes, expected the 1,000 of'), ('other.txt', 'this is another text'), ('none.txt', 'No such file')):
         with pytest.raises(UserError, match=f'{source}: {message}'):
             open_corpus(shakespeare_options(source=source))
     monkeypatch.setattr(corpus, 'urlopen', lambda url, timeout: io.BytesIO(b'<html>'))

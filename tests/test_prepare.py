@@ -267,7 +267,7 @@ def test_long_runs_of_spaces_are_encoded(large):
 
 @pytest.mark.parametrize('options, message', [
     ({'dataset': 'nolib'}, '--dataset=nolib: unknown, expected pylib, '),
-    ({'source': 'x'}, '--source=x: --dataset=text:{tmp}/c.jsonl has none'),
+    ({'source': 'x'}, '--source=x: --dataset=text:{tmp}/c.jsonl has no such option'),
     ({'bad_text': 'keep'}, '--bad_text=keep: expected refuse, skip or replace'),
     ({'shard': '2/2'}, '--shard=2/2: expected i/n with 0 <= i < n'),
     ({'shard': '0/2', 'max_tokens': 5}, '--max_tokens=5: with --shard, a machine cannot count'),
@@ -313,7 +313,7 @@ def test_mistakes_are_refused_in_one_line_and_leave_nothing(tmp_path, options, m
 def test_the_largest_vocabulary_that_the_error_names_works(corpus, tmp_path):
     with pytest.raises(UserError) as error:
         prepared(corpus, tmp_path / 'out', vocab_size=60000)
-    largest = str(error.value).split('at most ')[1].split()[0]
+    largest = str(error.value).split('use --vocab_size=')[1].split()[0]
     assert meta(prepared(corpus, tmp_path / 'out', vocab_size=largest))['vocab_size'] == int(largest)
 
 

@@ -438,7 +438,7 @@ def test_finished_parts_are_neither_encoded_nor_read_again(large, parts, tmp_pat
             'def encode(texts):\n    count[0] += sum(map(len, texts.values()))\n    return original(texts)\n'
             'building.encode = encode\nprepare.main(sys.argv[1:])\nprint(count[0])')
     said = start(code, *arguments(large[0], tmp_path / 'out')).communicate(timeout=60)[0].splitlines()
-    behind = int(next(line for line in said if line.startswith('continuing after')).split()[3].replace(',', ''))
+    behind = int(next(line for line in said if line.startswith('continuing after')).split()[2].replace(',', ''))
     assert behind > 4000 and int(said[-1]) == 9000 - behind
 
 

@@ -138,7 +138,7 @@ def sample(config, model, encoding, text, seed, device, dtype, speed):
     first = True
     with autocast(device, dtype):
         for token in generate(model, idx, encoding.n_vocab, config.max_new_tokens, config.temperature, config.top_k,
-                              config.top_p, seed):
+                              config.top_p, seed, encoding.eot_token):
             token = token.item()
             now = time.perf_counter()
             if first:

@@ -1,10 +1,11 @@
 """Generate text from a model, token by token. Used by sample.py, and by train.py for the samples of a run.
 
-    for token in generate(model, idx, n_vocab, max_new_tokens=200): ...       # idx (B, T), token (B,)
-    for text in pieces(encoding, tokens): ...                                 # token ids -> text, in whole characters
-    sample_grid(model, encoding, ['The', 'def'], max_new_tokens=64, seed=1)   # each prompt in three modes
+    for token in generate(model, idx, n_vocab, max_new_tokens=200, eot_id=eot_id): ...  # idx (B, T), token (B,)
+    for text in pieces(encoding, tokens): ...                                           # token ids -> text, in whole characters
+    sample_grid(model, encoding, ['The', 'def'], max_new_tokens=64, seed=1)             # each prompt in three modes
 """
 import codecs
+import math
 import random
 
 import torch
@@ -26,11 +27,16 @@ def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
     return order.gather(-1, pick).squeeze(-1)
 
 
+def without(logits, token):  # (B, V) -> (B, V), in which `token` is never chosen
+    return logits.index_fill(-1, torch.tensor([token], device=logits.device), -math.inf)
+
+
 @torch.no_grad()
-def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=1337):
+def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=1337, eot_id=None):
     """Continue the prompts idx (B, T >= 1). Yields the next token (B,) int64, up to max_new_tokens times.
 
     Only the first n_vocab ids can be chosen, because the model's vocabulary may be padded beyond the tokenizer's.
+    eot_id: the end-of-text token. It is never the first new token, so a text that ends there is never empty.
     The weights must not change before the last token. Each token costs one step with the cache. When the context is
     full, generation continues from its last half."""
     training, size = model.training, model.config.block_size
@@ -39,11 +45,13 @@ def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_
     cache, part = model.new_cache(len(idx)), idx[:, -size:]
     fixed = model.fixed_weights()
     try:
-        for _ in range(max_new_tokens):
+        for i in range(max_new_tokens):
             if cache.pos + part.size(1) > size:
                 cache, part = model.new_cache(len(idx)), idx[:, -(size // 2 or 1):]
             with fixed:  # for one forward, because the caller's code runs between two tokens
                 logits = model(part, cache=cache, last=True)[:, -1, :n_vocab]
+            if i == 0 and eot_id is not None:
+                logits = without(logits, eot_id)
             token = choose(logits, temperature, top_k, top_p, generator)
             yield token
             part = token[:, None]
@@ -98,10 +106,11 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
     Returns [{prompt, mode, text, tokens, entropy, repetition}], ordered by prompt, then mode.
     All rows form one batch with one cache. While a row's prompt lasts, the row receives its next prompt token.
     So there is no padding, and a greedy row equals the output of `generate`, even with a full context.
-    A row ends after max_new_tokens (>= 1) or at an end-of-text token.
+    A row ends after max_new_tokens (>= 1) or at an end-of-text token, which is never its first new token.
     Row i has its own generator, seeded by (seed, i), so the other rows do not affect it.
     text, tokens and repetition exclude the end-of-text token.
     entropy: of the distribution at temperature 1, in nats, averaged over the chosen tokens, end-of-text included.
+    It is that of the model: an end-of-text token counts as possible at the first new token, too.
     stop() is called before every step. If it returns True, the result is [], because the statistics of truncated rows
     would be wrong."""
     training, size, device = model.training, model.config.block_size, next(model.parameters()).device
@@ -130,7 +139,8 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
                     continue
                 token = encoding.eot_token  # filler: an ended row keeps its place in the batch
                 if row in live:
-                    token = choose(logits[row:row + 1], **MODES[mode], generator=generators[row]).item()
+                    options = logits[row:row + 1] if new[row] else without(logits[row:row + 1], encoding.eot_token)
+                    token = choose(options, **MODES[mode], generator=generators[row]).item()
                     nats[row].append(entropy[row])
                     if token != encoding.eot_token:
                         new[row].append(token)

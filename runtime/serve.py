@@ -187,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
             with autocast(server.device, server.dtype):
                 for token in generate(server.model, idx, server.encoding.n_vocab, request['max_tokens'],
                                       request['temperature'], request['top_k'], request['top_p'],
-                                      sample_seed(request['seed'], i)):
+                                      sample_seed(request['seed'], i), server.encoding.eot_token):
                     count += 1
                     if server.config.stop and token.item() == server.encoding.eot_token:
                         ended = True

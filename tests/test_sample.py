@@ -188,16 +188,16 @@ def test_repetition_is_the_share_of_4_grams_that_were_there_before(ids, share):
 def test_the_end_of_a_document_ends_its_row_and_the_last_one_the_grid(monkeypatch):
     model, calls = model_of(), []
     model.lm_head.weight.data.zero_()
-    script = {0: iter([1, 2, 36]), 0.8: iter([36]), 1.3: iter([3, 3, 3, 3])}  # a row that has ended is asked no more
+    script = {0: iter([1, 2, 36]), 0.8: iter([5, 36]), 1.3: iter([3, 3, 3, 3])}  # a row that has ended is asked no more
     monkeypatch.setattr(generation, 'choose', lambda logits, temperature, **_: torch.tensor([next(script[temperature])]))
     rows = generation.sample_grid(model, Letters, ['cat'], 4, seed=1, stop=lambda: calls.append(1))
-    assert [row['text'] for row in rows] == ['bc', '', 'dddd'] and [row['tokens'] for row in rows] == [2, 0, 4]
-    assert [row['entropy'] for row in rows] == pytest.approx([math.log(37)] * 3)  # that it ended at once was a choice, too
+    assert [row['text'] for row in rows] == ['bc', 'f', 'dddd'] and [row['tokens'] for row in rows] == [2, 1, 4]
+    assert [row['entropy'] for row in rows] == pytest.approx([math.log(37)] * 3)  # the end of a document was a choice, too
     assert len(calls) == 4  # the prompt and three tokens more; the last one is not fed
-    script.update({0: iter([36]), 0.8: iter([1, 36]), 1.3: iter([36])})
+    script.update({0: iter([1, 36]), 0.8: iter([1, 1, 36]), 1.3: iter([1, 36])})
     calls.clear()
     generation.sample_grid(model, Letters, ['cat'], 400, seed=1, stop=lambda: calls.append(1))
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_rows_that_end_early_do_not_delay_the_others(monkeypatch):
@@ -209,6 +209,29 @@ def test_rows_that_end_early_do_not_delay_the_others(monkeypatch):
     monkeypatch.setattr(generation, 'choose', ending)
     rows = generation.sample_grid(model, Letters, ['cat'], 40, seed=1)  # the context is full three times after the others have ended
     assert [row['text'] for row in rows] == [expected, '', '']
+
+
+@pytest.mark.parametrize('pack', [False, True], ids=['trained', 'packed'])
+@pytest.mark.parametrize('temperature', [0, 0.8])
+def test_a_text_never_ends_before_its_first_token(temperature, pack):
+    model, ends = model_of(ffn='trix', tie_embeddings=False), torch.tensor([[36], [36]])
+    with torch.no_grad():
+        model.wte.weight.fill_(0.1)
+        model.lm_head.weight.fill_(0.01)[36] = 10  # the end of a document is by far the likeliest token
+    if pack:
+        model = packed.in_memory(model)
+    free = list(generation.generate(model, ends, 37, 3, temperature))
+    first, *others = generation.generate(model, ends, 37, 3, temperature, eot_id=36)
+    assert 36 not in first and torch.stack(free + others).eq(36).all()
+    rows = generation.sample_grid(model, Letters, ['', 'cat'], 5, seed=1)
+    assert [row['tokens'] for row in rows if row['mode'] != 'stress'] == [1] * 4 and all(row['text'] for row in rows)
+    assert rows[0]['entropy'] == pytest.approx(0, abs=0.01)  # of the model, to which this token is as good as certain
+
+
+def test_a_sample_of_the_start_of_a_document_is_never_empty(trained, capsys):
+    for seed in range(1, 6):
+        sample.main([str(trained[0]), f'--seed={seed}', '--max_new_tokens=1', '--device=cpu'])
+        assert capsys.readouterr().out.strip('\n')
 
 
 def test_a_grid_that_is_stopped_is_empty_and_leaves_the_model_as_it_was():
@@ -303,12 +326,14 @@ def test_prompts_from_a_file_and_from_the_keyboard(trained, tmp_path, capsys, mo
 
 
 def test_sampling_stops_at_the_end_of_a_document(trained, capsys, monkeypatch):
-    monkeypatch.setattr(generation, 'choose', lambda logits, *_: torch.tensor([279]))  # the end-of-text token
+    script = iter(2 * [ord('y'), 279, 279])  # 279: the end-of-text token; a byte is its own id
+    monkeypatch.setattr(generation, 'choose', lambda logits, *_: torch.tensor([next(script)]))
     capsys.readouterr()
     sample.main([str(trained[0]), '--prompt=x', '--device=cpu'])
-    assert capsys.readouterr().out == 'x\n'
-    sample.main([str(trained[0]), '--prompt=x', '--device=cpu', '--stop=false', '--max_new_tokens=2'])
-    assert capsys.readouterr().out == 'x<|endoftext|><|endoftext|>\n'
+    assert capsys.readouterr().out == 'xy\n'
+    next(script)
+    sample.main([str(trained[0]), '--prompt=x', '--device=cpu', '--stop=false', '--max_new_tokens=3'])
+    assert capsys.readouterr().out == 'xy<|endoftext|><|endoftext|>\n'
 
 
 def test_padding_of_the_vocabulary_is_never_sampled(trained):

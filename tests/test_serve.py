@@ -48,7 +48,8 @@ def ask(server, path='/v1/completions', body=None, **headers):
 
 def expected(server, prompt, n, seed, temperature=0.8):
     idx = torch.tensor([generation.encode(server.encoding, prompt)])
-    tokens = generation.generate(server.model, idx, server.encoding.n_vocab, n, temperature, seed=seed)
+    tokens = generation.generate(server.model, idx, server.encoding.n_vocab, n, temperature, seed=seed,
+                                 eot_id=server.encoding.eot_token)
     return ''.join(generation.pieces(server.encoding, [token.item() for token in tokens]))
 
 
@@ -79,9 +80,10 @@ def test_a_text_ends_before_a_stop_string_and_at_the_end_of_a_document(served, m
     answer = json.loads(ask(served, body={'seed': 5, 'stop': stop})[1])['choices'][0]
     assert answer['text'] == whole[:whole.index(stop)] and answer['finish_reason'] == 'stop'
     monkeypatch.setattr(served.config, 'stop', True)
-    monkeypatch.setattr(generation, 'choose', lambda logits, *_: torch.tensor([served.encoding.eot_token]))
+    script = iter([ord('y'), served.encoding.eot_token])  # a byte is its own id
+    monkeypatch.setattr(generation, 'choose', lambda logits, *_: torch.tensor([next(script)]))
     answer = json.loads(ask(served, body={})[1])['choices'][0]
-    assert answer['text'] == '' and answer['finish_reason'] == 'stop'
+    assert answer['text'] == 'y' and answer['finish_reason'] == 'stop'
 
 
 @hypothesis_settings(deadline=None, max_examples=200)

@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -306,7 +307,9 @@ def nearest(name, names, shown=str):
 
 
 def describe(cls):
-    """The --help text of a dataclass: key, type, default and comment of each field."""
+    """The --help text of a dataclass: key, type, default and comment of each field.
+
+    The class may have `choices() -> {key: allowed values}`. Values that a comment does not name are listed behind it."""
     code = textwrap.dedent(inspect.getsource(cls))
     lines, hints, rows, said = code.split('\n'), get_type_hints(cls), [], {}
     for node in ast.parse(code).body[0].body:
@@ -314,8 +317,13 @@ def describe(cls):
             rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()  # ast counts columns in bytes
             below = takewhile(lambda line: line.lstrip().startswith('#'), lines[node.end_lineno:])
             said[node.target.id] = [line.lstrip(' #') for line in (rest, *below)]
+    choices = cls.choices() if hasattr(cls, 'choices') else {}
     for field in fields(cls):
         first, *more = said[field.name]
+        words = re.findall(r'\w+', ' '.join(said[field.name]))
+        unnamed = [value for value in choices.get(field.name, ()) if value and value not in words]
+        if unnamed:
+            more.append(f'also: {", ".join(unnamed)}')
         rows.append((f'  --{field.name}', KINDS[hints[field.name]], repr(field.default), first))
         rows.extend(('', '', '', line) for line in more)
     return f'{cls.__name__}\n{columns(rows)}'

@@ -65,6 +65,11 @@ class GPTConfig:
     document_mask: bool = False  # a token sees only its own document; a document ends with its end-of-text token
     eot_id: int = -1  # document_mask: the id of the end-of-text token (train.py takes it from the data)
 
+    @staticmethod
+    def choices():
+        """{option: its allowed values}"""
+        return CHOICES
+
     def mixers(self):
         """The name of the mixer of each layer."""
         every = self.attention_every

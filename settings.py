@@ -121,6 +121,12 @@ class TrainConfig:
     tensorboard: bool = False  # also write scalars and samples for TensorBoard, in out_dir/tensorboard
     wandb: bool = False  # also send scalars to Weights & Biases (WANDB_MODE=offline needs no network)
 
+    @staticmethod
+    def choices():
+        """{option: its allowed values}"""
+        return {'schedule': schedules.SCHEDULES, 'optimizer': OPTIMIZERS, 'parallel': ('ddp', 'fsdp'),
+                'packing': ('stream', 'best_fit')}
+
     def problems(self):
         found = [f'{key}={getattr(self, key)} must be at least 1' for key in
                  ('max_steps', 'batch_size', 'max_skipped', 'spike_window', 'sample_tokens', 'compile_timeout',
@@ -140,9 +146,9 @@ class TrainConfig:
         elif self.document_starts and self.packing == 'best_fit':
             found.append(f'document_starts={self.document_starts} is for packing=stream: '
                          'with best_fit every row begins with a document')
-        found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}' for key, choices in
-                  (('optimizer', OPTIMIZERS), ('parallel', ('ddp', 'fsdp')), ('packing', ('stream', 'best_fit')))
-                  if getattr(self, key) not in choices]
+        found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}'
+                  for key, choices in self.choices().items()
+                  if key != 'schedule' and getattr(self, key) not in choices]  # schedule.problems checks that
         if self.learning_rate == 0:  # schedule.problems checks the rest
             found.append(f'learning_rate={self.learning_rate} must be greater than 0')
         if self.seed >= 2**63:

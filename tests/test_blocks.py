@@ -1,4 +1,4 @@
-"""The promises of every block. A new block needs one line in VARIANTS."""
+"""What every block promises. A mixer or an FFN that VARIANTS does not name is tested with the default options, too."""
 import argparse
 import inspect
 import math
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from model import GPT, GPTConfig, Resonance
+from model import FFNS, MIXERS, GPT, GPTConfig, Resonance
 
 V, T = 61, 32  # vocabulary and context of the models in here
 VARIANTS = {
@@ -37,14 +37,27 @@ VARIANTS = {
     'hybrid': dict(mixer='resonance', attention_every=2, linear='bitnet', ffn='swiglu', num_frequencies=8),
     'hybrid_trix': dict(mixer='resonance', attention_every=2, ffn='trix', num_frequencies=8, chunk_size=16),
 }
+for part, names in (('ffn', FFNS), ('mixer', MIXERS)):
+    tested = {options.get(part, getattr(GPTConfig, part)) for options in VARIANTS.values()}
+    VARIANTS |= {name: {part: name} for name in names if name not in tested}
 every_block = pytest.mark.parametrize('name', VARIANTS)
-each_kind = pytest.mark.parametrize('name', [name for name in VARIANTS if name not in (  # these learn as others do
+# Those left out of the tests that train learn as others do.
+each_kind = pytest.mark.parametrize('name', [name for name in VARIANTS if name not in (
     'gpt2', 'nope', 'softcap', 'trix_top1', 'trix_hash', 'bitnet', 'bitnet_ffn', 'bitnet_llama', 'hybrid_trix')])
+each_part = pytest.mark.parametrize('name', [name for name in VARIANTS if name not in (
+    'gpt2', 'nope', 'softcap', 'trix_top1', 'trix_all', 'trix_cut', 'trix_hash', 'bitnet', 'bitnet_ffn',
+    'bitnet_llama', 'resonance_chunks', 'hybrid', 'hybrid_trix')])
+
+
+def fresh(name, seed=0, **changes):
+    """A model of a variant, as it is initialised."""
+    torch.manual_seed(seed)
+    small = dict(block_size=T, vocab_size=V, n_layer=2, n_head=4, n_embd=32)
+    return GPT(GPTConfig(**{**small, **VARIANTS[name], **changes}))
 
 
 def build(name, seed=0, **changes):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**dict(block_size=T, vocab_size=V, n_layer=2, n_head=4, n_embd=32), **VARIANTS[name], **changes}))
+    model = fresh(name, seed, **changes)
     with torch.no_grad():  # as after some training: logits that depend on everything, by much more than rounding
         for p in model.parameters():
             if p.dim() > 1:
@@ -54,8 +67,10 @@ def build(name, seed=0, **changes):
 
 @pytest.fixture(params=['rounded', 'smooth'])
 def tolerance(request, name, monkeypatch):
-    """The error that rounding may make. Where activations are rounded to int8, noise of 1e-7 can tip one over to the next
-    code and then shows at 1e-3; so those blocks are tested twice, strictly without the rounding and loosely with it."""
+    """The error that rounding may make.
+
+    Where activations are rounded to int8, noise of 1e-7 can change a code, which then shows at 1e-3. So those blocks
+    are tested twice: strictly without the rounding, and loosely with it."""
     if not (VARIANTS[name].get('act_bits') or 'bitnet' in VARIANTS[name].values()):
         return 1e-5 if request.param == 'rounded' else pytest.skip('no activation is rounded')
     if request.param == 'rounded':
@@ -69,8 +84,8 @@ def tokens(*shape, seed=1):
     return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_close(a, b, tolerance=1e-5):
-    assert (a - b).abs().max().item() <= tolerance * b.abs().max().item()
+def assert_close(a, b, tolerance=1e-5, advice=''):
+    assert (a - b).abs().max().item() <= tolerance * b.abs().max().item(), advice
 
 
 # ---- 1. causal
@@ -98,7 +113,8 @@ def test_gradient_of_a_logit_by_a_later_embedding_is_zero(name):
     logits = model(tokens(1, T))
     for i in (0, 7, T - 2):
         grad, = torch.autograd.grad(logits[0, i].square().sum(), seen['x'], retain_graph=True)
-        rounding = 1e-6 * grad[0, i].abs().max() if any(isinstance(m, Resonance) for m in model.modules()) else 0  # of the FFT
+        has_fft = any(isinstance(module, Resonance) for module in model.modules())
+        rounding = 1e-6 * grad[0, i].abs().max() if has_fft else 0
         assert grad[0, i + 1:].abs().max() <= rounding
         assert grad[0, i].abs().max() > 0
 
@@ -134,13 +150,15 @@ def test_logits_of_a_prefix_are_the_prefix_of_the_logits(name, tolerance):
 
 
 @every_block
-@pytest.mark.parametrize('parts', [[1] * T, [7] + [1] * (T - 7), [5, 11, 1, T - 17], [T]], ids=['steps', 'prefill', 'chunks', 'whole'])
+@pytest.mark.parametrize('parts', [[1] * T, [7] + [1] * (T - 7), [5, 11, 1, T - 17], [T]],
+                         ids=['steps', 'prefill', 'chunks', 'whole'])
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward(name, parts, tolerance):
     model, idx = build(name).eval(), tokens(3, T)
     cache = model.new_cache(3)
     got = torch.cat([model(part, cache=cache) for part in idx.split(parts, 1)], 1)
-    assert_close(got, model(idx), tolerance)
+    assert_close(got, model(idx), tolerance, f'{name}: a block that looks at other positions needs new_cache(B), '
+                 'and forward(x, cache) must go on from it (see Attention)')
 
 
 def test_a_context_over_block_size_is_refused():
@@ -195,13 +213,12 @@ def test_every_parameter_gets_a_gradient_within_a_few_steps(name):
         idx = tokens(8, T + 1, seed=step)
         model(idx[:, :-1], idx[:, 1:]).backward()
         missing -= {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert not missing
+    assert not missing, f'{name}: these parameters never learn'
 
 
 @pytest.mark.parametrize('name', ['gelu', 'swiglu', 'trix', 'bitnet_all', 'resonance', 'resonance_ffn'])
 def test_with_zero_init_blocks_start_as_the_identity_and_learn_from_the_second_step_on(name):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**dict(block_size=T, vocab_size=V, n_layer=2, n_head=4, n_embd=32), **VARIANTS[name], 'zero_init': True}))
+    model = fresh(name, zero_init=True)
     idx, x = tokens(2, T + 1), torch.randn(2, T, 32)
     for block in model.blocks:
         assert torch.equal(block(x), x)
@@ -245,8 +262,7 @@ def test_taps_weigh_a_token_and_its_predecessors_by_channel():
 
 @each_kind
 def test_a_model_can_memorise_one_batch(name):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**dict(block_size=T, vocab_size=V, n_layer=2, n_head=4, n_embd=32), **VARIANTS[name]}))
+    model = fresh(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
     idx = tokens(4, T + 1)
     for step in range(400):
@@ -259,21 +275,21 @@ def test_a_model_can_memorise_one_batch(name):
         optimizer.step()
         optimizer.zero_grad()
         model.update_balance(1e-3)
-    pytest.fail(f'loss {loss.item():.3f} after {step + 1} steps on one batch')
+    pytest.fail(f'{name}: loss {loss.item():.3f} after {step + 1} steps on one batch')
 
 
-@pytest.mark.parametrize('name', ['gelu', 'relu2', 'swiglu', 'none', 'trix', 'bitnet_all', 'resonance', 'resonance_ffn'])
+@each_part
 def test_bytes_are_predicted_better_than_by_a_bigram_table(name):
     text = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8).astype(np.int64)
     cut = len(text) * 9 // 10
     train, val = text[:cut], text[cut:]
     pairs, ones = np.full((256, 256), 1e-9), np.bincount(train, minlength=256) + 0.1
     np.add.at(pairs, (train[:-1], train[1:]), 1)
-    best = min(-np.log(w * (pairs / pairs.sum(1, keepdims=True))[val[:-1], val[1:]] + (1 - w) * (ones / ones.sum())[val[1:]]).mean()
-               for w in (0.8, 0.9, 0.95, 0.98))
+    bigram = (pairs / pairs.sum(1, keepdims=True))[val[:-1], val[1:]]
+    unigram = (ones / ones.sum())[val[1:]]
+    best = min(-np.log(w * bigram + (1 - w) * unigram).mean() for w in (0.8, 0.9, 0.95, 0.98))
 
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**dict(block_size=64, vocab_size=256, n_layer=2, n_head=4, n_embd=64), **VARIANTS[name]}))
+    model = fresh(name, block_size=64, vocab_size=256, n_embd=64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
     draw = np.random.default_rng(0)
     val = torch.from_numpy(val[:len(val) // 65 * 65].reshape(-1, 65))
@@ -290,15 +306,14 @@ def test_bytes_are_predicted_better_than_by_a_bigram_table(name):
                 loss = model(val[:, :-1], val[:, 1:]).item()
             if loss < best:
                 return
-    pytest.fail(f'{loss:.3f} nats, the bigram table has {best:.3f}')
+    pytest.fail(f'{name}: {loss:.3f} nats, the bigram table has {best:.3f}')
 
 
 # ---- 6. start, exact variants of execution, counts
 
 @every_block
 def test_the_loss_starts_at_ln_vocab_size(name):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**dict(block_size=64, vocab_size=8192, n_layer=3, n_head=4, n_embd=128), **VARIANTS[name]}))
+    model = fresh(name, block_size=64, vocab_size=8192, n_layer=3, n_embd=128)
     idx = torch.randint(8192, (4, 65))
     assert abs(model(idx[:, :-1], idx[:, 1:]).item() - math.log(8192)) < 0.3
 
@@ -315,10 +330,12 @@ def test_activation_checkpointing_changes_nothing(name):
     for a, b in zip(plain.parameters(), saving.parameters()):
         assert torch.equal(a.grad, b.grad)
     for a, b in zip(plain.trix_layers(), saving.trix_layers()):
-        assert torch.equal(a.load, b.load) and a.load.sum() == 2 * T * a.k, 'a token is counted once, though its block ran twice'
+        assert torch.equal(a.load, b.load)
+        assert a.load.sum() == 2 * T * a.k, 'a token is counted once, although its block ran twice'
 
 
-@pytest.mark.parametrize('name', ['gelu', 'swiglu', 'trix', 'trix_all', 'bitnet_all', 'resonance', 'resonance_chunks', 'hybrid'])
+@pytest.mark.parametrize('name', [
+    'gelu', 'swiglu', 'trix', 'trix_all', 'bitnet_all', 'resonance', 'resonance_chunks', 'hybrid'])
 def test_under_autocast_the_loss_equals_fp32_and_every_parameter_learns(name):
     idx, model = tokens(4, T + 1), build(name)
     expected = model(idx[:, :-1], idx[:, 1:]).item()
@@ -348,7 +365,9 @@ def test_flops_per_token_equal_those_that_torch_counts(name):
             (K, C), S = layer.magnitude.shape, min(T, layer.chunk_size)
             n = min(base << a for base in (1, 3, 5) for a in range(9) if base << a >= 2 * S - 1)
             filters += 2 * S * 2 * K * C + fft_flops(n, (n, C))
-    assert model.flops_per_token(T) == pytest.approx(3 * (counter.get_total_flops() - filters) / idx.numel(), rel=1e-6)
+    counted = 3 * (counter.get_total_flops() - filters) / idx.numel()
+    assert model.flops_per_token(T) == pytest.approx(counted, rel=1e-6), (
+        f'{name}: call its matrices *_proj, and count other products in its flops_per_token(T) (see Attention)')
 
 
 @every_block

@@ -13,8 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import configurator
+import model
+import schedule
 import train
 from configurator import UserError, load, peek
+from model import GPTConfig
+from settings import TrainConfig
 
 
 @dataclass
@@ -405,6 +410,16 @@ def test_load_is_pure(write, capsys):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Programs
+
+@pytest.mark.parametrize('key, table', [('ffn', 'FFNS'), ('mixer', 'MIXERS'), ('schedule', 'SCHEDULES')])
+def test_help_lists_a_block_or_a_schedule_that_its_dict_has_and_no_comment_names(key, table, monkeypatch):
+    cls, module = (TrainConfig, schedule) if key == 'schedule' else (GPTConfig, model)
+    before = configurator.describe(cls).splitlines()
+    assert not any('also: ' in line for line in before)  # the comments name all of ours
+    monkeypatch.setitem(getattr(module, table), 'mine', None)
+    added, = set(configurator.describe(cls).splitlines()) - set(before)
+    assert added.split() == ['also:', 'mine']
+
 
 def test_help_lists_usage_and_type_default_and_comment_of_every_field(capsys):
     with pytest.raises(SystemExit) as end:

@@ -34,7 +34,10 @@ def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_p
     for name in ('model.py', 'kernels.py', 'pytest.ini', 'tests/test_blocks.py', 'tests/conftest.py'):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / 'block.diff').write_text(re.search(r'```diff\n(.*?)```', README, re.S).group(1))
-    subprocess.run(['git', 'apply', 'block.diff'], cwd=tmp_path, check=True)
+    applied = subprocess.run(['git', 'apply', 'block.diff'], cwd=tmp_path, capture_output=True, text=True)
+    assert applied.returncode == 0, (
+        'README.md, "Adding a block": its diff no longer fits model.py or tests/test_blocks.py. '
+        f'Copy the lines that surround its additions from these files. {applied.stderr}')
     tests = 'reglu and (later_embedding or cached_decoding or every_parameter or starts_at)'
     done = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-k', tests], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and '7 passed' in done.stdout, done.stdout

@@ -1,6 +1,6 @@
 """A trained model as a file that runs elsewhere, small and fast.
 
-    python export.py pack runs/x                     # runs/x/packed.safetensors: 2 bits per ternary weight
+    python export.py pack runs/x                     # runs/x/packed.safetensors: ternary weights in 2 bits
     python export.py pack runs/x small.safetensors --embeddings=int8
     python export.py pack runs/x --checkpoint=best   # or last, or a step
     python sample.py small.safetensors               # sample.py and evaluate.py take it in place of a run
@@ -32,9 +32,10 @@ class ExportConfig:
     run: str = ''  # run directory or checkpoint file; may stand without --run=
     checkpoint: str = 'last'  # of a run directory: last (the newest good one), best (lowest validation loss) or a step
     out: str = ''  # path of the export (empty: in the run directory); may stand without --out=
-    embeddings: str = ''  # embedding and head; pack: float32 (default), bfloat16, int8 (TriX's embedding: 16 bits);
-    # gguf: F16 (default), Q8_0, F32
-    matrices: str = ''  # gguf: TQ2_0 (default for ternary models), TQ1_0, Q8_0, F16 (default for others) or F32
+    embeddings: str = ''  # embedding and head; pack: float32 (default for ternary models), bfloat16 (default for
+    # others) or int8 (TriX: 16 bits for the embedding); gguf: F16 (default), Q8_0 or F32
+    matrices: str = ''  # pack: of dense matrices, float32 (default for ternary models) or bfloat16 (default for
+    # others); gguf: TQ2_0 (default for ternary models), TQ1_0, Q8_0, F16 (default for others) or F32
     to: str = ''  # convert: trix, bitnet (all matrices of the blocks) or bitnet_ffn
     tiles: int = 8  # convert --to=trix: tiles of a layer
     top_k: int = 6  # convert --to=trix: tiles per token, at the end of the recovery
@@ -52,7 +53,7 @@ class ExportConfig:
             found.append(f'to={self.to!r}: only convert has this option')
         if not 1 <= self.top_k <= self.tiles:
             found.append(f'top_k={self.top_k}, tiles={self.tiles}: a token needs at least one tile and at most all')
-        choices = {'pack': {'embeddings': packed.EMBEDDINGS},
+        choices = {'pack': {'embeddings': packed.EMBEDDINGS, 'matrices': packed.MATRICES},
                    'gguf': {'embeddings': gguf.EMBEDDINGS, 'matrices': gguf.MATRICES}}
         for key in ('embeddings', 'matrices'):
             value, allowed = getattr(self, key), choices.get(self.command, {}).get(key)
@@ -90,11 +91,12 @@ def load_run(config, name):
 
 def pack(config):
     model, state, out = load_run(config, 'packed.safetensors')
-    embeddings = config.embeddings or 'float32'
-    tensors = packed.pack(model, embeddings)
+    default = 'float32' if packed.has_ternary(model) else 'bfloat16'
+    embeddings, matrices = config.embeddings or default, config.matrices or default
+    tensors = packed.pack(model, embeddings, matrices)
     source, ids = parity.real_text(state, model.config)
     with named_at_last(out) as work:
-        packed.write(work, tensors, embeddings, state)
+        packed.write(work, tensors, embeddings, state, matrices)
         print_sizes(model, tensors, out, work.stat().st_size)
         exported = packed.load_model(work, next(model.parameters()).device)[0]
         parity.compare(out, parity.logits_of(model, ids), parity.logits_of(exported, ids), source, ids)
@@ -103,6 +105,7 @@ def pack(config):
 def print_sizes(model, tensors, out, size):
     """Bytes in fp32 and in the packed file: of every ternary matrix, of every kind of tensor, and in all."""
     kinds = defaultdict(lambda: [0, 0])  # kind: [bytes in fp32, bytes in the file]
+    dense = {name for name, (_, kind) in packed.parts(model).items() if kind == 'matrix'}
     for name, tensor in tensors.items():
         if name.endswith('.codes'):
             matrix = name.removesuffix('.codes')
@@ -114,6 +117,7 @@ def print_sizes(model, tensors, out, size):
             kind, before = 'scales', 0
         else:
             kind = 'embeddings' if name in ('wte.weight', 'lm_head.weight') else 'everything else'
+            kind = 'dense matrices' if name in dense else kind
             before = 4 * tensor.numel()
         kinds[kind][0] += before
         kinds[kind][1] += tensor.nbytes

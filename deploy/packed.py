@@ -6,7 +6,8 @@ Packed models: ternary matrices as codes of 2 bits in one safetensors file, and 
 
 A byte holds four codes, the first in its low bits: 00 = 0, 01 = +1, 10 = -1. Every row of a matrix starts at a new
 byte. An int8 embedding has a scale per row. If TriX routes by its values, the input embedding has a second byte per
-weight, because a small error there sends tokens to other tiles. Such files have format 2.
+weight, because a small error there sends tokens to other tiles. Such files have format 2. Dense matrices of the blocks
+may have 16 bits, in files of format 3. They are computed in fp32.
 
 int8 activations are multiplied directly with the packed codes, by ternary.cpp, which is compiled on first use. So are a
 few rows of other activations: TriX has them in fp32, unless act_bits=8. In all other cases, and where ternary.cpp can't
@@ -37,9 +38,11 @@ from files import replacing
 from kernels import bit_product, int8, int8_codes, rms, ternary_codes
 from model import GPT, Attention, BitLinear, TriX, rotary_tables
 
-FORMATS = 'nanotrix-packed-1', 'nanotrix-packed-2'  # 2: wte.weight.low, the second byte of an int8 embedding
+# 2: wte.weight.low, the second byte of an int8 embedding; 3: `matrices` in the metadata, the type of dense matrices
+FORMATS = 'nanotrix-packed-1', 'nanotrix-packed-2', 'nanotrix-packed-3'
 LOW = 254  # the second byte counts 1 / LOW of the scale of its row
 EMBEDDINGS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
+MATRICES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 KEPT = ('config', 'tokenizer', 'step', 'data')  # entries of a checkpoint that a packed file keeps
 ROWS = 4  # up to so many rows of activations go one by one through TriX or an int8 head; more are a matrix product
 
@@ -458,8 +461,8 @@ class PackedGPT(GPT):
 # The file
 
 def parts(model):
-    """{name: (weight, kind)} of a GPT, kind: ternary, embedding or other. A tied head, and buffers only for training,
-    are left out."""
+    """{name: (weight, kind)} of a GPT, kind: ternary, matrix (dense), embedding or other. A tied head, and buffers only
+    for training, are left out."""
     found, seen = {}, set()
     for prefix, module in model.named_modules():
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
@@ -469,12 +472,16 @@ def parts(model):
                 continue
             seen.add(id(tensor))
             kind = 'embedding' if prefix in ('wte', 'lm_head') else 'other'
-            if isinstance(module, BitLinear) and name == 'weight':
-                kind = 'ternary'
+            if isinstance(module, nn.Linear) and name == 'weight' and prefix != 'lm_head':
+                kind = 'ternary' if isinstance(module, BitLinear) else 'matrix'
             if isinstance(module, TriX) and name in ('up', 'down'):
                 kind = 'ternary'
             found[f'{prefix}.{name}'.lstrip('.')] = tensor, kind
     return found
+
+
+def has_ternary(model):
+    return any(kind == 'ternary' for _, kind in parts(model).values())
 
 
 def ternary_dims(weight):
@@ -487,7 +494,7 @@ def routes_by_values(config):
     return config.ffn == 'trix' and config.trix_router == 'signature'
 
 
-def layout(model, embeddings, two_bytes):
+def layout(model, embeddings, matrices, two_bytes):
     """{name in the file: (shape, dtype)}. two_bytes: whether an int8 input embedding has a second byte per weight."""
     found = {}
     for name, (tensor, kind) in parts(model).items():
@@ -500,14 +507,21 @@ def layout(model, embeddings, two_bytes):
                 found[f'{name}.scale'] = tuple(tensor.shape[:1]), torch.float32
                 if two_bytes and name == 'wte.weight':
                     found[f'{name}.low'] = tuple(tensor.shape), torch.int8
+        elif kind == 'matrix':
+            found[name] = tuple(tensor.shape), MATRICES[matrices]
         else:
             found[name] = tuple(tensor.shape), torch.int64 if tensor.dtype == torch.int64 else torch.float32
     return found
 
 
 @torch.no_grad()
-def pack(model, embeddings='float32'):
-    """The weights of a GPT as in a packed file: {name: tensor}. UserError if it has no ternary matrix."""
+def pack(model, embeddings='float32', matrices='float32'):
+    """The weights of a GPT as in a packed file: {name: tensor}. matrices: the type of dense matrices of the blocks.
+    UserError if no matrix would become smaller."""
+    if matrices == 'float32' and not has_ternary(model):
+        raise UserError('this model has no ternary matrix, so there is nothing to pack in 2 bits: it has '
+                        f'ffn={model.config.ffn}, linear={model.config.linear} (export.py pack --matrices=bfloat16 '
+                        'stores its matrices in 16 bits)')
     tensors = {}
     for name, (value, kind) in parts(model).items():
         value = value.detach().cpu()
@@ -522,10 +536,8 @@ def pack(model, embeddings='float32'):
                 rest = value / scale[:, None] - codes  # -0.5 to 0.5
                 tensors[f'{name}.low'] = (LOW * rest).round().to(torch.int8)
         else:
-            tensors[name] = value.to(EMBEDDINGS[embeddings] if kind == 'embedding' else value.dtype).contiguous()
-    if not any(name.endswith('.codes') for name in tensors):
-        raise UserError('this model has no ternary matrix, so there is nothing to pack: '
-                        f'it has ffn={model.config.ffn}, linear={model.config.linear}')
+            dtype = {'embedding': EMBEDDINGS[embeddings], 'matrix': MATRICES[matrices]}.get(kind, value.dtype)
+            tensors[name] = value.to(dtype).contiguous()
     return tensors
 
 
@@ -538,10 +550,12 @@ def digest(metadata, tensors):
     return total.hexdigest()
 
 
-def write(path, tensors, embeddings, state):
+def write(path, tensors, embeddings, state, matrices='float32'):
     """Write packed tensors, whole or not at all, with the entries KEPT of `state`, the dict of their checkpoint."""
     metadata = {'format': FORMATS['wte.weight.low' in tensors], 'embeddings': embeddings,
                 **{key: json.dumps(state[key]) for key in KEPT}}
+    if matrices != 'float32':
+        metadata |= {'format': FORMATS[2], 'matrices': matrices}
     metadata['sha256'] = digest(metadata, tensors)
     try:
         with replacing(path) as file:
@@ -551,8 +565,8 @@ def write(path, tensors, embeddings, state):
 
 
 def read(path):
-    """A packed file, verified -> a dict like a checkpoint's, with `packed` ({name: tensor}) and `embeddings` (their
-    type) in place of `model`. UserError for anything else."""
+    """A packed file, verified -> a dict like a checkpoint's, with `packed` ({name: tensor}), `embeddings` and `matrices`
+    (their types) in place of `model`. UserError for anything else."""
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
@@ -570,10 +584,11 @@ def read(path):
     kinds = {'config': dict, 'tokenizer': (dict, type(None)), 'step': int, 'data': dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(state[key], kind)]:
         raise UserError(f'{path}: broken: no valid {", ".join(wrong)} in it')
-    if metadata.get('embeddings') not in EMBEDDINGS:
-        raise UserError(f'{path}: broken: embeddings={metadata.get("embeddings")!r} is not one of '
-                        + ', '.join(EMBEDDINGS))
-    return {**state, 'packed': tensors, 'embeddings': metadata['embeddings']}
+    types = {'embeddings': metadata.get('embeddings'), 'matrices': metadata.get('matrices', 'float32')}
+    for key, allowed in (('embeddings', EMBEDDINGS), ('matrices', MATRICES)):
+        if types[key] not in allowed:
+            raise UserError(f'{path}: broken: {key}={types[key]!r} is not one of {", ".join(allowed)}')
+    return {**state, 'packed': tensors, **types}
 
 
 def check(path, tensors, expected):
@@ -616,7 +631,7 @@ def build(config, state, path, device):
     with SkipInit():
         model = PackedGPT(config)
     tensors = state['packed']
-    check(path, tensors, layout(model, state['embeddings'], 'wte.weight.low' in tensors))
+    check(path, tensors, layout(model, state['embeddings'], state.get('matrices', 'float32'), 'wte.weight.low' in tensors))
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     tables = rotary_tables(config, device) if config.positions == 'rotary' and 'attention' in config.mixers() else None
     for name, module in list(model.named_modules()):
@@ -649,8 +664,7 @@ def build(config, state, path, device):
 
 def decodes_in_cpp(model):
     """Whether ternary.cpp would decode a token of a trained model in one call. That is faster than plain PyTorch."""
-    return whole_step_in_cpp(model.config) and library() is not None and any(
-        kind == 'ternary' for _, kind in parts(model).values())
+    return whole_step_in_cpp(model.config) and has_ternary(model) and library() is not None
 
 
 def in_memory(model):

@@ -253,6 +253,35 @@ def test_a_model_without_ternary_matrices_is_not_packed():
         packed.pack(trained())
 
 
+@pytest.mark.parametrize('embeddings', ['bfloat16', 'int8'])
+@pytest.mark.parametrize('keys', [
+    dict(mixer='resonance', ffn='swiglu'), dict(ffn='resonance', bias=True), dict(ffn='gelu'),
+    dict(mixer='resonance', attention_every=2, ffn='trix', trix_router='hash')], ids=str)
+@torch.no_grad()
+def test_dense_matrices_are_packed_in_16_bits_and_decoded_as_the_rounded_model(keys, embeddings, tmp_path):
+    model, path = trained(**keys), tmp_path / 'x.safetensors'
+    state = {'config': asdict(model.config), 'tokenizer': None, 'step': 7, 'data': {'path': 'nowhere'}}
+    packed.write(path, packed.pack(model, embeddings, 'bfloat16'), embeddings, state, 'bfloat16')
+    other, opened_state = packed.load_model(path, CPU)
+    with packed.safe_open(path, 'pt') as file:
+        assert file.metadata()['format'] == 'nanotrix-packed-3'
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}
+    assert opened_state['matrices'] == 'bfloat16'
+    dense = {name for name, dtype in dtypes.items() if name.endswith('_proj.weight') and dtype == torch.bfloat16}
+    assert len(dense) >= 4 and all(dtype == torch.float32 for name, dtype in dtypes.items()
+                                   if name.endswith(('nu', 'theta', 'magnitude', 'phase', 'D', 'short', 'norm.weight')))
+    for name, p in model.named_parameters():
+        if name in dense:
+            p.copy_(p.bfloat16().float())
+        elif name == 'wte.weight':
+            p.copy_(other.wte.weight)  # rounded to its own type
+    expected = model(ids())
+    assert (other(ids()) - expected).abs().max() < 1e-4
+    cache = other.new_cache(2)
+    decoded = torch.cat([other(part, cache=cache) for part in ids().split([5, *[1] * 15], 1)], 1)
+    assert (decoded - expected).abs().max() < 1e-4
+
+
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
     return written(trained(ffn='trix', linear='bitnet'), tmp_path_factory.mktemp('packed') / 'good.safetensors', 'int8')
@@ -279,7 +308,7 @@ DAMAGES = {
     'norm.weight is torch.float64': lambda t, m: t.update({'norm.weight': t['norm.weight'].double()}),
     'wte.weight is torch.int8 .96, 24., but its config': lambda t, m: t.update({'wte.weight': t['wte.weight'][:96]}),
     'not a packed model of this project': lambda t, m: m.update(format='other'),
-    'or one of a later version': lambda t, m: m.update(format='nanotrix-packed-3'),
+    'or one of a later version': lambda t, m: m.update(format='nanotrix-packed-9'),
     'wte.weight.low is torch.int16': lambda t, m: t.update({'wte.weight.low': t['wte.weight.low'].short()}),
     'no valid step': lambda t, m: m.update(step='"7"'),
     'broken metadata': lambda t, m: m.update(config='{'),

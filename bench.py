@@ -29,7 +29,7 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
 from dataclasses import dataclass
 
 from configurator import load, run  # before torch, whose import Ctrl-C may interrupt
-from benchmarks import blocks, deployed, loop, preparing, presets, quality, sweep, tables
+from benchmarks import blocks, deployed, loop, measure, preparing, presets, quality, sweep, tables
 
 
 @dataclass
@@ -111,6 +111,8 @@ def main(argv):
         return sweep.sweep(argv[1:])
     config = load(argv, BenchConfig, positional=('command',), usage=__doc__)
     config.quick = config.quick or not config.command
+    if config.command != 'tables':  # its page is in results/
+        measure.check_can_write(config.out)
     for command in [config.command] if config.command else ONE_PAGE:
         COMMANDS[command](config)
 

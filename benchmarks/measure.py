@@ -101,6 +101,13 @@ def compare(times, reference):
     return rows
 
 
+def check_can_write(folder):
+    """Create the folder of the tables and write to it. OSError if that fails: before hours of measuring, not after."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def report(title, rows, config, options='', plot=None, name='', **more):
     """
     Print rows as a Markdown table and write <config.out>/<machine>/<name or title>.json: the rows, `more`, and what is

@@ -20,7 +20,7 @@ import numpy as np
 
 import configurator
 import settings
-from benchmarks.measure import mean_and_sd, report
+from benchmarks.measure import check_can_write, mean_and_sd, report
 from benchmarks.quality import difference, evaluations, is_trained, run_train
 from configurator import UserError
 from runtime.plan import duration
@@ -109,6 +109,7 @@ def sweep(argv):
     mine, files, axes, others = split_words(argv)
     config = configurator.load(mine, SweepConfig, usage=__doc__)
     combinations = grid(files, axes, others)
+    check_can_write(config.out)
     folder = Path(config.runs, '-'.join(Path(file).stem for file in files) or 'default')
     seeds = [settings.load(combinations[0].words).seed, *range(1, config.seeds)]
     runs = [(combination, seed) for seed in seeds for combination in combinations]  # every combination first

@@ -20,6 +20,7 @@ import matplotlib.image
 import pytest
 from safetensors import safe_open
 
+import bench
 import checkpoint
 import configurator
 import evaluate
@@ -261,6 +262,46 @@ def test_an_ascii_console_and_a_machine_without_home_or_room_for_temporary_files
     assert code == 0, errors
     assert_whole(place, before)
     assert not COMMANDS[name][2] or (place / COMMANDS[name][2]).exists()
+
+
+# ---- bench.py, whose commands take minutes
+
+BENCH_MISTAKES = [
+    (['bloks'], "command 'bloks' is not one of blocks, amp,"), (['--quik'], "unknown key 'quik', did you mean 'quick'?"),
+    (['blocks', 'amp'], "unexpected argument 'amp'"), (['head', '--repeats=0'], 'repeats=0 must be at least 1'),
+    (['head', '--repeats=many'], "--repeats='many': expected int"), (['head', '--device=tpu'], 'device'),
+    (['quality', '--preset=x'], "preset 'x' is not one of"), (['quality', '--match=size'], "match='size' is not one of"),
+    *(([command, '--model=nowhere.py'], 'nowhere.py: no such file') for command in ('steps', 'batch', 'memory')),
+    (['memory', '--batch_sizes=0'], 'batch_sizes must be numbers of at least 1'),
+    (['peers', '--nanogpt=nowhere'], '--nanogpt=nowhere: not a checkout of nanoGPT'),
+    (['blocks', '--llama_cpp'], '--llama_cpp is for peers'), (['--quick', 'sweep'], 'sweep must be the first word'),
+    (['sweep', 'nowhere.py', '--n_layer=1,2'], 'nowhere.py: no such file'), (['sweep'], 'nothing to sweep')]
+
+
+def bench_ends(d, *words):
+    """`ends` for bench.py with these words."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(COMMANDS.pop, 'bench')
+        COMMANDS['bench'] = bench, list(words), ''
+        return ends('bench', d)
+
+
+@pytest.mark.parametrize('words, message', BENCH_MISTAKES, ids=str)
+def test_a_mistake_in_a_command_of_bench_is_one_line(words, message, tmp_path):
+    code, errors, _ = bench_ends(tmp_path, *words)
+    assert code == 2 and len(errors) == 1 and message in errors[0], (code, errors)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize('command', ['', 'sweep', *(name for name in bench.COMMANDS if name != 'tables')])
+def test_bench_measures_nothing_if_its_tables_cannot_be_written(command, tmp_path, monkeypatch):
+    for module, name in ((bench.sweep, 'train_all'), *((bench.COMMANDS, name) for name in bench.COMMANDS)):
+        change = monkeypatch.setitem if module is bench.COMMANDS else monkeypatch.setattr
+        change(module, name, lambda *_: pytest.fail('it started to measure'))
+    words = {'': [], 'sweep': ['sweep', '--n_layer=1,2'], 'peers': ['peers', '--llama_cpp']}.get(command, [command])
+    with read_only(tmp_path):
+        code, errors, _ = bench_ends(tmp_path, *words, '--out={d}/bench')
+    assert code == 2 and len(errors) == 1 and errors[0].endswith('bench: Permission denied'), (code, errors)
 
 
 # ---- signals

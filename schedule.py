@@ -7,6 +7,7 @@ run needs no scheduler state. train.py and watch.py import this file. It does no
 
 To add a schedule, write a function of (step, config) and add one line to SCHEDULES. The function returns the rate as a
 fraction of the peak, from the end of the warm-up (step warmup_steps) to max_steps.
+tests/test_schedule.py and --help find it there. Put its values at a few steps into VALUES in that test.
 Steps are optimizer steps. A run takes steps 0 to max_steps - 1. The curves end at `max_steps`, one past the last step.
 """
 import math

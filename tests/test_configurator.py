@@ -415,10 +415,9 @@ def test_load_is_pure(write, capsys):
 def test_help_lists_a_block_or_a_schedule_that_its_dict_has_and_no_comment_names(key, table, monkeypatch):
     cls, module = (TrainConfig, schedule) if key == 'schedule' else (GPTConfig, model)
     before = configurator.describe(cls).splitlines()
-    assert not any('also: ' in line for line in before)  # the comments name all of ours
     monkeypatch.setitem(getattr(module, table), 'mine', None)
     added, = set(configurator.describe(cls).splitlines()) - set(before)
-    assert added.split() == ['also:', 'mine']
+    assert added.split()[0] == 'also:' and added.split()[-1] == 'mine'
 
 
 def test_help_lists_usage_and_type_default_and_comment_of_every_field(capsys):

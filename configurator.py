@@ -309,7 +309,7 @@ def nearest(name, names, shown=str):
 def describe(cls):
     """The --help text of a dataclass: key, type, default and comment of each field.
 
-    The class may have `choices() -> {key: allowed values}`. Values that a comment does not name are listed behind it."""
+    The class may have `choices() -> {key: allowed values}`. Values that a comment does not name are listed after it."""
     code = textwrap.dedent(inspect.getsource(cls))
     lines, hints, rows, said = code.split('\n'), get_type_hints(cls), [], {}
     for node in ast.parse(code).body[0].body:

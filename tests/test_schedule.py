@@ -318,7 +318,7 @@ def test_importing_schedule_does_not_import_torch():
 @pytest.mark.parametrize('name,options,expected', [
     ('cosin', {}, [f"schedule='cosin' is not one of {', '.join(SCHEDULES)}"]),
     ('cosine', dict(warmup_steps=100, max_steps=50),
-     ['warmup_steps=100 is longer than the run of max_steps=50: --warmup_steps=5']),
+     ['warmup_steps=100 is longer than the run of max_steps=50: use --warmup_steps=5']),
     ('two_stage', dict(warmup_steps=100, max_steps=50),
      ['warmup_steps=100 is longer than the run of max_steps=50: use --warmup_steps=5']),  # and not what follows from it
     ('cosine', dict(min_lr_ratio=1.5), ['min_lr_ratio=1.5 must lie in [0, 1]']),
@@ -339,8 +339,8 @@ def test_importing_schedule_does_not_import_torch():
         'boundary_step=0 (half of the run: 55) must lie between warmup_steps=60 and max_steps=110: '
         'move it (--boundary_step) or shorten the warm-up (--warmup_steps)']),
     ('restarts', dict(restart_steps=101), [
-        'restart_steps=101 is longer than the 100 steps that the warm-up leaves of max_steps=110: '
-        '--restart_steps=0 makes one cycle of them']),
+        'restart_steps=101 is longer than the 100 steps after the warm-up (max_steps=110): '
+        'use --restart_steps=0 for a single cycle']),
     ('restarts', dict(restart_factor=0), ['restart_factor=0 must be at least 1 (1: cycles of equal length)']),
     ('constant', dict(learning_rate=math.inf), ['learning_rate=inf must be finite']),
     ('cosine', dict(min_lr_ratio=math.inf), ['min_lr_ratio=inf must be finite']),

@@ -565,8 +565,8 @@ def write(path, tensors, embeddings, state, matrices='float32'):
 
 
 def read(path):
-    """A packed file, verified -> a dict like a checkpoint's, with `packed` ({name: tensor}), `embeddings` and `matrices`
-    (their types) in place of `model`. UserError for anything else."""
+    """A packed file, verified -> a dict like a checkpoint's, with `packed` ({name: tensor}), `embeddings` and
+    `matrices` (their types) in place of `model`. UserError for anything else."""
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
@@ -631,7 +631,8 @@ def build(config, state, path, device):
     with SkipInit():
         model = PackedGPT(config)
     tensors = state['packed']
-    check(path, tensors, layout(model, state['embeddings'], state.get('matrices', 'float32'), 'wte.weight.low' in tensors))
+    matrices, two_bytes = state.get('matrices', 'float32'), 'wte.weight.low' in tensors
+    check(path, tensors, layout(model, state['embeddings'], matrices, two_bytes))
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     tables = rotary_tables(config, device) if config.positions == 'rotary' and 'attention' in config.mixers() else None
     for name, module in list(model.named_modules()):

@@ -1,8 +1,8 @@
 """Generate text from a model, token by token. Used by sample.py, and by train.py for the samples of a run.
 
-    for token in generate(model, idx, n_vocab, max_new_tokens=200, eot_id=eot_id): ...  # idx (B, T), token (B,)
-    for text in pieces(encoding, tokens): ...                                           # token ids -> text, in whole characters
-    sample_grid(model, encoding, ['The', 'def'], max_new_tokens=64, seed=1)             # each prompt in three modes
+    for token in generate(model, idx, n_vocab, 200, eot_id=eot_id): ...      # idx (B, T), token (B,)
+    for text in pieces(encoding, tokens): ...                                # token ids -> text, in whole characters
+    sample_grid(model, encoding, ['The', 'def'], max_new_tokens=64, seed=1)  # each prompt in three modes
 """
 import codecs
 import math

@@ -16,6 +16,7 @@ import math
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from optim import local_tensor, make_optimizers, set_rates
 from packing import DocumentStarts, PackedRows, eot_id_of
 from runtime import compiler, parallel, plan, profiling, runlog
 from runtime import device as hardware
-from runtime.generation import sample_grid
+from runtime.generation import encode, sample_grid
 from runtime.hints import LEAST_GAIN, hints
 from runtime.interrupt import Interrupt, Overdue, wanted_signals
 from runtime.limits import TimeLimit, note_loss, on_plateau, smooth
@@ -414,8 +415,13 @@ def run_validation(run, stopping):
 
 def run_samples(run, stopping):
     """Sample every prompt in all modes. Prints the typical samples."""
-    config, log = run.config, run.log
-    prompts = configurator.as_utf8(config.sample_prompts).split('|')
+    config, log, prompts = run.config, run.log, []
+    for prompt in configurator.as_utf8(config.sample_prompts).split('|'):
+        try:
+            encode(run.encoding, prompt)
+            prompts.append(prompt)
+        except UserError as error:  # the tokenizer lacks one of its characters
+            log.say(f'no samples of the prompt {prompt!r}: {error}')
     try:
         with autocast(run.device, run.dtype):
             samples = sample_grid(run.model, run.encoding, prompts, config.sample_tokens, config.seed, stopping)
@@ -426,7 +432,15 @@ def run_samples(run, stopping):
         run.samples.append({'step': run.progress.step, **sample})
         log.line('samples.jsonl', **run.samples[-1])
         if sample['mode'] == 'typical':
-            log.say(f'  sample: {sample["prompt"] + sample["text"]!r}')
+            log.say(shown_sample(sample['prompt'] + sample['text'], run.progress.step >= config.max_steps))
+
+
+def shown_sample(text, last):
+    """A sample for the console: on one line, escaped, during the run. At its end, as text."""
+    if not last:
+        return f'  sample: {text!r}'
+    readable = ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)  # no control characters
+    return '  sample:\n' + textwrap.indent(readable, '    ')
 
 
 def give_hints(run):
@@ -615,9 +629,22 @@ def ended(run, finished):
         result = f'best validation loss {progress.best:.4f} at step {progress.best_step:,}'
     log.say(f'finished: {progress.step:,} steps, {progress.tokens / 1e6:.1f}M tokens '
             f'in {progress.seconds / 60:.1f} minutes of training; {result}')
-    if run.saved and run.encoding:
-        log.say(f'sample from it: {Path(sys.executable).name} sample.py {run.out} --num=3')
+    for line in next_steps(run) if run.saved else ():
+        log.say(line)
     return 0
+
+
+def next_steps(run):
+    """What to do with the result of a finished run, one line each."""
+    config, python = run.config, Path(sys.executable).name
+    longer = f'--epochs={2 * config.epochs:g}' if config.epochs else f'--max_steps={2 * config.max_steps}'
+    if config.max_hours:
+        longer += f' --max_hours={2 * config.max_hours:g}'
+    lines = [f'sample from it: {python} sample.py {run.out} --num=3'] if run.encoding else []
+    return [*lines, f'see its curves: {python} watch.py {run.out} --plot',
+            f'train longer: the same command with {longer} --resume=auto',
+            'train on your own text: the same command with --dataset=text:PATH --out_dir=runs/mine',
+            'read more: README.md, docs/data.md, and --help of every command']
 
 
 # ----------------------------------------------------------------------------------------------------------------------

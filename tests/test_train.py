@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from runtime import plan
 from configurator import UserError
 from data import TokenData
 from model import GPT
+from tokenizer import EOT, Characters
 from runs import arguments, assert_same_run, finish, lines, lines_so_far, losses, start
 
 ROOT = Path(__file__).parent.parent
@@ -576,6 +578,38 @@ def test_samples_are_every_prompt_in_three_modes_with_their_figures(whole):
     prompts = ['', 'The', 'In this', 'def', 'import']
     assert [(line['prompt'], line['mode']) for line in samples] == [(p, m) for p in prompts for m in ('greedy', 'typical', 'stress')]
     assert all(0 < line['entropy'] < math.log(300) and 0 <= line['repetition'] <= 1 and line['tokens'] <= 8 for line in samples)
+    log = (whole / 'log.txt').read_text()
+    assert log.count("  sample: '") == 15 and log.count('  sample:\n    ') == 5  # the last ones are text
+
+
+def test_the_last_sample_is_text_without_control_characters():
+    text = "ROMEO:\n\tO, 'tis\x1b[31m\r"
+    assert train.shown_sample(text, last=False) == f'  sample: {text!r}'
+    assert train.shown_sample(text, last=True) == "  sample:\n    ROMEO:\n    \tO, 'tis\ufffd[31m\ufffd"
+
+
+def test_a_prompt_that_the_tokenizer_cannot_encode_drops_only_its_own_samples(monkeypatch):
+    said, used = [], []
+    monkeypatch.setattr(train, 'sample_grid', lambda model, encoding, prompts, *more: used.extend(prompts) or [])
+    run = SimpleNamespace(
+        config=SimpleNamespace(sample_prompts='a|aé|b', sample_tokens=4, seed=1), log=SimpleNamespace(say=said.append), model=None,
+        encoding=Characters('x', {EOT: 2}, 'ab'), device=torch.device('cpu'), dtype=torch.float32, stopped=False)
+    train.run_samples(run, lambda: False)
+    assert used == ['a', 'b'] and len(said) == 1
+    assert said[0].startswith("no samples of the prompt 'aé': the character 'é' is none of the 2 characters of the tokenizer")
+
+
+@pytest.mark.parametrize('options, longer', [
+    ({}, '--max_steps=800'), ({'epochs': 1.5}, '--epochs=3'), ({'max_hours': 0.5}, '--max_steps=800 --max_hours=1')])
+def test_a_finished_run_says_what_to_do_next_in_five_lines(options, longer):
+    config = SimpleNamespace(**{'max_steps': 400, 'epochs': 0.0, 'max_hours': 0.0, **options})
+    python = Path(sys.executable).name
+    sample_line, *others = train.next_steps(SimpleNamespace(config=config, out=Path('runs/x'), encoding='some'))
+    assert sample_line == f'sample from it: {python} sample.py runs/x --num=3' and len(others) == 4
+    assert others[:2] == [f'see its curves: {python} watch.py runs/x --plot',
+                          f'train longer: the same command with {longer} --resume=auto']
+    assert '--dataset=text:PATH' in others[2] and 'docs/data.md' in others[3] and (Path(train.__file__).parent / 'docs/data.md').is_file()
+    assert train.next_steps(SimpleNamespace(config=config, out=Path('runs/x'), encoding=None)) == others  # no tokenizer
 
 
 def test_tensorboard_and_wandb_get_the_numbers_of_the_metrics(corpus, tmp_path):

@@ -27,13 +27,12 @@ import checkpoint
 import schedule as schedules
 import settings
 from configurator import UserError, read_json
-from corpora.preparation import open_dataset
+from corpora.preparation import open_training_data
 from data import Prefetcher
 from deploy import pretrained
 from kernels import autocast
 from model import GPT, GPTConfig
 from optim import local_tensor, make_optimizers, set_rates
-from packing import DocumentStarts, PackedRows, eot_id_of
 from runtime import compiler, parallel, plan, profiling, runlog
 from runtime import device as hardware
 from runtime.generation import encode, sample_grid
@@ -62,7 +61,7 @@ def main(argv):
                 say(f'no config file: this run trains with the defaults, into {config.out_dir}')
             if config.plan:
                 if group.main:
-                    data = open_data(config, prepare=False)
+                    data = open_training_data(config, prepare=False)
                     say(plan.page(config, *micro_batches(config, group.world), data, group.world))
                 return
             check_call(config, group)
@@ -112,7 +111,7 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     start = time.monotonic()
     # With --verify one process per machine reads all data. The others open data that was already verified.
     verify = 'always' if config.verify and group.local_rank == 0 else 'once'
-    data = open_data(config, verify=verify, first=group.first, say=say)
+    data = open_training_data(config, verify=verify, first=group.first, say=say)
     asked = config.copy()
     sharded = group.world > 1 and config.parallel == 'fsdp'
     find = find_and_map(group) if sharded else checkpoint.find
@@ -650,25 +649,6 @@ def next_steps(run):
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the loop
 
-def open_data(config, prepare=True, verify='once', first=lambda work: work(), say=runlog.speak):
-    """
-    The training data as the config asks for it, and the number of steps that follows from it. None if nothing is
-    prepared and prepare=False. first: runs a function in one process before the others.
-    """
-    data = first(lambda: open_dataset(config, prepare, verify, say))
-    if data is None:
-        return None
-    find_eot(config, data)
-    if config.packing == 'best_fit':
-        data = PackedRows(data)
-    elif config.document_starts:
-        data = DocumentStarts(data, config.document_starts)
-    if config.max_windows:
-        data.limit(config.max_windows)
-    resolve_steps(config, data.n_windows)
-    return data
-
-
 def is_finished(config, progress, origin):
     """A line for a run that is resumed although it has finished. Empty if it has not, or continues elsewhere."""
     if origin is None or Path(config.out_dir).resolve() not in origin.resolve().parents:
@@ -709,19 +689,6 @@ def weights_to_start_from(config, data, find, say):
     checkpoint.same_tokenizer(state, data, source, '--init_from')
     say(f'weights from {source}')
     return source, state
-
-
-def find_eot(config, data):
-    """Set config.eot_id from the data, for document_mask. UserError if it is unknown or the config has another one."""
-    if not config.document_mask:
-        return
-    eot = eot_id_of(data)
-    if eot is None:
-        raise UserError(f'document_mask=true: {data.path} has no tokenizer.json, so it is unknown which id ends a '
-                        'document: use --document_mask=false')
-    if config.eot_id not in (-1, eot):
-        raise UserError(f'eot_id={config.eot_id}: in {data.path} a document ends with {eot}: leave eot_id out')
-    config.eot_id = eot
 
 
 def find_teacher(config, data, device):

@@ -593,8 +593,21 @@ def plot_schedule(config, paths, files, train_words):
         raise UserError(f'{files[0]} is a config file, not a run: only --plot works, which draws the schedule')
     import settings  # here, because it imports torch
     words = files + train_words
-    heading = clean(configurator.as_utf8(' '.join(words)))
-    write(config.out or 'runs/schedule.png', draw(schedule_panel(settings.load(words)), heading))
+    heading, options = clean(configurator.as_utf8(' '.join(words))), settings.load(words)
+    if options.epochs:
+        print(f'epochs={options.epochs:g}: {steps_of_epochs(options)}')
+    write(config.out or 'runs/schedule.png', draw(schedule_panel(options), heading))
+
+
+def steps_of_epochs(options):
+    """Set the steps that `epochs` means, if the data are prepared. Returns a phrase that says what is drawn."""
+    from corpora.preparation import open_training_data  # here, because they import torch
+    from settings import step_problems
+    if open_training_data(options, prepare=False):
+        return f'{options.max_steps:,} steps'
+    step_problems(options)  # sets the automatic warm-up
+    return (f'the data decide the number of steps, and {options.dataset} is not prepared yet. The picture shows '
+            f'{options.max_steps:,} steps. Prepare the data first, or give --max_steps=N')
 
 
 if __name__ == '__main__':

@@ -29,7 +29,9 @@ from corpora.shards import advice_for, check_split, find_shards, open_data, toke
 from corpora.workspace import compare, is_prepared, publish, workspace
 from data import VERSION, data_dir
 from files import write_json
+from packing import DocumentStarts, PackedRows, eot_id_of
 from runtime.runlog import speak
+from settings import resolve_steps
 from tokenizer import MAX_VOCAB, load_tokenizer
 from verification import remember, unverified
 
@@ -187,6 +189,38 @@ def open_dataset(config, prepare=True, verify='once', say=speak):
                       'then train with --dataset=DIR')
             sys.exit(code)
     return open_prepared(path, config, verify)
+
+
+def open_training_data(config, prepare=True, verify='once', first=lambda work: work(), say=speak):
+    """
+    The training data as the config asks for it, and the number of steps that follows from it. None if nothing is
+    prepared and prepare=False. first: runs a function in one process before the others.
+    """
+    data = first(lambda: open_dataset(config, prepare, verify, say))
+    if data is None:
+        return None
+    find_eot(config, data)
+    if config.packing == 'best_fit':
+        data = PackedRows(data)
+    elif config.document_starts:
+        data = DocumentStarts(data, config.document_starts)
+    if config.max_windows:
+        data.limit(config.max_windows)
+    resolve_steps(config, data.n_windows)
+    return data
+
+
+def find_eot(config, data):
+    """Set config.eot_id from the data, for document_mask. UserError if it is unknown or the config has another one."""
+    if not config.document_mask:
+        return
+    eot = eot_id_of(data)
+    if eot is None:
+        raise UserError(f'document_mask=true: {data.path} has no tokenizer.json, so it is unknown which id ends a '
+                        'document: use --document_mask=false')
+    if config.eot_id not in (-1, eot):
+        raise UserError(f'eot_id={config.eot_id}: in {data.path} a document ends with {eot}: leave eot_id out')
+    config.eot_id = eot
 
 
 def tokenizer_of_rows(rows, name):

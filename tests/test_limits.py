@@ -15,6 +15,7 @@ import settings
 import train
 from configurator import UserError
 from data import TokenData
+from corpora.preparation import open_training_data
 from packing import PackedRows
 from runs import arguments, finish, lines
 from runtime import limits, plan
@@ -106,7 +107,7 @@ def test_packed_rows_are_limited_in_the_order_of_the_text(corpus):
 def test_the_plan_shows_the_steps_of_epochs(corpus, capsys):
     words = [word for word in arguments(corpus, 'x', '--plan', '--epochs=1.5', '--max_windows=60') if word != '--max_steps=40']
     config = settings.load(words)
-    data = train.open_data(config, prepare=False)
+    data = open_training_data(config, prepare=False)
     assert plan.run_lines(config, data)[0].startswith('12 steps of 128 tokens = 1,536 tokens: 1.60 epochs of')
     assert plan.run_lines(config, data)[1:] == ['max_windows=60: training reads only the first 60 windows of the data',
         'epochs=1.5: 12 steps of 128 tokens; the last step also reads 6 windows of the next pass']

@@ -485,6 +485,22 @@ def test_the_schedule_of_a_config_is_drawn_before_a_run(tmp_path, monkeypatch, c
         watch.main([str(ROOT / 'config/trix_tiny.py'), '--plot', '--learnig_rate=1'])
 
 
+def test_the_schedule_of_epochs_has_the_steps_that_the_data_give(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    drawn, words = [], [str(ROOT / 'config/wikitext_tiny.py'), '--plot', '--batch_size=2', '--block_size=8']
+    monkeypatch.setattr(watch, 'draw', lambda panels, heading: b'')
+    monkeypatch.setattr(watch, 'schedule_panel', lambda config: drawn.append((config.max_steps, config.warmup_steps)))
+    watch.main(words)
+    assert 'wikitext2 is not prepared yet. The picture shows 1,000 steps' in capsys.readouterr().out
+    data = SimpleNamespace(n_windows=100, limit=lambda windows: setattr(data, 'n_windows', windows))
+    monkeypatch.setattr('corpora.preparation.open_dataset', lambda *arguments: data)
+    watch.main(words)
+    assert capsys.readouterr().out.startswith('epochs=20: 1,000 steps\n')  # 20 passes over 100 windows, two windows a step
+    watch.main([*words, '--max_windows=10'])
+    assert capsys.readouterr().out.startswith('epochs=20: 100 steps\n')
+    assert [steps for steps, _ in drawn] == [1000, 1000, 100] and drawn[-1][1] == 5  # the warm-up of 1,000 would not fit
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes and damage
 

@@ -152,8 +152,12 @@ def is_trained(words):
     with other options.
     """
     config = settings.load(words)
-    file, now = Path(config.out_dir) / 'config.json', config.as_dict()
-    before = read_json(file) if file.is_file() else now
+    file = Path(config.out_dir) / 'config.json'
+    before = read_json(file) if file.is_file() else config.as_dict()
+    if config.epochs and before.get('max_steps'):  # with `epochs`, config.json has the steps that followed from the data
+        config.max_steps = before['max_steps']
+        settings.step_problems(config)  # sets the steps that depend on them
+    now = config.as_dict()
     changed = [key for key in now
                if key not in NEUTRAL and json.dumps(before.get(key, now[key])) != json.dumps(now[key])]
     if changed:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import settings
 import train
 from benchmarks import quality
 from benchmarks.measure import whole_process
@@ -137,6 +138,21 @@ def test_a_run_that_was_made_with_other_options_is_not_taken_for_this_one(tmp_pa
     with pytest.raises(UserError, match='has a run with other options .learning_rate, seed.. Move it away'):
         quality.ensure_trained([*words, '--learning_rate=0.5', '--seed=7'])
     assert len(started) == 1
+
+
+def test_a_run_with_epochs_is_recognised_by_its_options_not_by_the_steps_of_its_data(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(quality, 'run_train', lambda words: started.append(words) or 0)
+    words = ['--epochs=2', f'--out_dir={tmp_path}', '--warmup_steps=-1']
+    config = train.load(words)
+    settings.resolve_steps(config, n_windows=2000)  # as train.py does when the data are open
+    assert (config.max_steps, config.warmup_steps) == (250, 12)
+    (tmp_path / 'config.json').write_text(json.dumps(config.as_dict()))
+    quality.ensure_trained(words)
+    assert len(started) == 1
+    for other, key in (('--epochs=3', 'epochs'), ('--warmup_steps=10', 'warmup_steps')):
+        with pytest.raises(UserError, match=f'other options .{key}.'):
+            quality.ensure_trained([*words, other])
 
 
 def test_a_finished_run_is_not_started_again_unless_the_data_has_changed(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
     python bench.py quality --preset=mixer  # or recall, routing, tiles, bitnet, speedrun, tiny;
                                             # --match=params, flops or bytes
     python bench.py peers --nanogpt=PATH    # a checkout of nanoGPT: its model and loop against ours
+    python bench.py peers --nanogpt=PATH --shakespeare  # its Shakespeare run against ours (half an hour)
     python bench.py peers --llama_cpp       # packed models decode beside llama.cpp (two minutes)
     python bench.py convert                 # a dense model made ternary: loss, size and speed of each stage
                                             # (six minutes after training)
@@ -29,7 +30,7 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
 from dataclasses import dataclass
 
 from configurator import load, run  # before torch, whose import Ctrl-C may interrupt
-from benchmarks import blocks, deployed, loop, measure, preparing, presets, quality, sweep, tables
+from benchmarks import blocks, deployed, loop, measure, nanogpt, preparing, presets, quality, sweep, tables
 
 
 @dataclass
@@ -42,6 +43,7 @@ class BenchConfig:
     tokens: int = 0  # quality: tokens of each run; 0: that of its config file in tiny and speedrun, else 1,250,000
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
+    shakespeare: bool = False  # peers --nanogpt: only nanoGPT's Shakespeare run against config/shakespeare.py
     llama_cpp: bool = False  # peers: decode beside llama.cpp, with the package xllamacpp
     model: str = 'config/trix_tiny.py'  # steps, batch and memory: a config file
     batch_sizes: tuple[int, ...] = (8, 16, 32)  # memory: sequences in a micro-step
@@ -70,8 +72,10 @@ class BenchConfig:
             problems.append(f'tokens={self.tokens} must not be negative')
         if self.llama_cpp and self.command != 'peers':
             problems.append('--llama_cpp is for peers')
+        if self.shakespeare and not self.nanogpt:
+            problems.append('--shakespeare is for peers --nanogpt=PATH')
         if self.command == 'peers' and (self.nanogpt or not self.llama_cpp):
-            missing = quality.missing_from_nanogpt(self.nanogpt)
+            missing = nanogpt.missing_from_nanogpt(self.nanogpt)
             if missing:
                 problems.append(f'--nanogpt={self.nanogpt}: not a checkout of nanoGPT ({missing}): '
                                 'clone nanoGPT and give its directory')
@@ -80,7 +84,7 @@ class BenchConfig:
 
 def peers(config):
     if config.nanogpt:
-        quality.peers(config)
+        nanogpt.peers(config)
     if config.llama_cpp:
         deployed.llama_cpp(config)
 

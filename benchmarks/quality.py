@@ -1,16 +1,12 @@
 """
 Which model learns more: runs on the same tokens in the same order, with several seeds, and no ranking within the noise.
-The commands `quality` and `peers --nanogpt` of bench.py.
+The command `quality` of bench.py.
 """
-import importlib.util
 import json
 import math
-import os
-import re
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +15,7 @@ import torch
 
 import settings
 from corpora.preparation import open_dataset
-from benchmarks.measure import ROOT, Progress, alike, compare, mean_and_sd, report, side_by_side, sizes, whole_process
+from benchmarks.measure import ROOT, Progress, alike, compare, mean_and_sd, report, side_by_side, sizes
 from checkpoint import load_model
 from configurator import UserError, read_json
 from data import TokenData
@@ -429,163 +425,3 @@ def bigram(data, config, windows):
         extra = d * np.maximum(successors[x], 1)
         return -np.log((pair_counts + extra * unigrams[y]) / (total[x] + extra)).mean()
     return min(loss(d) for d in (0.3, 0.5, 0.7, 1, 1.5, 2, 3))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# nanoGPT beside ours
-
-PEER_RATES = (4e-3, 8e-3, 1.6e-2)  # learning rates for nanoGPT; 1e-3 and 2e-3 are worse
-PEER_TOKENS, PEER_BATCH = 5_000_000, 16 * 256
-PEER_STEPS = PEER_TOKENS // PEER_BATCH
-PEER_SHAPE = ['--n_layer=3', '--n_head=4', '--n_embd=128', '--block_size=256', '--batch_size=16']
-SAME_MODEL = ['--vocab_size=8192', '--ffn=gelu', '--positions=learned', '--norm=layernorm', '--compile=false']
-ONLY_STEPS = ['--eval_interval=0', '--sample_interval=0', '--save_interval=0', '--log_interval=1']
-# Runs nanoGPT's train.py with a number added to its seed, which is a constant there. The number is the first argument.
-WITH_SEED = ("import sys, torch; plain, seed = torch.manual_seed, int(sys.argv.pop(1)); "
-             "torch.manual_seed = lambda n: plain(n + seed); "
-             "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; exec(open('train.py').read())")
-
-
-def missing_from_nanogpt(path):
-    """The reason why a directory is not a checkout of nanoGPT, '' if it is one."""
-    marks = {'train.py': ('gradient_accumulation_steps', 'configurator.py'), 'configurator.py': (),
-             'model.py': ('class GPTConfig', 'class GPT(')}
-    for name, expected in marks.items():
-        file = Path(path) / name
-        text = file.read_text(errors='replace') if file.is_file() else ''
-        if not text:
-            return f'no {name}'
-        if any(mark not in text for mark in expected):
-            return f"{name} is not nanoGPT's"
-    return ''
-
-
-def nanogpt(config, data, folder, out, seed, *words):
-    """
-    -> (directory, command line) of nanoGPT's own train.py on our bins, which are linked in `folder` as it expects
-    them.
-    """
-    for split in ('train', 'val'):
-        (folder / f'{split}.bin').unlink(missing_ok=True)
-        os.symlink((data.path / f'{split}.bin').resolve(), folder / f'{split}.bin')
-    # nanoGPT reads the size of the vocabulary from a pickled dict; this is {'vocab_size': 8192} in protocol 0.
-    (folder / 'meta.pkl').write_bytes(b'(dVvocab_size\nI8192\ns.')
-    device = hardware.resolve(config.device, config.dtype)[0].type
-    return Path(config.nanogpt).resolve(), [
-        sys.executable, '-c', WITH_SEED, seed, *PEER_SHAPE, f'--device={device}', f'--dataset={folder.resolve()}',
-        f'--out_dir={out.resolve()}', '--gradient_accumulation_steps=1', '--compile=False', '--eval_iters=1',
-        '--log_interval=1', '--dropout=0.0', *words]
-
-
-def peers(config):
-    """
-    nanoGPT's own train.py against ours on the same bins: 3 layers, width 128, 4 heads, context 256, vocabulary 8192, 16
-    sequences a step. First the speed, with each run a process of its own, in turn: the same plain GPT, then
-    config/speedrun_tiny.py. After that, unless --quick, the time to a loss (see `race`).
-    """
-    device = hardware.resolve(config.device, config.dtype)[0].type
-    data = open_dataset(settings.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
-    recipe, steps = str(ROOT / 'config' / SPEEDRUN), config.repeats + 5
-    batch_tokens = {'nanoGPT': PEER_BATCH, 'ours': PEER_BATCH, 'speedrun_tiny': settings.load([recipe]).batch_tokens}
-    times, memory = {name: [] for name in batch_tokens}, dict.fromkeys(batch_tokens, 0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for repeat in range(3):
-            shared = [f'--dataset={data.path.resolve()}', f'--device={device}', f'--max_steps={steps}', *ONLY_STEPS]
-            commands = {
-                'nanoGPT': nanogpt(config, data, folder, folder / 'theirs', 0, '--eval_interval=1000000',
-                                   f'--max_iters={steps}'),
-                'ours': (ROOT, [sys.executable, 'train.py', *PEER_SHAPE, *SAME_MODEL, *shared,
-                                f'--out_dir={folder}/ours{repeat}']),
-                'speedrun_tiny': (ROOT, [sys.executable, 'train.py', recipe, *shared, '--warmup_steps=0',
-                                         f'--out_dir={folder}/fast{repeat}'])}
-            for name, (cwd, words) in commands.items():
-                _, peak, output = whole_process(words, cwd=cwd)
-                if name == 'nanoGPT':
-                    seconds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', output)]
-                else:
-                    speeds = re.findall(r'([\d,]+) tokens/s', output)
-                    seconds = [batch_tokens[name] / float(speed.replace(',', '')) for speed in speeds]
-                # The first steps warm up. The others are scaled to as many tokens as a step of nanoGPT has.
-                times[name] += [PEER_BATCH / batch_tokens[name] * s for s in seconds[4:steps]]
-                memory[name] = max(memory[name], peak)
-    count = min(map(len, times.values()))
-    rows = compare({name: seconds[:count] for name, seconds in times.items()}, 'nanoGPT')
-    report('peers', [{**row, 'tokens/s': PEER_BATCH / row['seconds'], 'peak GB': memory[row['name']],
-                      'memory ratio': memory[row['name']] / memory['nanoGPT']} for row in rows],
-           config, ' --nanogpt=PATH')
-    if not config.quick:
-        race(config, data, {row['name']: row['seconds'] / PEER_BATCH for row in rows})
-
-
-def race(config, data, seconds_per_token):
-    """
-    Time to a loss. nanoGPT trains on PEER_TOKENS with the best of PEER_RATES, chosen with its first seed.
-    config/speedrun_tiny.py trains until its validation loss is no higher. Both losses are on the whole validation
-    split, with config.seeds seeds each. Seconds are those of training alone: tokens times the seconds per token that
-    `peers` has measured side by side. The runs are kept in runs/peers.
-    """
-    folder, recipe = Path('runs/peers'), str(ROOT / 'config' / SPEEDRUN)
-
-    def nanogpt_result(rate, seed):
-        loss = nanogpt_trained(config, data, rate, seed, folder / f'nanogpt_{rate:g}_{seed}')
-        print(f'nanoGPT, learning rate {rate:g}, seed {seed}: {loss:.4f}', flush=True)
-        return loss
-    best_rate = min(PEER_RATES, key=lambda rate: nanogpt_result(rate, 0))
-    nanogpt_tokens = PEER_STEPS * PEER_BATCH
-    nanogpt_seconds = nanogpt_tokens * seconds_per_token['nanoGPT']
-    rows = []
-    for seed in range(config.seeds):
-        target = nanogpt_result(best_rate, seed)
-        out = folder / f'speedrun_tiny_{seed}'
-        ensure_trained([recipe, f'--dataset={data.path.resolve()}', '--eval_tokens=0', '--eval_interval=100',
-                        '--sample_interval=0', f'--seed={1337 + seed}', f'--out_dir={out}', '--resume=auto',
-                        f'--device={config.device}', f'--dtype={config.dtype}'])
-        curve = evaluations(out)
-        row = {'seed': seed, 'nanoGPT loss': target, 'nanoGPT tokens': nanogpt_tokens,
-               'nanoGPT seconds': nanogpt_seconds, 'speedrun_tiny loss': curve[-1][1]}
-        reached = [tokens for tokens, loss in curve if loss <= target]
-        if reached:
-            seconds = reached[0] * seconds_per_token['speedrun_tiny']
-            row |= {"tokens to nanoGPT's loss": reached[0], 'seconds to it': seconds,
-                    'part of the time': seconds / nanogpt_seconds}
-        else:
-            row |= dict.fromkeys(("tokens to nanoGPT's loss", 'seconds to it', 'part of the time'), 'never')
-        rows.append(row)
-    report('peers', rows, config, ' --nanogpt=PATH', name='peers_race', learning_rate=best_rate)
-
-
-def nanogpt_trained(config, data, rate, seed, out):
-    """
-    The loss on our whole validation split that nanoGPT's own loop reaches after PEER_TOKENS. out/loss.json keeps it
-    with what it was trained with; if that is the same, it is read from there.
-    """
-    file = out / 'loss.json'
-    options = [f'--learning_rate={rate}', f'--min_lr={rate / 10}', f'--max_iters={PEER_STEPS}',
-               f'--lr_decay_iters={PEER_STEPS}', '--warmup_iters=100', '--beta2=0.99', f'--eval_interval={PEER_STEPS}']
-    trained_with = {'seed': seed, 'options': PEER_SHAPE + options, 'data': data.fingerprint}
-    result = read_json(file) if file.is_file() else {}
-    if {**result, 'loss': None} != {**trained_with, 'loss': None}:
-        out.mkdir(parents=True, exist_ok=True)
-        cwd, words = nanogpt(config, data, out, out, seed, *options)
-        whole_process(words, cwd=cwd)
-        result = {**trained_with, 'loss': nanogpt_loss(config, data, out / 'ckpt.pt')}
-        file.write_text(json.dumps(result))
-    return result['loss']
-
-
-@torch.no_grad()
-def nanogpt_loss(config, data, path):
-    """The loss of a checkpoint of nanoGPT on our whole validation split, computed by nanoGPT's own model."""
-    spec = importlib.util.spec_from_file_location('nanogpt_model', Path(config.nanogpt) / 'model.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    state = torch.load(path, map_location='cpu', weights_only=True)
-    model = module.GPT(module.GPTConfig(**state['model_args']))
-    model.load_state_dict(state['model'])
-    model.eval()
-    windows, total = data.val_windows(), 0.0
-    for i in range(0, len(windows), 16):
-        x, y = map(torch.from_numpy, data.val_batch(windows[i:i + 16]))
-        total += model(x, y)[1].item() * len(x)
-    return total / len(windows)

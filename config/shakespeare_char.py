@@ -1,4 +1,4 @@
-# nanoGPT's character-level Shakespeare on a CPU, with the same model, recipe and 90/10 split: 808,192 parameters.
+# nanoGPT's character-level Shakespeare on a CPU, with the same model, recipe and 90/10 split: 804,224 parameters.
 # nanoGPT's README has a validation loss of 1.88 for its run. Ours is `best validation loss`, on the whole split.
 # The vocabulary is nanoGPT's 65 characters and our end-of-text token. config/shakespeare.py reaches a lower loss.
 ffn, norm, positions = 'gelu', 'layernorm', 'learned'

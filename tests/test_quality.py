@@ -1,7 +1,6 @@
 """Runs are matched, paired over seeds and ranked only beyond the noise."""
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,6 @@ import bench
 import settings
 import train
 from benchmarks import quality
-from benchmarks.measure import whole_process
 from configurator import UserError
 from model import GPTConfig
 from runs import finish
@@ -166,83 +164,3 @@ def test_a_finished_run_is_not_started_again_unless_the_data_has_changed(tmp_pat
         started.clear()
         quality.ensure_trained(words)
         assert len(started) == times
-
-
-FAKE_TRAIN = """
-# gradient_accumulation_steps = 1; exec(open('configurator.py').read())
-import sys, torch
-words = dict(word[2:].split('=') for word in sys.argv[1:])
-torch.manual_seed(1337 + 0)
-steps = int(words['max_iters'])
-print('step 0: train loss 5.7, val loss 5.7')
-for i in range(steps + 1):
-    print(f'iter {i}: loss 5.0, time {100 + i % 2:.2f}ms, mfu 1%')
-if words['eval_interval'] == words['max_iters']:
-    bias = torch.tensor(float(words['learning_rate']) * 100 + torch.initial_seed() % 10)  # the loss to report
-    torch.save({'model': {'bias': bias}, 'model_args': {'n': 1}}, words['out_dir'] + '/ckpt.pt')
-"""
-FAKE_MODEL = """
-import torch
-class GPTConfig:
-    def __init__(self, n): pass
-class GPT(torch.nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.bias = torch.nn.Parameter(torch.zeros(()))
-    def forward(self, x, y):
-        assert x.shape == y.shape and not self.training
-        return None, self.bias
-"""
-
-
-def test_the_race_takes_the_best_rate_every_seed_and_the_time_of_training_alone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data = prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x')
-    (tmp_path / 'nano').mkdir()
-    (tmp_path / 'nano' / 'train.py').write_text(FAKE_TRAIN), (tmp_path / 'nano' / 'model.py').write_text(FAKE_MODEL)
-    (tmp_path / 'nano' / 'configurator.py').write_text('pass')
-    monkeypatch.setattr(quality, 'open_dataset', lambda config: quality.TokenData(data, 16, 300))
-    monkeypatch.setattr(quality, 'PEER_RATES', (2e-3, 1e-3))
-    losses = iter([[9.0, 7.0, 6.9], [9.0, 8.5, 8.3]])
-
-    def trained(words):
-        out = Path(next(word for word in words if '--out_dir=' in word).partition('=')[2])
-        out.mkdir(parents=True)
-        (out / 'metrics.jsonl').write_text(''.join(json.dumps({'kind': 'eval', 'step': i, 'tokens': 1000 * i, 'loss': loss}) + '\n'
-                                                   for i, loss in enumerate(next(losses))))
-    monkeypatch.setattr(quality, 'ensure_trained', trained)
-    config = bench.load(['peers', f"--nanogpt={tmp_path / 'nano'}", '--seeds=2', '--device=cpu', f'--out={tmp_path}/results'], bench.BenchConfig, positional=('command',))
-    quality.race(config, quality.TokenData(data, 16, 300), {'nanoGPT': 2e-3, 'ours': 1e-3, 'speedrun_tiny': 1e-3})
-    folder, = (tmp_path / 'results').iterdir()
-    result = json.loads((folder / 'peers_race.json').read_text())
-    assert result['learning_rate'] == 1e-3
-    first, second = result['rows']
-    assert first['nanoGPT loss'] == pytest.approx(7.1, abs=1e-6) and second['nanoGPT loss'] == pytest.approx(8.1, abs=1e-6)  # 1337, 1338
-    assert first['nanoGPT tokens'] == 1220 * 4096 and first['nanoGPT seconds'] == pytest.approx(1220 * 4096 * 2e-3)
-    assert first["tokens to nanoGPT's loss"] == 1000 and first['part of the time'] == pytest.approx(1000 / (1220 * 4096) / 2)
-    assert second["tokens to nanoGPT's loss"] == second['part of the time'] == 'never'
-    assert sorted(path.name for path in (tmp_path / 'runs' / 'peers').iterdir()) == [
-        'nanogpt_0.001_0', 'nanogpt_0.001_1', 'nanogpt_0.002_0', 'speedrun_tiny_0', 'speedrun_tiny_1']
-    out, started = tmp_path / 'runs' / 'peers' / 'nanogpt_0.001_0', []
-    monkeypatch.setattr(quality, 'whole_process', lambda words, **options: started.append(words) or whole_process(words, **options))
-    kept = quality.nanogpt_trained(config, quality.TokenData(data, 16, 300), 1e-3, 0, out)
-    assert kept == pytest.approx(7.1, abs=1e-6) and not started
-    other = prepared(write_jsonl(tmp_path / 'b.jsonl', texts(70)), tmp_path / 'data' / 'y')  # other data: not the loss that is kept
-    quality.nanogpt_trained(config, quality.TokenData(other, 16, 300), 1e-3, 0, out)
-    assert len(started) == 1 and (out / 'train.bin').resolve() == (other / 'train.bin').resolve()
-
-
-def test_a_peer_that_is_not_nanogpt_is_refused(tmp_path):
-    def why():
-        with pytest.raises(UserError, match='not a checkout of nanoGPT') as error:
-            bench.load(['peers', f'--nanogpt={tmp_path}'], bench.BenchConfig, positional=('command',))
-        return str(error.value)
-    assert '(no train.py)' in why()
-    (tmp_path / 'train.py').write_text('print("another trainer")')
-    assert "(train.py is not nanoGPT's)" in why()
-    (tmp_path / 'train.py').write_text(FAKE_TRAIN), (tmp_path / 'configurator.py').write_text('pass')
-    assert '(no model.py)' in why()
-    (tmp_path / 'model.py').write_text('class GPT:\n    pass\n')
-    assert "(model.py is not nanoGPT's)" in why()
-    with pytest.raises(UserError, match="train.py is not nanoGPT's"):  # this repository itself
-        bench.load(['peers'], bench.BenchConfig, positional=('command',))

@@ -4,6 +4,7 @@ A new file is tested by itself. A line in DIMENSIONS fixes its shape, too.
 """
 import ast
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 import prepare
 import schedule
 import train
+from corpora import corpus as corpus_module
 from configurator import UserError
 from model import GPT, GPTConfig
 
@@ -32,6 +34,10 @@ DIMENSIONS = {  # what the sources fix; budget: tokens, batch: (sequences of a m
     'dense_tiny': dict(ffn='gelu', n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256,
                        budget=5_000_000, dataset='pylib'),
     'speedrun_tiny': dict(n_embd=128, n_head=4, n_layer=3, vocab_size=8192, block_size=256, dataset='pylib'),
+    'shakespeare': dict(vocab_size=1024, dataset='shakespeare', tokenizer='bpe', eval_tokens=0),
+    'shakespeare_char': dict(GPT2, vocab_size=66, n_embd=128, n_head=4, n_layer=4, block_size=64, bias=False, dropout=0.0, batch=(12, 1),
+                             max_steps=2000, learning_rate=1e-3, min_lr_ratio=0.1, warmup_steps=100, schedule='cosine', beta1=0.9, beta2=0.99,
+                             grad_clip=1.0, optimizer='adamw', dataset='shakespeare', tokenizer='char'),  # nanoGPT's README, and its defaults
     'trix_small': dict(ffn='trix', n_embd=256, n_head=4, n_layer=6, vocab_size=16_384, block_size=256,
                        budget=50_000_000, dataset='fineweb_edu'),
     'trix_medium': dict(ffn='trix', n_embd=512, n_head=8, n_layer=8, vocab_size=32_000, block_size=512,
@@ -153,6 +159,24 @@ def test_the_recipe_of_the_source_is_one_switch_away(name, rate, parameters):
 def test_the_flags_in_its_comments_are_accepted(name):
     for word in re.findall(r'`(--[^`]*)`', file_of(name).read_text()):
         load(name, word)
+
+
+def test_shakespeare_is_prepared_trained_and_sampled_by_one_command(tmp_path, monkeypatch, handlers, capsys):
+    """On a text of 10,000 made-up characters that stands for the real one."""
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(0)
+    text = '\n'.join(f'ROMEO:\n{" ".join(draw.choices(("thou", "art", "my", "love", "and", "sun"), k=8))}.\n' for _ in range(300)).encode()[:10_000]
+    monkeypatch.setattr(corpus_module, 'SHAKESPEARE_BYTES', 10_000)
+    monkeypatch.setattr(corpus_module, 'SHAKESPEARE_SHA256', hashlib.sha256(text).hexdigest())
+    Path('data').mkdir()
+    Path('data/tinyshakespeare.txt').write_bytes(text)
+    prepare.main(['--dataset=shakespeare', '--vocab_size=280', '--num_proc=1'])
+    train.main([str(file_of('shakespeare')), '--vocab_size=280', '--max_steps=12', '--warmup_steps=2', '--n_layer=1', '--n_embd=32', '--block_size=32',
+                '--sample_tokens=20', '--device=cpu', '--dtype=float32'])
+    evals = [line for line in map(json.loads, Path('runs/shakespeare/metrics.jsonl').read_text().splitlines()) if line['kind'] == 'eval']
+    assert [line['step'] for line in evals] == [0, 12] and evals[1]['bits_per_byte'] < 0.8 * evals[0]['bits_per_byte']
+    said = capsys.readouterr().out
+    assert '  sample:\n    ROMEO:' in said and said.splitlines()[-5].endswith('sample.py runs/shakespeare --num=3')
 
 
 # ---- the size

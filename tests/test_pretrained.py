@@ -129,7 +129,7 @@ def test_the_preset_for_finetuning_needs_no_shape(tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.snapshot_download', lambda name, allow_patterns: {
         'openai-community/gpt2': folder}[name])
     config = load(str(Path(settings.__file__).parent / 'config' / 'finetune_shakespeare.py'))
-    assert (config.n_layer, config.bias, config.positions, config.tokenizer) == (2, True, 'learned', 'gpt2')
+    assert (config.n_layer, config.bias, config.positions, config.dataset, config.tokenizer) == (2, True, 'learned', 'shakespeare', 'gpt2')
     assert config.block_size == 256 and len(pretrained.load('gpt2', 256, say=print)['model']['wpe.weight']) == 256
 
 

@@ -90,9 +90,9 @@ def test_bins_must_hold_a_window_in_both_splits():
 
 
 def test_too_little_data_is_a_user_error(tmp_path):
-    for train_tokens, val_tokens in ((256, 300), (300, 256)):
+    for train_tokens, val_tokens in ((64, 300), (300, 64)):
         path = bins(tmp_path / f'{train_tokens}', [np.zeros(train_tokens)], np.zeros(val_tokens))
-        with pytest.raises(UserError, match='each split needs one window of the smallest preset, block_size . 1 = 257: prepare'):
+        with pytest.raises(UserError, match='each split needs one window of the smallest preset, block_size . 1 = 65: prepare'):
             recommend.recommend(path, 'cpu', say=lambda _: None)
     with pytest.raises(UserError, match='no such file'):
         recommend.recommend(tmp_path / 'nothing', 'cpu', say=lambda _: None)

@@ -150,7 +150,7 @@ def is_trained(words):
     config = settings.load(words)
     file = Path(config.out_dir) / 'config.json'
     before = read_json(file) if file.is_file() else config.as_dict()
-    if config.epochs and before.get('max_steps'):  # with `epochs`, config.json has the steps that followed from the data
+    if config.epochs and before.get('max_steps'):  # config.json has the steps that followed from the data
         config.max_steps = before['max_steps']
         settings.step_problems(config)  # sets the steps that depend on them
     now = config.as_dict()

@@ -128,12 +128,14 @@ def resume(config, data, world, say=print, find=find):
     resolve_steps(config, data.n_windows, state['step'], state['windows'] if theirs == ours else 0)
     if config.max_hours and state.get('fitted_steps'):
         fit_steps(config, config.copy(), state['fitted_steps'])
-    older = {'packing': 'stream', 'document_starts': 0.0, 'max_windows': 0}  # older checkpoints lack these options
+    # Older checkpoints lack these options.
+    older = {'packing': 'stream', 'document_starts': 0.0, 'max_windows': 0, 'weights_dtype': 'float32'}
     saved = {**vars(GPTConfig()), **older, **state['config']}
     changed = {key: (saved[key], value) for key, value in config.as_dict().items()
                if key in saved and saved[key] != value}
     # chunk_size does not change the result. eot_id comes from the tokenizer.
-    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | {'optimizer'}
+    fixed = {'optimizer', 'weights_dtype'}
+    model_keys = {field.name for field in fields(GPTConfig)} - {'chunk_size', 'eot_id'} | fixed
     if wrong := [f'{path}: {key} is {old} in the checkpoint, {new} in the config: it cannot change when resuming'
                  for key, (old, new) in changed.items() if key in model_keys]:
         raise UserError(*wrong)

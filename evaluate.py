@@ -27,7 +27,6 @@ from runtime import device as hardware
 from benchmarks import hellaswag
 from deploy.packed import load_model
 from runtime.choice import choose_checkpoint
-from runtime.profiling import is_out_of_memory
 from runtime.runlog import plain, read_lines
 from corpora.shards import ShardData, holds_rows, open_data
 from tokenizer import encode, equivalent, load_tokenizer, token_bytes
@@ -214,7 +213,7 @@ def open_rows(options, state, verify):
     If the run was trained on these rows, it is the run's own split. Rows without a tokenizer.json are taken as ids of
     the run's tokenizer.
     """
-    from corpora.preparation import open_dataset  # here because its imports are slow
+    from corpora.opening import open_dataset  # here because its imports are slow
     rows = Path(options.dataset.removeprefix('shards:')).expanduser()
     trained_on = str(state['config'].get('dataset', ''))
     trained_rows = Path(trained_on.removeprefix('shards:')).expanduser()
@@ -331,7 +330,7 @@ def evaluate(config, compare=False):
             speed = result['tokens'] / seconds
             detail = comparison.measure(model, encoding, state, speed, config.sample_tokens, device, dtype)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
         raise UserError(f'out of memory on {device}: use a smaller --batch_size than {batch_size}, '
                         f'or a smaller --context than {T}')

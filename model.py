@@ -515,19 +515,7 @@ class RMSNorm(nn.Module):
         return rms(x, self.weight)
 
 
-class LayerNorm(nn.Module):
-    """nn.LayerNorm with an optional bias on every version of torch."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
-NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}
+NORMS = {'rmsnorm': RMSNorm, 'layernorm': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias)}
 CHOICES = {'mixer': MIXERS, 'ffn': FFNS, 'linear': ('dense', 'bitnet', 'bitnet_ffn'), 'norm': NORMS,
            'positions': ('rotary', 'learned', 'none'), 'trix_router': ('signature', 'hash', 'first'),
            'trix_cut': ('', *ACTS)}
@@ -642,10 +630,6 @@ class GPT(nn.Module):
             with model.fixed_weights():                 # around the micro-steps of an optimizer step, or a validation
                 for x, y in batches:
                     model(x, y).backward()
-            fixed = model.fixed_weights()               # or per forward, if other code runs in between
-            for part in parts:
-                with fixed:
-                    logits = model(part, cache=cache)
 
         Everywhere else, codes are made in every forward. So any change of a weight takes effect at once.
         Weights that FSDP shards get no cache, because the codes would need the memory that sharding saves."""
@@ -793,11 +777,3 @@ class GPT(nn.Module):
         mixing = sum(part.flops_per_token(T) for block in self.blocks for part in (block.mixer, block.ffn)
                      if hasattr(part, 'flops_per_token'))
         return 6 * matrices + 3 * mixing
-
-    def packed_bytes(self):
-        """Size in bytes: ternary codes in 2 bits, scales in fp32, other parameters in bf16. Without buffers."""
-        # {id of a ternary weight: its number of scales}
-        scales = {id(m.weight): 1 for m in self.modules() if isinstance(m, BitLinear)}
-        scales |= {id(p): len(p) for trix in self.trix_layers() for p in (trix.up, trix.down)}
-        ternary = sum(-(-p.numel() // 4) + 4 * scales[id(p)] for p in self.parameters() if id(p) in scales)
-        return ternary + sum(2 * p.numel() for p in self.parameters() if id(p) not in scales)

@@ -1,40 +1,61 @@
-"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+"""The optimizers: AdamW for everything, or Muon or AdamW8bit for the matrices of the blocks and AdamW for the rest.
 
     optimizers = make_optimizers(model, config, device)      # {'optimizer': AdamW, 'muon': Muon}, the checkpoint keys
     for optimizer in optimizers.values(): set_rates(optimizer, lr, wd); optimizer.step()
 """
 import itertools
 import math
+import random
 from collections import defaultdict
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-OPTIMIZERS = ('adamw', 'muon')
+OPTIMIZERS = ('adamw', 'muon', 'adamw8bit')
+
+
+def block_matrices(model):
+    """The projections and the TriX tiles of the blocks."""
+    return [p for name, p in model.named_parameters() if name.endswith(('proj.weight', '.up', '.down'))]
+
+
+def cast_matrices(model, dtype):
+    """Convert the matrices of the blocks to a dtype, given by name. All other weights stay as they are."""
+    for p in block_matrices(model):
+        p.data = p.data.to(getattr(torch, dtype))
 
 
 def make_optimizers(model, config, device):
-    """{'optimizer': AdamW} and, with config.optimizer='muon', {'muon': Muon}.
+    """{'optimizer': AdamW} and, with config.optimizer='muon', {'muon': Muon}; the same for 'adamw8bit'.
 
-    model.decay_params() lists the parameters with weight decay. Among them, Muon takes the projections and the TriX
-    tiles of the blocks."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    model.decay_params() lists the parameters with weight decay. Muon and AdamW8bit take the matrices of the blocks."""
     decay_params = model.decay_params()
     decay_ids = {id(p) for p in decay_params}
     other_params = [p for p in model.parameters() if id(p) not in decay_ids]
-    muon_params = []
-    if config.optimizer == 'muon':
-        muon_params = [p for p in decay_params if names[id(p)].endswith(('proj.weight', '.up', '.down'))]
-    muon_ids = {id(p) for p in muon_params}
-    adamw_params = [p for p in decay_params if id(p) not in muon_ids]
+    matrices = block_matrices(model) if config.optimizer != 'adamw' else []
+    matrix_ids = {id(p) for p in matrices}
+    adamw_params = [p for p in decay_params if id(p) not in matrix_ids]
     groups = [{'params': adamw_params, 'weight_decay': config.weight_decay, 'decays': True},
               {'params': other_params, 'weight_decay': 0.0, 'decays': False}]
-    optimizers = {'optimizer': torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+    betas = config.beta1, config.beta2
+    optimizers = {'optimizer': torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas,
                                                  fused=device.type != 'mps')}
-    if muon_params:
-        group = {'params': muon_params, 'decays': True}
-        optimizers['muon'] = Muon([group], lr=config.learning_rate, weight_decay=config.weight_decay)
+    if matrices:
+        group = {'params': matrices, 'decays': True}
+        words = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
+        if config.optimizer == 'muon':
+            optimizers['muon'] = Muon([group], **words)
+        else:
+            optimizers['adamw8bit'] = AdamW8bit([group], **words, betas=betas, seed=config.seed)
     return optimizers
+
+
+def state_bytes(optimizer, p):
+    """Bytes of the state that an optimizer keeps for a parameter after its first step."""
+    if isinstance(optimizer, AdamW8bit):
+        return 2 * -(-p.numel() // BLOCK) * (BLOCK + 4)
+    return p.nbytes * (1 if isinstance(optimizer, Muon) else 2)
 
 
 def set_rates(optimizer, lr, weight_decay):
@@ -152,3 +173,86 @@ def orthogonal(x, coefficients=(3.4445, -4.7750, 2.0315), steps=5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# AdamW with 8-bit state
+
+BLOCK = 256  # values that share a scale
+MEAN = torch.int8, 2  # code of the mean of the gradients: its type and its power
+SQUARE = torch.uint8, 4  # code of the mean of the squared gradients, which spans more magnitudes
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW for fp32 or bf16 matrices that keeps both running means in 8 bits (Dettmers et al., arXiv:2110.02861).
+
+    Each block of 256 values has one fp32 scale. It differs from the paper in two ways. The code is a formula, not a
+    table. Codes and bf16 weights are rounded stochastically, so a change below the distance of two codes is not lost:
+    the expected value is the exact one. The seed and the step decide all roundings, so a resumed run repeats them, and
+    all processes round alike."""
+
+    def __init__(self, params, lr, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, seed=0):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            for index, p in enumerate(group['params']):
+                if p.grad is not None:
+                    self.update(p, self.state[p], index, **group)
+        return loss
+
+    def update(self, p, state, index, lr, weight_decay, betas, eps, **_):
+        state['step'] = step = state.get('step', 0) + 1
+        noise = torch.Generator(p.device).manual_seed(random.Random(f'{self.seed} {step} {index}').getrandbits(63))
+        grad = F.pad(p.grad.flatten().float(), (0, -p.numel() % BLOCK)).view(-1, BLOCK)
+        mean, square = torch.zeros_like(grad), torch.zeros_like(grad)
+        if step > 1:
+            mean = decoded(state['mean'], state['mean_scale'], MEAN)
+            # Code 0 counts as code 1, because the update divides by this mean.
+            square = decoded(state['square'].clamp(min=1), state['square_scale'], SQUARE)
+        mean.lerp_(grad, 1 - betas[0])
+        square.lerp_(grad.square(), 1 - betas[1])
+        state['mean'], state['mean_scale'] = encoded(mean, MEAN, noise)
+        state['square'], state['square_scale'] = encoded(square, SQUARE, noise)
+        mean /= 1 - betas[0] ** step
+        square /= 1 - betas[1] ** step
+        update = (mean / square.sqrt_().add_(eps)).flatten()[:p.numel()].view_as(p)
+        weight = p.float().mul(1 - lr * weight_decay).sub_(update, alpha=lr)
+        p.copy_(rounded_to_bfloat16(weight, noise) if p.dtype == torch.bfloat16 else weight)
+
+    def load_state_dict(self, state_dict):
+        """Also undoes that the base class converts the codes and scales to the dtype of the parameters."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group['params']]
+        for index, state in state_dict['state'].items():
+            p = params[index]
+            self.state[p] = {key: value.to(p.device, copy=True) if torch.is_tensor(value) else value
+                             for key, value in state.items()}
+
+
+def encoded(x, code, noise):
+    """x (n, BLOCK) fp32 -> codes q (n, BLOCK), scales (n, 1) with x = scale sign(q) (|q| / top)^power on average."""
+    dtype, power = code
+    top = torch.iinfo(dtype).max
+    size = x.abs()
+    scale = size.amax(1, keepdim=True)
+    size = size / scale.clamp(min=torch.finfo(scale.dtype).tiny)  # in [0, 1]
+    q = (size ** (1 / power) * top).floor_().clamp_(max=top - 1)
+    below, above = (q / top) ** power, ((q + 1) / top) ** power
+    up = torch.rand(x.shape, generator=noise, device=x.device) < (size - below) / (above - below)
+    return ((q + up) * x.sign()).to(dtype), scale
+
+
+def decoded(q, scale, code):
+    dtype, power = code
+    q = q.float() / torch.iinfo(dtype).max
+    return q.sign() * q.abs() ** power * scale
+
+
+def rounded_to_bfloat16(x, noise):
+    """x fp32 -> bf16: one of the two nearest values, x on average. bf16 is the upper half of the bits of fp32."""
+    low_bits = torch.randint(2**16, x.shape, generator=noise, device=x.device, dtype=torch.int32)
+    return ((x.view(torch.int32) + low_bits) & -2**16).view(torch.float32).bfloat16()

@@ -71,7 +71,10 @@ class TrainConfig:
     decay_steps: int = 0  # wsd: steps of the decay at the end (0: a fifth of the run)
     boundary_step: int = 0  # two_stage: the first step of the second stage, without weight decay (0: half of the run)
     mid_lr_ratio: float = 2 / 3  # two_stage: learning rate at the boundary, as a fraction of the peak
-    optimizer: str = 'adamw'  # adamw, or muon (Muon for the matrices of the blocks, AdamW for the rest)
+    optimizer: str = 'adamw'  # adamw; muon: Muon for the matrices of the blocks, AdamW for the rest; or adamw8bit:
+    # AdamW that keeps 8-bit state for the matrices of the blocks
+    weights_dtype: str = 'float32'  # of the matrices of the blocks and their gradients: float32, or bfloat16, which
+    # needs dtype=bfloat16 and optimizer=adamw8bit
     weight_decay: float = 0.1  # of matrices; norms, biases and other vectors have none
     beta1: float = 0.9  # AdamW: decay of the mean of the gradients
     beta2: float = 0.95  # AdamW: decay of the mean of the squared gradients
@@ -124,8 +127,8 @@ class TrainConfig:
     @staticmethod
     def choices():
         """{option: its allowed values}"""
-        return {'schedule': schedules.SCHEDULES, 'optimizer': OPTIMIZERS, 'parallel': ('ddp', 'fsdp'),
-                'packing': ('stream', 'best_fit')}
+        return {'schedule': schedules.SCHEDULES, 'optimizer': OPTIMIZERS, 'weights_dtype': ('float32', 'bfloat16'),
+                'parallel': ('ddp', 'fsdp'), 'packing': ('stream', 'best_fit')}
 
     def problems(self):
         found = [f'{key}={getattr(self, key)} must be at least 1' for key in
@@ -168,19 +171,27 @@ class TrainConfig:
             found.append(f'matrix_lr={self.matrix_lr} is for --optimizer=muon')
         if self.parallel == 'fsdp' and self.dtype == 'float16':
             found.append('dtype=float16 is not possible with sharded gradients: use --dtype=bfloat16 or --parallel=ddp')
+        if self.parallel == 'fsdp' and self.optimizer == 'adamw8bit':
+            found.append('optimizer=adamw8bit is not possible with sharded weights: use --parallel=ddp')
+        if self.weights_dtype == 'bfloat16' and self.optimizer != 'adamw8bit':
+            found.append('weights_dtype=bfloat16 needs --optimizer=adamw8bit, which rounds stochastically. '
+                         f'{self.optimizer} would lose small updates')
+        if self.weights_dtype == 'bfloat16' and self.dtype != 'bfloat16':
+            found.append(f'weights_dtype=bfloat16 needs --dtype=bfloat16, not {self.dtype}')
         return found
 
 
-def load(argv, usage=__doc__, pretrained=None):
+def load(argv, usage=__doc__, import_pretrained=None):
     """
     Command line -> checked config. A pure function. UserError with one line per problem.
 
-    pretrained: the module deploy.pretrained, for runs that may start from a pretrained model. The model that
-    --init_from names then decides the shape. Without it, --init_from is only an option like any other.
+    import_pretrained: returns the module deploy.pretrained, for runs that may start from a pretrained model: the model
+    that --init_from names then decides the shape. Without it, --init_from is only an option like any other.
     """
     words = dict(folder='config', bare={'resume': 'auto'})
-    source = configurator.peek(argv, 'init_from', GPTConfig, TrainConfig, **words) if pretrained else ''
-    shape = {} if {'--help', '-h'} & {*argv} or not source else pretrained.options(source)
+    source = configurator.peek(argv, 'init_from', GPTConfig, TrainConfig, **words) if import_pretrained else ''
+    pretrained = import_pretrained() if source and not {'--help', '-h'} & {*argv} else None
+    shape = pretrained.options(source) if pretrained else {}
 
     def check(config):
         conflicts = pretrained.conflicts(config, source, shape) if shape else []
@@ -204,6 +215,8 @@ def problems(config):
                      'give --max_steps, or a prepared directory as --dataset')
     if config.anneal_steps and (config.ffn != 'trix' or config.trix_router == 'hash'):
         found.append(f'anneal_steps={config.anneal_steps} needs ffn=trix, and a trix_router other than hash')
+    if config.weights_dtype == 'bfloat16' and (config.ffn in ('trix', 'bitnet') or config.linear != 'dense'):
+        found.append(f'weights_dtype=bfloat16 is not for ternary weights (ffn={config.ffn}, linear={config.linear})')
     return found if config.epochs else found + step_problems(config)  # with epochs, the data decide the steps
 
 

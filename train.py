@@ -27,13 +27,12 @@ import checkpoint
 import schedule as schedules
 import settings
 from configurator import UserError, read_json
-from corpora.preparation import open_training_data
+from corpora.opening import open_training_data
 from data import Prefetcher
-from deploy import pretrained
 from kernels import autocast
 from model import GPT, GPTConfig
-from optim import local_tensor, make_optimizers, set_rates
-from runtime import compiler, parallel, plan, profiling, runlog
+from optim import cast_matrices, local_tensor, make_optimizers, set_rates
+from runtime import compiler, disk, parallel, runlog
 from runtime import device as hardware
 from runtime.generation import encode, sample_grid
 from runtime.hints import LEAST_GAIN, hints
@@ -46,7 +45,12 @@ from training import WATCHED_STEPS, Progress, TrainStep, validate
 
 def load(argv):
     """Command line -> checked config. A pure function."""
-    return settings.load(argv, usage=__doc__, pretrained=pretrained)
+    return settings.load(argv, usage=__doc__, import_pretrained=import_pretrained)
+
+
+def import_pretrained():
+    from deploy import pretrained  # a plain run does not need it
+    return pretrained
 
 
 def main(argv):
@@ -61,6 +65,7 @@ def main(argv):
                 say(f'no config file: this run trains with the defaults, into {config.out_dir}')
             if config.plan:
                 if group.main:
+                    from runtime import plan  # a plain run does not need it
                     data = open_training_data(config, prepare=False)
                     say(plan.page(config, *micro_batches(config, group.world), data, group.world))
                 return
@@ -124,7 +129,7 @@ def train(config, group, device, dtype, reason, say, exit_stack):
         say(line)
         return 0
     if group.main:
-        plan.check_disk(config)
+        disk.check_disk(config)
     use_compile, compile_line = compiler.choose(config.compile, device, asked.max_steps * config.batch_tokens)
 
     # ---- model and optimizers
@@ -135,9 +140,11 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     optimizers = {}
 
     def out_of_memory():
+        from runtime import profiling  # a plain run does not need it
         return profiling.advice(model, list(optimizers.values()), config, device, dtype, group.world)
 
     with memory_guard(out_of_memory):
+        cast_matrices(model, config.weights_dtype)
         if sharded:
             group.shard(model, device)
         else:
@@ -266,7 +273,10 @@ def loop(run, interrupt):
     config, progress, train_step, model, log = run.config, run.progress, run.train_step, run.model, run.log
     last_step_here = min(WATCHED_STEPS, config.max_steps - progress.step)
     batches = Prefetcher(run.batch, run.todo())
-    profile = profiling.Profile(run.out, run.device, say=log.say) if config.profile and run.group.main else None
+    profile = None
+    if config.profile:
+        from runtime import profiling  # a plain run does not need it
+        profile = profiling.Profile(run.out, run.device, say=log.say) if run.group.main else None
     run.evals += [line for line in runlog.read_lines(run.out / 'metrics.jsonl') if line.get('kind') == 'eval']
     run.samples += runlog.read_lines(run.out / 'samples.jsonl')
     meter = Meter(run, batches)
@@ -682,6 +692,7 @@ def weights_to_start_from(config, data, find, say):
     source = config.init_from
     if not source:
         return None, None
+    pretrained = import_pretrained()
     if pretrained.is_pretrained(source):
         state = pretrained.load(source, config.block_size, say)
     else:
@@ -746,7 +757,7 @@ def memory_guard(advice):
     try:
         yield
     except Exception as error:
-        if not profiling.is_out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
         failed = True
     if failed:

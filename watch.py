@@ -601,7 +601,7 @@ def plot_schedule(config, paths, files, train_words):
 
 def steps_of_epochs(options):
     """Set the steps that `epochs` means, if the data are prepared. Returns a phrase that says what is drawn."""
-    from corpora.preparation import open_training_data  # here, because they import torch
+    from corpora.opening import open_training_data  # here, because they import torch
     from settings import step_problems
     if open_training_data(options, prepare=False):
         return f'{options.max_steps:,} steps'

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import settings
-from benchmarks.measure import ROOT, Candidate, alike, compare, interleaved, report, side_by_side, sizes, timed
+from benchmarks.measure import (ROOT, Candidate, alike, compare, interleaved, packed_bytes, report, side_by_side, sizes,
+                                timed)
 from configurator import UserError
 from kernels import FUSED_DEVICES, autocast, chunked_cross_entropy
 from model import GPT, GPTConfig
@@ -75,7 +76,7 @@ def blocks(config):
             with torch.device('meta'):
                 model = GPT(models[name])
             rows.append({
-                'shape': title_of(shape), 'block': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6,
+                'shape': title_of(shape), 'block': name, **sizes(model), 'packed MB': packed_bytes(model) / 1e6,
                 'tokens/s': batch_size * shape.block_size / to_dense['seconds'], 'spread': to_dense['spread'],
                 'ratio to dense': to_dense['ratio'], 'low': to_dense['low'], 'high': to_dense['high'],
                 'ratio to swiglu': to_swiglu['ratio'], 'peak GB': peaks[name]})

@@ -30,7 +30,7 @@ from benchmarks.tables import markdown
 from configurator import UserError
 from files import replacing
 from kernels import autocast
-from model import GPT, GPTConfig
+from model import GPT, BitLinear, GPTConfig
 from optim import make_optimizers
 from runtime import compiler, plan
 from runtime import device as hardware
@@ -313,6 +313,15 @@ def sizes(model):
     table = model.parameter_table()
     return {'parameters': sum(total for _, total, _ in table), 'used by a token': sum(used for *_, used in table),
             'MFLOP/token': model.flops_per_token() / 1e6}
+
+
+def packed_bytes(model):
+    """Bytes of the weights: ternary codes in 2 bits, their scales in fp32, all others in bf16. Without buffers."""
+    # {id of a ternary weight: its number of scales}
+    scales = {id(m.weight): 1 for m in model.modules() if isinstance(m, BitLinear)}
+    scales |= {id(p): len(p) for trix in model.trix_layers() for p in (trix.up, trix.down)}
+    ternary = sum(-(-p.numel() // 4) + 4 * scales[id(p)] for p in model.parameters() if id(p) in scales)
+    return ternary + sum(2 * p.numel() for p in model.parameters() if id(p) not in scales)
 
 
 def mean_and_sd(**columns):

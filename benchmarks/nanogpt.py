@@ -18,7 +18,7 @@ import settings
 from benchmarks.measure import ROOT, compare, mean_and_sd, report, whole_process
 from benchmarks.quality import SPEEDRUN, ensure_trained, evaluations
 from configurator import read_json
-from corpora.preparation import open_dataset
+from corpora.opening import open_dataset
 from runtime import device as hardware
 from runtime.runlog import read_lines
 

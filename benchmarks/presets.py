@@ -20,7 +20,7 @@ from benchmarks.measure import Candidate, compare, report, side_by_side, trainin
 from configurator import UserError
 from model import GPTConfig
 from runtime import device as hardware
-from runtime import plan, profiling
+from runtime import plan
 
 CARDS_GB = (8, 12, 16, 24)  # columns of `memory`
 
@@ -93,7 +93,7 @@ def beside(title, candidates, repeats, config):
     try:
         return side_by_side(title, candidates, repeats, config)
     except (RuntimeError, MemoryError) as error:
-        if not profiling.is_out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
     except UserError as error:
         print(error)  # a process has died, most likely of memory
@@ -171,7 +171,7 @@ def two_steps(shape, batch_size, device, dtype, options):
         step()
         step()
     except (RuntimeError, MemoryError) as error:
-        if not profiling.is_out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
         return None
     return hardware.peak_memory_gb(device)
@@ -205,7 +205,7 @@ def memory(config):
                     'batch': batch_size, 'precision': name, 'checkpointing': on_off(checkpointing),
                     'parameters GB': kinds['parameters'], 'gradients GB': kinds['gradients'],
                     'optimizer GB': kinds['optimizer'], 'activations GB': kinds['activations'],
-                    'other GB': kinds['buffers'] + kinds['copies'] + kinds['loss'], 'total GB': total,
+                    'other GB': kinds['buffers'] + kinds['copies'] + kinds['workspace'], 'total GB': total,
                     'fits on': ', '.join(f'{gb}' for gb in CARDS_GB if total <= gb) + ' GB'
                     if total <= CARDS_GB[-1] else 'none'})
     print(f'{config.model}: estimated memory of a step with {run.block_size:,} tokens a sequence; '

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 import settings
-from corpora.preparation import open_dataset
-from benchmarks.measure import ROOT, Progress, alike, compare, mean_and_sd, report, side_by_side, sizes
+from corpora.opening import open_dataset
+from benchmarks.measure import (ROOT, Progress, alike, compare, mean_and_sd, packed_bytes, report, side_by_side,
+                                sizes)
 from checkpoint import load_model
 from configurator import UserError, read_json
 from data import TokenData
@@ -113,7 +114,7 @@ def measures(shape):
     """{column: value} of the sizes of a model"""
     with torch.device('meta'):
         model = GPT(shape)
-    return {**sizes(model), 'packed MB': model.packed_bytes() / 1e6}
+    return {**sizes(model), 'packed MB': packed_bytes(model) / 1e6}
 
 
 def matched(shape, column, target):
@@ -210,7 +211,7 @@ def quality(config):
         models[name] = model.config
         losses[name] = [result['loss'] for result in results]
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
-        rows.append({'model': name, **sizes(model), 'packed MB': model.packed_bytes() / 1e6, **mean_and_sd(**spread)})
+        rows.append({'model': name, **sizes(model), 'packed MB': packed_bytes(model) / 1e6, **mean_and_sd(**spread)})
         print(name, *(f'{loss:.4f}' for loss in losses[name]))
     times, _ = side_by_side('quality', alike(models, 16), config.repeats, config)
     for row, speed, rank in zip(rows, compare(times, name), ranks(losses).values()):

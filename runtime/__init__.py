@@ -1,5 +1,6 @@
 """The surroundings of training: hardware, compilation, processes, signals, logs, memory and time.
 
 Start with `device.py` (device and precision), `parallel.py` (several processes) and `runlog.py` (the files of a run).
-`plan.py` estimates a run before it starts. `profiling.py` shows where the time and memory of a run go.
+`plan.py` estimates a run before it starts, and `disk.py` its checkpoints. `profiling.py` shows where the
+time and memory of a run go.
 """

@@ -12,7 +12,7 @@ import torch
 
 from configurator import UserError
 from optim import local_tensor
-from runtime.profiling import is_out_of_memory, untouched
+from runtime.device import is_out_of_memory
 
 # Allowed relative difference between compiled and eager execution: (loss, gradient norm, gradient of any parameter).
 # Rounding alone causes 1e-6 in fp32, 1e-3 in TF32 and 1e-2 in half precision. Rounding can also route a few tokens to
@@ -95,6 +95,8 @@ def check(model, fast, compute, device, dtype, limit, sharded_sum, lost):
     limit: a context manager around the compilation.
     sharded_sum: sums per-parameter numbers over the processes if FSDP has sharded the parameters.
     lost(error): whether another process is gone. That is not a failure of the compiler."""
+    from runtime.profiling import untouched  # a plain run does not need it
+
     def gradients(module):
         with untouched(model, device):
             loss = compute(module)

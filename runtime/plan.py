@@ -12,12 +12,10 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import shutil
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, process
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -25,12 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import schedule as schedules
 from configurator import UserError, columns
-from model import GPT, GPTConfig
-from optim import make_optimizers
+from model import GPT
+from optim import cast_matrices, make_optimizers
 from runtime import device as hardware
+from runtime.disk import checkpoint_bytes, checkpoints_at_most, free_bytes, model_of, readable, shape_of
 from runtime.parallel import Group
-from runtime.profiling import (COPIES, MemoryOption, counted, has_bfloat16, is_out_of_memory, logit_bytes, measured,
-                               memory_options, readable)
+from runtime.profiling import (COPIES, MemoryOption, counted, has_bfloat16, logit_bytes, measured,
+                               memory_options, working_bytes)
 from settings import due_steps, epoch_lines, is_on
 from tokenizer import id_dtype
 from training import TrainStep
@@ -43,12 +42,30 @@ PROBE = 60  # approximate time limit for the steps of a probe, in seconds
 # ----------------------------------------------------------------------------------------------------------------------
 # Estimated memory and time
 
-def shape_of(config):
-    """The GPTConfig of a run with any eot_id. A plan can come before the data, and memory does not depend on the id."""
-    return replace(config.pick(GPTConfig), eot_id=0)
+def measurable(config, kind):
+    """(the config to measure, whether fake tensors will do, the number of tokens to measure). See activations()."""
+    config = config if kind == 'cpu' else replace(config, dropout=0.0)
+    masked = config.document_mask and ('resonance' in config.mixers() or config.ffn == 'resonance')
+    fake, T = config.ffn != 'trix' and not masked, config.block_size  # sizes for TriX and documents depend on tokens
+    if not fake and config.mixers() == ['resonance'] * config.n_layer:
+        T = min(T, 2 * config.chunk_size)
+    elif not fake and not config.dropout:
+        T = min(T, 64)
+    return config, fake, T
 
 
-def activations(config, kind, dtype):
+def block_work(config, kind, dtype, weights_dtype='float32'):
+    """profiling.working_bytes for a sequence: (bytes that a block keeps for backward, bytes on top at its peak)."""
+    config, fake, T = measurable(config, kind)
+    n_layer = config.attention_every or 1  # one block of each kind
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        model = GPT(replace(config, n_layer=n_layer, vocab_size=512, block_size=T))
+        cast_matrices(model, weights_dtype)
+        one, two = (working_bytes(model, rows, torch.device('cpu'), dtype) for rows in (1, 2))
+    return tuple((b - a) * config.block_size / T for a, b in zip(one, two))
+
+
+def activations(config, kind, dtype, weights_dtype='float32'):
     """
     Estimate the bytes that a micro-step keeps for backward.
 
@@ -60,23 +77,19 @@ def activations(config, kind, dtype):
     kind: 'cpu' or 'cuda'. With dropout, attention on the CPU keeps T x T weights. Attention on CUDA does not, so the
     estimate for 'cuda' ignores dropout.
     """
-    config = config if kind == 'cpu' else replace(config, dropout=0.0)
-    masked = config.document_mask and ('resonance' in config.mixers() or config.ffn == 'resonance')
-    fake, T = config.ffn != 'trix' and not masked, config.block_size  # sizes for TriX and documents depend on tokens
-    if not fake and config.mixers() == ['resonance'] * config.n_layer:
-        T = min(T, 2 * config.chunk_size)
-    elif not fake and not config.dropout:
-        T = min(T, 64)
+    config, fake, T = measurable(config, kind)
     n, V = 1 if len(set(config.mixers())) == 1 else config.n_layer, 512
 
     def kept(n_layer, vocab_size):
         model = GPT(replace(config, n_layer=n_layer, vocab_size=vocab_size, block_size=T))
+        cast_matrices(model, weights_dtype)
         plain, checkpointed, copies = measured(model, torch.device('cpu'), dtype)
         return plain * config.block_size / T, checkpointed * config.block_size / T, copies
     with FakeTensorMode() if fake else contextlib.nullcontext():
         small, wide = kept(n, V), kept(n, 2 * V)
         deep = kept(n + 1, V) if n < config.n_layer else small
-    return tuple(a + (b - a) * (config.n_layer - n) + (c - a) * (config.vocab_size / V - 1) for a, b, c in zip(small, deep, wide))
+    return tuple(a + (b - a) * (config.n_layer - n) + (c - a) * (config.vocab_size / V - 1)
+                 for a, b, c in zip(small, deep, wide))
 
 
 def estimate(config, kind, dtype):
@@ -84,14 +97,20 @@ def estimate(config, kind, dtype):
 
     Returns a function (rows, checkpointing) -> {kind of memory: bytes}, for micro-steps of `rows` sequences."""
     with torch.device('meta'):
-        model = GPT(shape_of(config))
+        model = model_of(config)
         optimizers = make_optimizers(model, config, torch.device('cpu')).values()
-    *a_sequence, copies = activations(model.config, kind, dtype)
+    *a_sequence, copies = activations(model.config, kind, dtype, config.weights_dtype)
+    a_block, on_top = block_work(model.config, kind, dtype, config.weights_dtype)
     fixed = {kind: size for kind, size, _ in counted(model, optimizers)}
 
     def memory(rows, checkpointing):
+        # The backward of the loss holds the gradients of the head and of its input a second time, scaled.
+        head = model.lm_head.weight.nbytes + 4 * rows * config.block_size * config.n_embd
+        loss = max(head, logit_bytes(model, rows, torch.device(kind), dtype))
+        # The loss comes before the backward of the blocks. With checkpointing, no block is recomputed yet.
+        recomputed = rows * a_block if checkpointing else 0
         return {**fixed, 'copies': copies, 'activations': rows * a_sequence[checkpointing],
-                'loss': logit_bytes(model, rows, torch.device(kind), dtype)}
+                'workspace': max(rows * on_top, loss - recomputed)}
     return memory
 
 
@@ -149,6 +168,7 @@ def steps(options, shape, rows, pattern, threads):
     times = []  # (seconds per micro-step, seconds for the rest) of each step
     torch.manual_seed(options.seed)
     model = GPT(shape).to(device).train()
+    cast_matrices(model, options.weights_dtype)
     model.activation_checkpointing = options.activation_checkpointing
     train_step = TrainStep(model, make_optimizers(model, options, device), options, device, dtype, Group())
     random_ids = (torch.randint(shape.vocab_size, (rows, shape.block_size + 1)).to(device) for _ in itertools.count())
@@ -198,67 +218,10 @@ def probe(config, rows, micro_steps, seconds_a_row, fits):
     except process.BrokenProcessPool:
         return None
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
         return None
     return Measured(n, most, max(0.0, most - less) / max(1, n - n // 2), micro, rest)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Disk
-
-def checkpoint_bytes(config):
-    """(bytes of one checkpoint, bytes of one archive). Both hold the model's state dict in fp32. A checkpoint also holds
-    the optimizers' moments."""
-    with torch.device('meta'):
-        model = GPT(shape_of(config))
-        optimizers = make_optimizers(model, config, torch.device('cpu')).values()
-    tensors = {id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}  # a tied matrix counts once
-    weights = sum(tensors.values())
-    return weights + next(size for kind, size, _ in counted(model, optimizers) if kind == 'optimizer'), weights
-
-
-def checkpoints_at_most(config, best=True):
-    """
-    (largest number of checkpoints on disk at once, a text that explains it).
-
-    Counts the newest, the best, the permanent checkpoints, and a checkpoint that is being written. best=False: count no
-    checkpoints for better validations, because their number is unknown.
-    """
-    if not is_on(config, 'save_interval'):
-        return 1, 'only if the run is interrupted (--save_interval=0)'
-    best = best and config.save_on_best and is_on(config, 'eval_interval')
-    permanent = {*config.mandatory_steps, *schedules.both_sides(config), *due_steps(config, 'keep_every')}
-    # A better validation also saves a checkpoint.
-    regular = due_steps(config, 'save_interval') | (due_steps(config, 'eval_interval') if best else set())
-    saves = len({config.max_steps} | permanent | regular)
-    if not config.keep:
-        return saves, 'all are kept (--keep=0)' + (', if every validation is better than those before' if best else '')
-    words = [f'keep={config.keep}']
-    if best:
-        words.append('the best')
-    if permanent:
-        words.append(f'{len(permanent)} permanent')
-    return min(saves, config.keep + best + len(permanent)) + 1, ', '.join([*words, 'one being written'])
-
-
-def check_disk(config):
-    """UserError if the disk has no room for the checkpoints and archives that the run will keep."""
-    (n, reason), (each, weights) = checkpoints_at_most(config, best=False), checkpoint_bytes(config)
-    archives = len(due_steps(config, 'archive_every'))
-    out = Path(config.out_dir)
-    present = sum(file.stat().st_size for folder in ('checkpoints', 'archives') for file in (out / folder).glob('*.pt'))
-    needed, free = n * each + archives * weights, free_bytes(out) + present
-    if needed > free and (archives or is_on(config, 'save_interval')):
-        more = f' and {archives:,} archives of {readable(weights)}' if archives else ''
-        raise UserError(f'{out}: no room for {n:,} checkpoints ({reason}) of {readable(each)}{more} = {readable(needed)}: '
-                        f'{readable(free)} are free. Use a smaller --keep, longer intervals, or another --out_dir')
-
-
-def free_bytes(path):
-    """Free bytes on the file system of a path. The path need not exist."""
-    path = Path(path).absolute()
-    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -387,7 +350,7 @@ def page(config, rows, micro_steps, data=None, world=1):
     Raises UserError, for example if the device or the precision is not available."""
     target = find_target(config)
     with torch.device('meta'):
-        model = GPT(shape_of(config))
+        model = model_of(config)
     memory = StepMemory(config, target, rows, world)
     if target.is_here and memory.parts == 1:
         here = target.speed if not target.is_other_card else achieved(target.device, target.dtype)[0]
@@ -421,8 +384,9 @@ def parameter_lines(model):
             f'{model.flops_per_token() / 1e6:,.1f} MFLOP a token', columns([('  kind', 'parameters', 'active'), *rows])]
 
 
-HOW = {'copies': COPIES, 'activations': 'kept by forward for backward', 'loss': 'chunks of logits',
-       'optimizer': 'its moments', 'buffers': 'tables and counters'}
+HOW = {'copies': COPIES, 'activations': 'kept by forward for backward', 'optimizer': 'its moments',
+       'buffers': 'tables and counters',
+       'workspace': 'of backward: gradients of activations inside a block, or those of the head, or a chunk of logits'}
 
 
 def memory_lines(config, memory):
@@ -480,7 +444,8 @@ def run_lines(config, data):
     if not data:
         return [f'{text}; {config.dataset} is not prepared yet, so the epochs are unknown']
     passes = tokens / (data.n_windows * config.block_size)
-    lines = [f'{text}: {passes:.2f} epochs of the {data.train_tokens:,} in {data.path}', *epoch_lines(config, data.n_windows)]
+    lines = [f'{text}: {passes:.2f} epochs of the {data.train_tokens:,} in {data.path}',
+             *epoch_lines(config, data.n_windows)]
     repeats = None if config.epochs else data.repeats(tokens)
     return [*lines, repeats] if repeats else lines
 
@@ -572,8 +537,9 @@ def disk_lines(config, data):
     else:
         text = f'{config.dataset} is not prepared yet: {width} bytes a token'
     needed = n * each + archives * weights + (size if not data and config.dataset == 'fineweb_edu' else 0)
-    return [f'disk: {n:,} checkpoints at most ({why}) of {readable(each)} = {readable(n * each)} in {config.out_dir}{more}; {text}; '
-            f'{readable(free)} are free: ' + ('enough' if needed <= free else 'NOT ENOUGH: a smaller --keep, or another --out_dir')]
+    verdict = 'enough' if needed <= free else 'NOT ENOUGH: a smaller --keep, or another --out_dir'
+    return [f'disk: {n:,} checkpoints at most ({why}) of {readable(each)} = {readable(n * each)} in '
+            f'{config.out_dir}{more}; {text}; {readable(free)} are free: {verdict}']
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,17 +13,21 @@ import functools
 import os
 import sys
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from files import replacing
 from kernels import FUSED_DEVICES, autocast, loss_chunk
-from optim import Muon, local_tensor
+from optim import local_tensor, state_bytes
 from runtime import device as hardware
+from runtime.disk import readable
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,6 +102,65 @@ def measured(model, device, dtype):
     return two - one, two_checkpointed - one_checkpointed, 2 * one - two
 
 
+class PeakMemory(TorchDispatchMode):
+    """Context that counts the bytes of the tensors made inside: `live` exist now, `peak` is the most so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages = {}  # address: bytes of the storages that exist, 0 for those made outside
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            self.note(tensor, made_here=False)
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            self.note(tensor, made_here=True)
+        return result
+
+    def note(self, tensor, made_here):
+        storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+        if storage is None or storage._cdata in self.storages:
+            return
+        self.storages[storage._cdata] = size = storage.nbytes() if made_here else 0
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, address):
+        self.live -= self.storages.pop(address)
+
+
+def working_bytes(model, rows, device, dtype):
+    """(bytes that the forward of a block keeps for its backward, bytes that the two take on top at their peak).
+
+    The bytes on top are mostly gradients of activations. Of several kinds of blocks, the largest counts."""
+    arguments, found = {}, []  # {kind of mixer: (a block, the arguments of its forward)}
+
+    def note(block, args):
+        arguments[type(block.mixer)] = block, args
+
+    idx = torch.zeros(rows, model.config.block_size, dtype=torch.int64, device=device)
+    with untouched(model, device), contextlib.ExitStack() as stack:
+        model.train()
+        model.activation_checkpointing = False
+        for block in model.blocks:
+            stack.callback(block.register_forward_pre_hook(note).remove)
+        with torch.no_grad(), autocast(device, dtype):
+            model(idx)
+        for block, (x, *rest) in arguments.values():
+            for p in block.parameters():
+                p.grad = torch.zeros_like(p)  # as after an earlier micro-step
+            with torch.enable_grad(), PeakMemory() as memory:
+                with autocast(device, dtype):
+                    y = block(x.detach().requires_grad_(), *rest)
+                live = memory.live
+                y.backward(torch.ones_like(y))
+            found.append((live - y.nbytes, memory.peak - live))  # y is the input of the next block
+            block.zero_grad(set_to_none=True)
+    return max(found, key=sum)
+
+
 def saved_bytes(model, rows, device, dtype):
     """Bytes of activations that autograd keeps for backward in a micro-step of `rows` sequences of block_size tokens.
 
@@ -130,13 +193,13 @@ def counted(model, optimizers, world=1, sharded=False):
 
     optimizer_bytes, how = 0, []
     for optimizer in optimizers:
-        moments = 1 if isinstance(optimizer, Muon) else 2
-        kept_state = 'its state' if optimizer.state else f'{moments} x the parameters after its first step'
-        how.append(f'{type(optimizer).__name__}: {kept_state}')
         trained = [p for group in optimizer.param_groups for p in group['params'] if p.requires_grad]
+        later = sum(state_bytes(optimizer, p) for p in trained) / max(1, sum(p.nbytes for p in trained))
+        kept_state = 'its state' if optimizer.state else f'{later:.3g} x the parameters after its first step'
+        how.append(f'{type(optimizer).__name__}: {kept_state}')
         for p in trained:
             state = [share(t) for t in optimizer.state.get(p, {}).values() if torch.is_tensor(t)]
-            optimizer_bytes += sum(state) or moments * share(p)
+            optimizer_bytes += sum(state) or round(later * share(p))
     parameters = list(model.parameters())
     part = f', 1/{world} of them in this process' if sharded else ''
     return [('parameters', sum(map(share, parameters)), f'{sum(p.numel() for p in parameters):,}{part}'),
@@ -161,11 +224,6 @@ def memory_breakdown(model, optimizers, rows, device, dtype, world=1, sharded=Fa
     return table + [('total', total, 'an estimate, without the workspace of kernels and libraries')]
 
 
-def readable(size):
-    unit, name = next((u for u in ((1e9, 'GB'), (1e6, 'MB')) if size >= 0.9995 * u[0]), (1e3, 'kB'))
-    return f'{size / unit:.1f} {name}'
-
-
 def breakdown_table(rows, device):
     """The rows of memory_breakdown as text, plus the real peak memory of this process so far."""
     total = rows[-1][1]
@@ -179,22 +237,6 @@ def breakdown_table(rows, device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Out of memory
-
-# Words in the out-of-memory errors of CPU, CUDA and MPS.
-OUT_OF_MEMORY = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED',
-                 'bad_alloc')
-
-
-def is_out_of_memory(error):
-    """Whether an exception, or one of its causes, is an out-of-memory error."""
-    while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            return True
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
-            return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
-
 
 def has_bfloat16(device):
     return (device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -275,7 +317,7 @@ def advice(model, optimizers, config, device, dtype, world=1):
         activations = needed(now) - state if measurable else None
         saved = [(needed(now) - needed(option), str(option)) for option in options] if measurable else []
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
         measurable = False
     if not measurable:

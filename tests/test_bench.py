@@ -48,7 +48,7 @@ def test_blocks_compares_at_9_21_and_70_million_parameters(i, low, high):
     tiny = settings.load([str(measure.ROOT / 'config' / 'trix_tiny.py')])
     trix, small = models['trix'].config, tiny.trix_hidden or tiny.n_embd
     assert (trix.trix_tiles, trix.trix_top_k, trix.trix_hidden) == (tiny.trix_tiles, tiny.trix_top_k, small * shape.n_embd // 128)
-    assert models['bitnet'].packed_bytes() < models['swiglu'].packed_bytes()
+    assert measure.packed_bytes(models['bitnet']) < measure.packed_bytes(models['swiglu'])
 
 
 def result_file(tmp_path, name):
@@ -283,7 +283,7 @@ def test_the_memory_table_has_every_batch_precision_and_card(tmp_path, monkeypat
     def estimate(run, kind, dtype):
         assert kind == 'cuda' and run.n_layer == 12
         size = 1e9 if dtype == torch.float32 else 0.5e9
-        return lambda rows, checkpointing: {**dict.fromkeys(('parameters', 'gradients', 'buffers', 'copies', 'loss'), 0.5e9), 'optimizer': 1e9,
+        return lambda rows, checkpointing: {**dict.fromkeys(('parameters', 'gradients', 'buffers', 'copies', 'workspace'), 0.5e9), 'optimizer': 1e9,
                                             'activations': rows * size / (4 if checkpointing else 1)}
     monkeypatch.setattr(presets.plan, 'estimate', estimate)
     bench.main(['memory', f"--model={measure.ROOT / 'config' / 'wikitext_medium.py'}", '--device=cpu', f'--out={tmp_path}'])

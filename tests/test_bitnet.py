@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import kernels
 import model as model_file
 import settings
+from benchmarks.measure import packed_bytes
 from kernels import int8_codes, ternary_codes
 from model import GPT, BitLinear, GPTConfig, TriX
 from optim import make_optimizers
@@ -349,10 +350,10 @@ def test_a_model_reports_the_mean_over_its_matrices():
 def test_packed_bytes_count_two_bits_a_ternary_weight():
     config = dict(n_layer=1, n_embd=32, n_head=4, vocab_size=50, block_size=16)
     dense = GPT(GPTConfig(**config, ffn='swiglu', d_ff=96))
-    assert dense.packed_bytes() == 2 * sum(p.numel() for p in dense.parameters())
+    assert packed_bytes(dense) == 2 * sum(p.numel() for p in dense.parameters())
     matrices = 4 * 32 * 32 + 3 * 32 * 96
-    assert GPT(GPTConfig(**config, ffn='swiglu', d_ff=96, linear='bitnet')).packed_bytes() == dense.packed_bytes() - 2 * matrices + matrices // 4 + 7 * 4
+    assert packed_bytes(GPT(GPTConfig(**config, ffn='swiglu', d_ff=96, linear='bitnet'))) == packed_bytes(dense) - 2 * matrices + matrices // 4 + 7 * 4
     trix = GPT(GPTConfig(**config, ffn='trix', trix_tiles=4, trix_hidden=32))
     tiles = sum(p.numel() for m in trix.modules() if isinstance(m, TriX) for p in (m.up, m.down))
     rest = sum(p.numel() for p in trix.parameters()) - tiles
-    assert trix.packed_bytes() == 2 * rest + tiles // 4 + 2 * 4 * 4
+    assert packed_bytes(trix) == 2 * rest + tiles // 4 + 2 * 4 * 4

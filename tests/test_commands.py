@@ -14,7 +14,7 @@ import pytest
 import prepare
 from corpora import shards
 import train
-from corpora import preparation
+from corpora import opening
 from configurator import UserError
 from data import TokenData
 from runs import SMALL, finish, lines
@@ -146,34 +146,34 @@ def test_a_run_is_refused_if_the_text_of_its_data_has_changed(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     text = write_jsonl(Path('notes.jsonl'), texts(300))
     wanted = train.load([*SMALL, '--dataset=text:notes.jsonl'])
-    data = preparation.open_dataset(wanted)
-    assert re.fullmatch(r'data/text-notes\.jsonl-\w{6}-300', str(data.path)) and preparation.open_dataset(wanted).fingerprint == data.fingerprint
+    data = opening.open_dataset(wanted)
+    assert re.fullmatch(r'data/text-notes\.jsonl-\w{6}-300', str(data.path)) and opening.open_dataset(wanted).fingerprint == data.fingerprint
     write_jsonl(text, texts(301))
     with pytest.raises(UserError, match=f'{data.path} was prepared with source .*bytes.*--dataset={data.path}'):
-        preparation.open_dataset(wanted)
-    assert preparation.open_dataset(train.load([*SMALL, f'--dataset={data.path}'])).fingerprint == data.fingerprint
+        opening.open_dataset(wanted)
+    assert opening.open_dataset(train.load([*SMALL, f'--dataset={data.path}'])).fingerprint == data.fingerprint
 
 
 def test_rows_that_changed_since_they_were_split_are_refused(packed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(packed / 'rows/train', 'rows')
     wanted = train.load([*SMALL, '--dataset=shards:rows', '--block_size=1024', '--batch_tokens=4096'])
-    data = preparation.open_dataset(wanted)
-    assert preparation.open_dataset(wanted).fingerprint == data.fingerprint
+    data = opening.open_dataset(wanted)
+    assert opening.open_dataset(wanted).fingerprint == data.fingerprint
     os.utime(next(Path('rows').glob('*.npy')), ns=(0, 0))
     with pytest.raises(UserError, match='before its source files were changed: remove it to split them again, or use it as it is'):
-        preparation.open_dataset(wanted)
+        opening.open_dataset(wanted)
 
 
 def test_runs_of_different_length_do_not_share_a_part_of_fineweb_edu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls = []
-    monkeypatch.setattr(preparation.subprocess, 'run', lambda command: calls.append(command) or SimpleNamespace(returncode=5))
+    monkeypatch.setattr(opening.subprocess, 'run', lambda command: calls.append(command) or SimpleNamespace(returncode=5))
     for steps in (1000, 1001, 20_000):
         with pytest.raises(SystemExit) as error:
-            preparation.open_dataset(train.load([*SMALL, '--dataset=fineweb_edu', f'--max_steps={steps}']))
+            opening.open_dataset(train.load([*SMALL, '--dataset=fineweb_edu', f'--max_steps={steps}']))
         assert error.value.code == 5
     outs, budgets = ([next(word for word in call if word.startswith(key)) for call in calls] for key in ('--out=', '--max_tokens='))
     assert outs == ['--out=data/fineweb_edu-130k-300', '--out=data/fineweb_edu-130k-300', '--out=data/fineweb_edu-2600k-300']
     assert budgets == ['--max_tokens=130000', '--max_tokens=130000', '--max_tokens=2600000']
-    assert [preparation.enough_tokens(tokens) for tokens in (0, 98, 99, 999_999, 1_000_000)] == [1, 99, 100, 1_000_000, 1_100_000]
+    assert [opening.enough_tokens(tokens) for tokens in (0, 98, 99, 999_999, 1_000_000)] == [1, 99, 100, 1_000_000, 1_100_000]

@@ -15,10 +15,10 @@ import settings
 import train
 from configurator import UserError
 from data import TokenData
-from corpora.preparation import open_training_data
+from corpora.opening import open_training_data
 from packing import PackedRows
 from runs import arguments, finish, lines
-from runtime import limits, plan
+from runtime import disk, limits, plan
 from training import Progress
 
 QUIET = ['--eval_interval=0', '--sample_interval=0', '--dropout=0']
@@ -184,7 +184,7 @@ def test_a_run_keeps_and_archives_checkpoints_by_steps_and_by_tokens(corpus, tmp
     assert [path.name for path in checkpoint.steps(out / 'archives')] == [f'step_{s:07d}.pt' for s in (8, 16, 24)]
     assert [line['step'] for line in lines(out, 'eval')] == [0, 10, 20, 25]
     config = settings.load(without_steps(corpus, out, *words))
-    assert plan.checkpoints_at_most(config)[0] == 4  # one is being written
+    assert disk.checkpoints_at_most(config)[0] == 4  # one is being written
     code, said = finish(without_steps(corpus, out, *words, '--max_steps=28', '--keep_every=0', '--resume=auto'))
     assert code == 0 and [path.name for path in checkpoint.steps(out / 'checkpoints')] == [f'step_{s:07d}.pt' for s in (10, 20, 28)]
 
@@ -208,10 +208,10 @@ def test_a_better_validation_saves_unless_save_on_best_is_off(corpus, tmp_path):
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_run(corpus, tmp_path, monkeypatch):
     config = settings.load(arguments(corpus, tmp_path / 'run', '--keep=0', '--save_interval=10', '--archive_every=20'))
-    each, weights = plan.checkpoint_bytes(config)
-    monkeypatch.setattr(plan, 'free_bytes', lambda path: 4 * each + 2 * weights)
-    plan.check_disk(config)
-    monkeypatch.setattr(plan, 'free_bytes', lambda path: 4 * each + 2 * weights - 1)
+    each, weights = disk.checkpoint_bytes(config)
+    monkeypatch.setattr(disk, 'free_bytes', lambda path: 4 * each + 2 * weights)
+    disk.check_disk(config)
+    monkeypatch.setattr(disk, 'free_bytes', lambda path: 4 * each + 2 * weights - 1)
     with pytest.raises(UserError, match=re.escape('no room for 4 checkpoints (all are kept (--keep=0)) of ')):
         train.main(arguments(corpus, tmp_path / 'run', '--keep=0', '--save_interval=10', '--archive_every=20'))
     assert not (tmp_path / 'run').exists()

@@ -9,7 +9,7 @@ import prepare
 from corpora import show
 import train
 from corpora import building
-from corpora import preparation
+from corpora import opening
 from configurator import UserError
 from data import TokenData, data_dir
 from corpora.shards import open_data, pack, validate
@@ -190,16 +190,16 @@ def test_linked_files_are_verified_packed_shown_and_read_again_when_they_change(
 def test_train_py_reads_linked_files_by_dataset(names, tmp_path, monkeypatch):
     with_header(tmp_path / 'theirs' / 'x_train_1.bin', counting(1000))
     with_header(tmp_path / 'theirs' / 'x_val_0.bin', counting(100))
-    monkeypatch.setattr(preparation.subprocess, 'run',
+    monkeypatch.setattr(opening.subprocess, 'run',
                         lambda command: prepare.main(command[2:]) or type('', (), {'returncode': 0}))
     config = train.load(['--dataset=bins:theirs', '--tokenizer=tokenizer.json', f'--vocab_size={VOCAB}',
                          '--block_size=16'])
-    data = preparation.open_dataset(config)
+    data = opening.open_dataset(config)
     assert data.path == data_dir('bins:theirs', 'tokenizer.json') and data.train_tokens == 1000
-    assert preparation.open_dataset(config).fingerprint == data.fingerprint
+    assert opening.open_dataset(config).fingerprint == data.fingerprint
     os.utime(tmp_path / 'theirs' / 'x_val_0.bin', ns=(0, 1))
     with pytest.raises(UserError, match='was prepared before its source files were changed'):
-        preparation.open_dataset(config)
+        opening.open_dataset(config)
 
 
 def test_the_last_file_of_nanochat_is_validation_even_in_a_part(names, tmp_path):

@@ -13,10 +13,11 @@ import torch
 
 import checkpoint
 from runtime import device as hardware
+from runtime import disk
 from runtime import plan
 from runtime import profiling
 import train
-from corpora import preparation
+from corpora import opening
 from configurator import UserError
 from model import GPT, GPTConfig
 from optim import make_optimizers
@@ -109,12 +110,16 @@ def test_times_and_counts_are_readable():
 
 # ---- disk
 
-@pytest.mark.parametrize('words', [[], ['--optimizer=muon'], ['--ffn=trix', '--tie_embeddings=false']], ids=str)
+BF16 = ['--optimizer=adamw8bit', '--dtype=bfloat16', '--weights_dtype=bfloat16']
+
+
+@pytest.mark.parametrize('words', [[], ['--optimizer=muon'], ['--ffn=trix', '--tie_embeddings=false'], BF16], ids=str)
 def test_a_checkpoint_is_as_large_as_planned(tmp_path, words):
     config = train.load([*TINY, '--n_embd=64', '--vocab_size=3000', *words])
-    model = GPT(config.pick(GPTConfig))
+    model = disk.model_of(config)
     optimizers = make_optimizers(model, config, CPU)
-    model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)).backward()
+    with torch.autocast('cpu', torch.bfloat16, enabled=config.dtype == 'bfloat16'):
+        model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)).backward()
     for optimizer in optimizers.values():
         optimizer.step()
     checkpoint.save(tmp_path / 'x.pt', {'model': model.state_dict(), **{name: o.state_dict() for name, o in optimizers.items()}})
@@ -220,7 +225,7 @@ def test_what_to_change_is_said_with_numbers_and_is_accepted(quick, capsys, monk
 
 def test_epochs_and_disk_count_what_is_prepared(quick, corpus, capsys):
     text = planned(capsys, f'--dataset={corpus}', '--max_steps=500')
-    tokens = preparation.open_dataset(train.load([*TINY, f'--dataset={corpus}'])).train_tokens
+    tokens = opening.open_dataset(train.load([*TINY, f'--dataset={corpus}'])).train_tokens
     assert f'64,000 tokens: {64_000 / tokens:.2f} epochs of the {tokens:,} in {corpus}' in text
     assert readable(sum(f.stat().st_size for f in corpus.rglob('*') if f.is_file())) + ' of data are in' in text
 

@@ -98,7 +98,7 @@ def test_older_files_without_a_prefix_and_with_constants_are_read(tmp_path):
 # ---- the shape of a run
 
 def load(*words):
-    return settings.load(list(words), pretrained=pretrained)
+    return settings.load(list(words), import_pretrained=lambda: pretrained)
 
 
 def test_the_model_decides_the_shape_of_a_run(tmp_path):

@@ -13,10 +13,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from runtime import profiling
+from runtime import plan, profiling
+from runtime.device import is_out_of_memory
 from model import GPT, BitLinear, GPTConfig
+from settings import load as train_options
 from optim import Muon
-from runtime.profiling import (Profile, advice, breakdown_table, counted, is_out_of_memory, memory_breakdown, operator_table, readable,
+from runtime.profiling import (Profile, advice, breakdown_table, counted, memory_breakdown, operator_table, readable,
                        saved_bytes)
 
 CPU, FP32, BF16 = torch.device('cpu'), torch.float32, torch.bfloat16
@@ -105,6 +107,18 @@ def test_checkpointing_is_estimated_from_the_peak_of_eight_layers(keys):
     assert inputs < found['activations'] == saved_bytes(model, 8, CPU, FP32) < plain / 3
     peak = really(8, checkpointing=True, n_layer=8, **keys)[2]
     assert found['copies'] + found['activations'] + found['loss'] == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('keys', [
+    {'block_size': 256, 'dropout': 0.1, 'norm': 'layernorm', 'positions': 'learned'}, {'ffn': 'swiglu', 'vocab_size': 8192},
+    {'ffn': 'trix'}, {'mixer': 'resonance', 'ffn': 'swiglu', 'attention_every': 2}], ids=str)
+def test_the_memory_that_a_plan_estimates_is_the_peak_of_a_step(keys, checkpointing):
+    keys = {'n_layer': 6, **keys}
+    options = train_options(['--batch_size=4', *(f'--{key}={value}' for key, value in vars(gpt(**keys).config).items())])
+    estimated = plan.estimate(options, 'cpu', FP32)(4, checkpointing)
+    found = sum(estimated[kind] for kind in ('copies', 'activations', 'workspace'))
+    assert found == pytest.approx(really(4, checkpointing=checkpointing, **keys)[2], rel=0.15)
 
 
 def test_checkpointing_keeps_the_inputs_and_one_block_each_once():
@@ -288,7 +302,8 @@ def test_the_advice_makes_a_step_fit_that_ran_out_of_memory():
         import re, resource, sys, torch
         from types import SimpleNamespace
         from model import GPT, GPTConfig
-        from runtime.profiling import advice, is_out_of_memory
+        from runtime.device import is_out_of_memory
+        from runtime.profiling import advice
         torch.set_num_threads(1)
         model = GPT(GPTConfig(n_layer=6, n_embd=64, block_size=128, vocab_size=256))
         config = SimpleNamespace(batch_size=64, block_size=128, batch_tokens=64 * 128, activation_checkpointing=False, optimizer='adamw',

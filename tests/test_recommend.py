@@ -14,7 +14,7 @@ from test_show import VOCAB, bins, said, shards, tokenizer
 
 import prepare
 import train
-from corpora import preparation, recommend
+from corpora import opening, recommend
 from runtime import profiling
 from settings import micro_batches
 from configurator import UserError
@@ -61,7 +61,8 @@ def test_the_table_has_the_figures_computed_by_hand(tmp_path, two):
         config = train.load([f'{recommend.CONFIGS}/{name}.py'])
         model = GPT(config.pick(GPTConfig))
         step = profiling.memory_breakdown(model, list(make_optimizers(model, config, torch.device('cpu')).values()), 16, torch.device('cpu'), torch.float32)
-        assert row[6] == profiling.readable(step[-1][1])
+        size, unit = row[6].split()
+        assert float(size) * {'MB': 1e6, 'GB': 1e9}[unit] == pytest.approx(step[-1][1], rel=0.05)
     assert '50k parameters' in text and '200k' in text and 'as agreed' in text
 
 
@@ -167,7 +168,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setattr(recommend, 'CONFIGS', tmp_path / 'presets' / 'config')
     monkeypatch.setattr(recommend, 'estimate', lambda *_: lambda rows, checkpointing: {'activations': rows * (2e9, 2e8)[checkpointing]})
     monkeypatch.setattr(recommend, 'achieved', lambda device, dtype: (1e12, 'as agreed'))
-    monkeypatch.setattr(preparation.subprocess, 'run', lambda words: prepare.main(words[2:]) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(opening.subprocess, 'run', lambda words: prepare.main(words[2:]) or SimpleNamespace(returncode=0))
 
 
 def prepared_bins(tmp_path):
@@ -209,7 +210,7 @@ def test_every_command_that_is_printed_can_be_run(tmp_path, quick, monkeypatch, 
     assert printed
     for words in printed:
         config = train.load([str(recommend.CONFIGS.parent / words[2]), *words[3:]])
-        data = preparation.open_dataset(config)
+        data = opening.open_dataset(config)
         assert data.n_vocab <= config.vocab_size and data.n_windows
         micro_batches(config, 2)
         memory = config.batch_size * (2e9, 2e8)[config.activation_checkpointing]

@@ -27,7 +27,7 @@ import prepare
 import sample
 import train
 import watch
-from corpora import preparation, shards, workspace
+from corpora import opening, shards, workspace
 from checkpoint import load, save
 from configurator import UserError
 from data import TokenData
@@ -865,7 +865,7 @@ def test_other_rows_are_split_and_evaluated_with_the_tokenizer_of_the_run(speaki
     save_shard(tmp_path / 'other' / '0.npy', rows(9, 65, vocab=200))
     save_shard(tmp_path / 'large' / '0.npy', rows(9, 65, vocab=290))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preparation.subprocess, 'run', lambda command: prepare.main(command[2:]) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(opening.subprocess, 'run', lambda command: prepare.main(command[2:]) or SimpleNamespace(returncode=0))
     evaluate.main([f'{folder}/run', '--data=other', '--device=cpu'])
     said = capsys.readouterr().out
     assert "other: no tokenizer.json beside these rows: read as ids of the run's tokenizer" in said
@@ -895,7 +895,7 @@ def test_a_tokenizer_that_is_not_used_is_named(folder, tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
 
     def said(*words):
-        preparation.open_dataset(train.load([*SMALL, '--vocab_size=1000', '--block_size=32', *words]))
+        opening.open_dataset(train.load([*SMALL, '--vocab_size=1000', '--block_size=32', *words]))
         return capsys.readouterr().out
     line = 'silent was prepared without a tokenizer: tokenizer=gpt2 is not used'
     assert line in said('--dataset=./silent', '--tokenizer=gpt2')
@@ -909,5 +909,5 @@ def test_an_unprepared_directory_is_refused_with_what_it_holds(folder, tmp_path,
     (tmp_path / 'notes').mkdir()
     (tmp_path / 'notes' / 'a.txt').write_text('a')
     for name in ('in', './in'):
-        assert refused(preparation.open_dataset, train.load([*SMALL, f'--dataset={name}'])).endswith('holds rows of token ids: use --dataset=shards:in')
+        assert refused(opening.open_dataset, train.load([*SMALL, f'--dataset={name}'])).endswith('holds rows of token ids: use --dataset=shards:in')
     assert refused(open_data, 'notes', 8, 300) == 'notes is not prepared data (no meta.json). It holds text (a.txt): use --dataset=text:notes'

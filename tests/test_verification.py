@@ -12,7 +12,7 @@ import prepare
 import train
 import verification
 from corpora import building
-from corpora import preparation
+from corpora import opening
 from configurator import UserError
 from data import TokenData
 from corpora.shards import open_data, split, validate
@@ -112,7 +112,7 @@ def test_change_that_keeps_size_and_time_is_found_by_verify_and_by_validate(path
         validate(path, say=lambda line: None)
     config = train.load([f'--dataset={path}', f'--vocab_size={VOCAB}', '--block_size=16', '--verify'])
     with pytest.raises(UserError, match='val.bin: damaged'):
-        preparation.open_dataset(config, verify='always' if config.verify else 'once')
+        opening.open_dataset(config, verify='always' if config.verify else 'once')
 
 
 def test_evaluation_with_verify_reads_all_files_again(path, monkeypatch):

@@ -493,7 +493,7 @@ def test_the_schedule_of_epochs_has_the_steps_that_the_data_give(tmp_path, monke
     watch.main(words)
     assert 'wikitext2 is not prepared yet. The picture shows 1,000 steps' in capsys.readouterr().out
     data = SimpleNamespace(n_windows=100, limit=lambda windows: setattr(data, 'n_windows', windows))
-    monkeypatch.setattr('corpora.preparation.open_dataset', lambda *arguments: data)
+    monkeypatch.setattr('corpora.opening.open_dataset', lambda *arguments: data)
     watch.main(words)
     assert capsys.readouterr().out.startswith('epochs=20: 1,000 steps\n')  # 20 passes over 100 windows, two windows a step
     watch.main([*words, '--max_windows=10'])

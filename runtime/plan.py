@@ -365,8 +365,8 @@ def page(config, rows, micro_steps, data=None, world=1):
     parts = [[title], parameter_lines(model), memory_lines(config, memory), teacher if config.distill_from else [],
              [] if memory.fits(memory.now) else suggestions(config, memory, world)]
     if config.epochs and not data:
-        parts.append([f'epochs={config.epochs:g}: {config.dataset} is not prepared yet, so the number of steps, the time, '
-                      'the disk and the schedule are unknown'])
+        parts.append([f'epochs={config.epochs:g}: {config.dataset} is not prepared yet, so the number of steps, the '
+                      'time, the disk and the schedule are unknown'])
     else:
         parts += [run_lines(config, data), time_lines(config, data, seconds, source, world), disk_lines(config, data),
                   schedules.plot(config), timetable(config, data, seconds, world)]

@@ -596,7 +596,7 @@ def test_a_prompt_that_the_tokenizer_cannot_encode_drops_only_its_own_samples(mo
         encoding=Characters('x', {EOT: 2}, 'ab'), device=torch.device('cpu'), dtype=torch.float32, stopped=False)
     train.run_samples(run, lambda: False)
     assert used == ['a', 'b'] and len(said) == 1
-    assert said[0].startswith("no samples of the prompt 'aé': the character 'é' is none of the 2 characters of the tokenizer")
+    assert said[0].startswith("no samples of the prompt 'aé': the character 'é' is not among the 2 characters of the tokenizer")
 
 
 @pytest.mark.parametrize('options, longer', [

@@ -316,6 +316,8 @@ def interrupted(name, d, at, number):
             calls += 1
             if calls == at:
                 signal.raise_signal(number)
+    for each in (signal.SIGTERM, signal.SIGHUP):  # a run of train.py in this process has left its own handlers
+        signal.signal(each, signal.SIG_DFL)
     sys.setprofile(count)
     try:
         return ends(name, d), calls
@@ -341,7 +343,7 @@ def test_a_signal_at_any_moment_leaves_nothing_half_written(name, parts, origina
             assert code != 75 or 'nothing to save' in said or 'saved' in said and checkpoint.find(out), said
         else:
             assert code in (0, 128 + number), (code, errors)
-        assert len(errors) <= (name == 'sample'), errors
+        assert len(errors) <= 2 * (name == 'sample'), errors
         assert_whole(d, before)
         if name.startswith('prepare'):
             assert ends(name, d)[0] == 0
@@ -360,7 +362,7 @@ def test_a_run_that_is_stopped_before_its_first_step_says_so(place, monkeypatch)
 def test_outputs_that_need_utf8_names_are_refused_before_the_run(word, original, tmp_path, monkeypatch):
     monkeypatch.setattr(train.runlog, 'check_packages', lambda **wanted: None)
     d = shutil.copytree(original, tmp_path / os.fsdecode(b'caf\xe9'), symlinks=True)
-    with pytest.raises(UserError, match='not UTF-8, and the libraries behind --tensorboard and --profile open no other path'):
+    with pytest.raises(UserError, match='not UTF-8. The libraries behind --tensorboard and --profile cannot open such a path'):
         train.main([*(part.format(d=d) for part in COMMANDS['train'][1]), word])
     assert not (d / 'out').exists()
 
@@ -390,13 +392,13 @@ def test_odd_environments_change_nothing(name, environment, place, monkeypatch):
         monkeypatch.setenv(key, value)
     before = files(place)
     code, errors, _ = ends(name, place)
-    assert code == 0 and len(errors) <= 2 * (name == 'sample'), errors
+    assert code == 0 and len(errors) <= 3 * (name == 'sample'), errors
     assert_whole(place, before)
 
 
 def test_an_unknown_matplotlib_backend_is_one_line(place):
     done = subprocess.run([sys.executable, 'watch.py', place / 'run', '--plot'], cwd=ROOT, env={**os.environ, 'MPLBACKEND': 'none'}, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith('no picture: matplotlib: ') and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.startswith('no picture: matplotlib cannot be used: ') and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_an_invalid_source_date_epoch_is_one_line(place, monkeypatch):

@@ -5,6 +5,7 @@ n_layer, n_head, n_embd, d_ff = 3, 4, 256, 768
 block_size, vocab_size = 256, 8192
 
 dataset = 'pylib'
+document_starts = 0.05  # share of windows that begin with a document, as samples do
 batch_size = 8
 batch_tokens = 8 * 256
 max_steps = 1_500_000 // batch_tokens

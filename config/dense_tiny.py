@@ -6,6 +6,7 @@ block_size, vocab_size = 256, 8192
 qk_norm, zero_init, embed_taps = True, True, 4
 
 dataset = 'pylib'
+document_starts = 0.05  # share of windows that begin with a document, as samples do
 batch_size = 16
 batch_tokens = 16 * 256
 max_steps = 5_000_000 // batch_tokens

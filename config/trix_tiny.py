@@ -9,6 +9,7 @@ trix_tiles, trix_top_k, trix_hidden = 8, 2, 128
 qk_norm, embed_norm, embed_taps = True, True, 4
 
 dataset = 'pylib'
+document_starts = 0.05  # share of windows that begin with a document, as samples do
 batch_size = 16
 batch_tokens = 16 * 256  # gives 1,220 updates from 5M tokens; batches of 65k tokens would give 76
 max_steps = 5_000_000 // batch_tokens

@@ -7,3 +7,4 @@ learning_rate = {128: 1e-3, 256: 6e-4, 512: 3e-4}.get(n_embd, 1e-3)
 schedule, min_lr_ratio = 'cosine', 0.1
 qk_norm = zero_init = embed_norm = False
 embed_taps = 0
+document_starts = 0.0

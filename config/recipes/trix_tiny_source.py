@@ -5,6 +5,7 @@ optimizer, matrix_lr, learning_rate = 'adamw', 0.0, 1e-3
 schedule, min_lr_ratio = 'cosine', 0.1
 qk_norm = zero_init = embed_norm = False  # the plan names none of these
 embed_taps = 0
+document_starts = 0.0
 
 dataset = 'fineweb_edu'  # with an educational score of 3 or more
 batch_size = 64

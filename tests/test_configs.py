@@ -145,7 +145,7 @@ def test_the_recipe_of_the_source_is_one_switch_away(name, rate, parameters):
     config = load(name, str(FOLDER / 'recipes' / 'source.py'))
     plain = train.load([f'--learning_rate={rate}'])
     recipe = ('optimizer', 'learning_rate', 'matrix_lr', 'schedule', 'min_lr_ratio', 'qk_norm', 'zero_init',
-              'embed_norm', 'embed_taps', 'weight_decay', 'beta1', 'beta2', 'grad_clip')
+              'embed_norm', 'embed_taps', 'document_starts', 'weight_decay', 'beta1', 'beta2', 'grad_clip')
     assert [getattr(config, key) for key in recipe] == [getattr(plain, key) for key in recipe]
     ours = load(name)
     changed = {key for key, value in ours.as_dict().items() if value != config.as_dict()[key]}

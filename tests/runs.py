@@ -13,7 +13,10 @@ import torch.distributed.fsdp  # noqa: F401  the same
 import checkpoint
 import configurator
 import train
+from model import FFNS, MIXERS
 
+OUR_BLOCKS = {'gelu', 'relu2', 'swiglu', 'trix', 'bitnet', 'resonance', 'none', 'attention'}
+HAS_ADDED_BLOCKS = {*FFNS, *MIXERS} != OUR_BLOCKS  # a fork, whose model.py is its own
 SMALL = ['--vocab_size=300', '--block_size=16', '--n_layer=1', '--n_head=2', '--n_embd=16', '--ffn=trix', '--trix_tiles=4',
          '--device=cpu', '--batch_size=4', '--batch_tokens=128', '--warmup_steps=4', '--learning_rate=1e-2', '--dropout=0.1',
          '--eval_interval=5', '--eval_tokens=256', '--sample_interval=10', '--sample_tokens=8', '--save_interval=4', '--log_interval=1']

@@ -18,6 +18,7 @@ from tokenizer import load_tokenizer
 
 SCANNED = 2**24  # tokens per read in the search for document ends
 SEARCHED = 2**14  # tokens per read in the search for the next document
+SEARCHES = 64  # reads of a search: it happens while the run trains, and a corpus may be one long document
 
 
 def eot_id_of(data):
@@ -61,11 +62,11 @@ class DocumentStarts(TokenData):
         if split != 'train' or window < self.plain_windows:
             return super().position(split, window)
         target = (window - self.plain_windows) * self.last // self.extra_windows
-        for start in range(target, self.last + 1, SEARCHED):
+        for start in range(target, self.last + 1, SEARCHED)[:SEARCHES]:
             found = np.flatnonzero(self.read('train', start, min(start + SEARCHED, self.last + 1)) == self.eot)
             if len(found):
                 return start + int(found[0])
-        return target  # no document begins after it: a window like any other
+        return target  # no document begins soon after it: a window like any other
 
 
 def document_ends(data, eot):

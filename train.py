@@ -645,15 +645,18 @@ def ended(run, finished):
 
 def next_steps(run):
     """What to do with the result of a finished run, one line each."""
-    config, python = run.config, Path(sys.executable).name
-    longer = f'--epochs={2 * config.epochs:g}' if config.epochs else f'--max_steps={2 * config.max_steps}'
-    if config.max_hours:
-        longer += f' --max_hours={2 * config.max_hours:g}'
+    python = Path(sys.executable).name
     lines = [f'sample from it: {python} sample.py {run.out} --num=3'] if run.encoding else []
     return [*lines, f'see its curves: {python} watch.py {run.out} --plot',
-            f'train longer: the same command with {longer} --resume=auto',
+            f'train longer: the same command with {twice_as_long(run.config)} --resume=auto',
             'train on your own text: the same command with --dataset=text:PATH --out_dir=runs/mine',
             'read more: README.md, docs/data.md, and --help of every command']
+
+
+def twice_as_long(config):
+    """The options that make a run twice as long."""
+    longer = f'--epochs={2 * config.epochs:g}' if config.epochs else f'--max_steps={2 * config.max_steps}'
+    return f'{longer} --max_hours={2 * config.max_hours:g}' if config.max_hours else longer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -670,9 +673,8 @@ def is_finished(config, progress, origin):
     if state != 'finished':  # killed before its last lines were written
         return ''
     if progress.step >= config.max_steps:
-        longer = f'--epochs={2 * config.epochs:g}' if config.epochs else f'--max_steps={2 * progress.step}'
         return (f'{config.out_dir} is finished: {progress.step:,} steps are done. '
-                f'Nothing to do; train longer with {longer}')
+                f'Nothing to do; train longer with {twice_as_long(config)}')
     if on_plateau(config, progress):
         return (f'{config.out_dir} has stopped on a plateau at step {progress.step:,}. Nothing to do; '
                 f'train on with --stop_on= or --plateau_steps={2 * config.plateau_steps}')

@@ -161,14 +161,6 @@ def working_bytes(model, rows, device, dtype):
     return max(found, key=sum)
 
 
-def saved_bytes(model, rows, device, dtype):
-    """Bytes of activations that autograd keeps for backward in a micro-step of `rows` sequences of block_size tokens.
-
-    Measured on one and two sequences, then scaled. With model.activation_checkpointing, this counts the inputs of all
-    blocks, the activations outside of blocks, and the activations of the largest block. The model does not change."""
-    return rows * measured(model, device, dtype)[model.activation_checkpointing]
-
-
 def logit_bytes(model, rows, device, dtype):
     """Bytes of one chunk of logits in the loss. In kernels.eager_loss: in fp32, plus a copy in a lower precision."""
     positions = rows * model.config.block_size

@@ -230,6 +230,17 @@ def test_a_corpus_of_one_document_has_no_start_to_find_and_still_gives_whole_win
     assert (x[-1] == ids[begins[-1]:begins[-1] + T]).all()
 
 
+def test_the_search_for_a_start_ends_soon_in_a_corpus_of_one_long_document(tmp_path, monkeypatch):
+    monkeypatch.setattr('packing.SEARCHED', 8)
+    monkeypatch.setattr('packing.SEARCHES', 3)
+    data, _, ids = with_starts(tmp_path / 'd', [60, 900, 300], 0.5)
+    begins = [data.position('train', window) for window in range(data.plain_windows, data.n_windows)]
+    targets = [j * data.last // data.extra_windows for j in range(data.extra_windows)]
+    ends = [int(np.flatnonzero(ids[target:target + 3 * 8] == EOT)[0]) + target
+            if EOT in ids[target:target + 3 * 8] else target for target in targets]
+    assert begins == ends and any(b > t for b, t in zip(begins, targets)) and any(b == t for b, t in zip(begins, targets))
+
+
 @pytest.mark.parametrize('options, message', [
     (['--document_starts=1'], 'document_starts=1.0 must lie in [0, 1)'),
     (['--document_starts=-0.1'], 'document_starts=-0.1 must lie in [0, 1)'),

@@ -18,8 +18,7 @@ from runtime.device import is_out_of_memory
 from model import GPT, BitLinear, GPTConfig
 from settings import load as train_options
 from optim import Muon
-from runtime.profiling import (Profile, advice, breakdown_table, counted, memory_breakdown, operator_table, readable,
-                       saved_bytes)
+from runtime.profiling import (Profile, advice, breakdown_table, counted, memory_breakdown, operator_table, readable)
 
 CPU, FP32, BF16 = torch.device('cpu'), torch.float32, torch.bfloat16
 ROOT = Path(__file__).parent.parent
@@ -84,7 +83,6 @@ def parts(rows):
 def test_the_estimate_is_what_lives_after_a_forward(keys, dtype):
     model = gpt(**keys)
     a_row, _, copies = profiling.measured(model, CPU, dtype)
-    assert saved_bytes(model, 5, CPU, dtype) == 5 * a_row
     assert profiling.kept(model, 5, CPU, dtype)[0] == 5 * a_row + copies  # linear, to the byte
     assert 5 * a_row + copies == pytest.approx(really(5, dtype, **keys)[0], rel=0.03)
 
@@ -94,17 +92,17 @@ def test_the_estimate_of_a_plain_model_by_hand():
     mixer = C + 1 + C + 3 * C + 2 * C + heads  # norm and its divisor, its product, q k v, y in two layouts, a logsumexp a head
     ffn = C + 1 + C + 4 * C + 4 * C  # norm and its divisor, its product, both sides of gelu
     outside = C + 1 + C + 2  # the last norm, the gradient of the loss, idx in int64
-    assert saved_bytes(gpt(), 1, CPU, FP32) == pytest.approx(4 * T * (layers * (mixer + ffn) + outside), rel=0.01)
+    assert profiling.measured(gpt(), CPU, FP32)[0] == pytest.approx(4 * T * (layers * (mixer + ffn) + outside), rel=0.01)
 
 
 @pytest.mark.parametrize('keys', [{}, {'ffn': 'trix'}], ids=str)
 def test_checkpointing_is_estimated_from_the_peak_of_eight_layers(keys):
     model = gpt(n_layer=8, **keys)
-    plain = saved_bytes(model, 8, CPU, FP32)
+    plain, checkpointed = (8 * a_row for a_row in profiling.measured(model, CPU, FP32)[:2])
     model.activation_checkpointing = True
     found = parts(memory_breakdown(model, [], 8, CPU, FP32))
     inputs = 8 * 8 * 64 * 64 * 4  # layers x rows x T x C in fp32
-    assert inputs < found['activations'] == saved_bytes(model, 8, CPU, FP32) < plain / 3
+    assert inputs < found['activations'] == checkpointed < plain / 3
     peak = really(8, checkpointing=True, n_layer=8, **keys)[2]
     assert found['copies'] + found['activations'] + found['loss'] == pytest.approx(peak, rel=0.15)
 

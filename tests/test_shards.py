@@ -778,13 +778,18 @@ def test_ignored_targets_are_not_counted_in_a_validation(folder, tmp_path):
     assert evaluate.validate(Model(), data, None, windows, *rest) == result | {'bits_per_byte': None}
 
 
+def save_countable_rows(folder, vocab_size):
+    """Four shards of rows that a model learns soon: every id is one or two more than the id before."""
+    draw = np.random.default_rng(0)
+    for k in range(4):
+        save_shard(folder / f'{k}.npy', (draw.integers(1, 3, (8, 65)).cumsum(1) % vocab_size).astype('u2'))
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A run on shards without a tokenizer, and what it said."""
     folder = tmp_path_factory.mktemp('trained')
-    draw = np.random.default_rng(0)
-    for k in range(4):
-        save_shard(folder / 'in' / f'{k}.npy', (draw.integers(1, 3, (8, 65)).cumsum(1) % 300).astype('u2'))
+    save_countable_rows(folder / 'in', 300)
     split(folder / 'in', folder / 'out', 0.3, vocab_size=300, say=silent)
     argv = [*SMALL, f'--dataset={folder}/out/', f'--out_dir={folder}/run', '--max_steps=10', '--eval_interval=5']
     code, said = finish(argv)
@@ -829,9 +834,7 @@ def test_a_checkpoint_without_the_key_of_the_tokenizer_is_broken(tmp_path):
 def speaking(tmp_path_factory):
     """A run on rows whose tokenizer is named on the command line, and what it said. It was started in `folder`."""
     folder = tmp_path_factory.mktemp('speaking')
-    draw = np.random.default_rng(0)
-    for k in range(4):
-        save_shard(folder / 'rows' / f'{k}.npy', (draw.integers(1, 3, (8, 65)).cumsum(1) % 250).astype('u2'))
+    save_countable_rows(folder / 'rows', 250)
     (folder / 'byte.json').write_text(json.dumps(tokenizer()))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -15,7 +15,8 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
     python bench.py head                    # the loss: ours with and without torch.compile, and others
     python bench.py quality                 # what each FFN learns from the same tokens, three seeds (hours on a CPU)
     python bench.py quality --preset=mixer  # or recall, routing, tiles, bitnet, speedrun, tiny;
-                                            # --match=params, flops or bytes
+                                            # --match=params, flops, bytes or time
+    python bench.py quality --preset=trix   # TriX against dense FFNs at 6 x 256, rates tuned alike (a GPU, or a day)
     python bench.py peers --nanogpt=PATH    # a checkout of nanoGPT: its model and loop against ours
     python bench.py peers --nanogpt=PATH --shakespeare  # its Shakespeare run against ours (half an hour)
     python bench.py peers --llama_cpp       # packed models decode beside llama.cpp (two minutes)
@@ -29,7 +30,7 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
 """
 from dataclasses import dataclass
 
-from configurator import load, run  # before torch, whose import Ctrl-C may interrupt
+from configurator import UserError, load, run  # before torch, whose import Ctrl-C may interrupt
 from benchmarks import blocks, deployed, loop, measure, nanogpt, preparing, presets, quality, sweep, tables
 
 
@@ -38,8 +39,10 @@ class BenchConfig:
     command: str = ''  # one of the commands above; can be given without --command=
     repeats: int = 15  # timed repeats of each candidate; fewer in the commands whose repeats take long
     quick: bool = False  # fewer repeats, contexts up to 4096, smaller corpora, no time to nanoGPT's loss
-    preset: str = 'ffn'  # quality: ffn, mixer, recall, routing, tiles, bitnet, speedrun or tiny
-    match: str = ''  # quality: scale widths to equal params, flops (of a token) or bytes (packed)
+    preset: str = 'ffn'  # quality: ffn, mixer, recall, routing, tiles, bitnet, speedrun, tiny or trix
+    shape: str = '6x256'  # quality --preset=trix: layers x width
+    rates: str = ''  # quality: values of matrix_lr to try for each run; the best is used for all seeds (muon)
+    match: str = ''  # quality: equal params, flops (of a token) or bytes (packed) by width, or time by steps
     tokens: int = 0  # quality: tokens of each run; 0: that of its config file in tiny and speedrun, else 1,250,000
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
@@ -66,8 +69,15 @@ class BenchConfig:
         for key in ('repeats', 'seeds'):
             if getattr(self, key) < 1:
                 problems.append(f'{key}={getattr(self, key)} must be at least 1')
-        if self.match not in ('', *quality.MATCHES):
-            problems.append(f'match={self.match!r} is not one of {", ".join(quality.MATCHES)}')
+        if self.match not in ('', 'time', *quality.MATCHES):
+            problems.append(f'match={self.match!r} is not one of {", ".join(quality.MATCHES)}, time')
+        if self.preset != 'trix' and self.shape != '6x256':
+            problems.append('shape is for quality --preset=trix')
+        try:
+            quality.shape_of(self)
+            quality.numbers(self.rates)
+        except UserError as error:
+            problems += error.args
         if self.tokens < 0:
             problems.append(f'tokens={self.tokens} must not be negative')
         if self.llama_cpp and self.command != 'peers':

@@ -20,6 +20,7 @@ from benchmarks.measure import (ROOT, Progress, alike, compare, mean_and_sd, pac
 from checkpoint import load_model
 from configurator import UserError, read_json
 from data import TokenData
+from files import replacing
 from model import GPT, GPTConfig
 from runtime import device as hardware
 from runtime.runlog import read_lines
@@ -61,8 +62,11 @@ PRESETS = {  # name: {name of a run: its config file and command line}; the last
         'base': (SPEEDRUN, '--ffn=relu2')},
     'bitnet': {
         'bitnet': (TINY, SOURCE, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
-        'dense_twin': (TINY, SOURCE, '--ffn=swiglu')}}
+        'dense_twin': (TINY, SOURCE, '--ffn=swiglu')},
+    'trix': {}}  # trix_runs()
 FULL_LENGTH = ('tiny', 'speedrun')  # presets that train as long as their config files say, unless --tokens is given
+TRIX_TOKENS = 6_500_000  # of each run of the preset trix
+TRIX_RATES = (2e-3, 4e-3, 8e-3, 16e-3)  # of the matrices at a width of 256; scaled by 1 / width
 MATCHES = {'params': 'parameters', 'flops': 'MFLOP/token', 'bytes': 'packed MB'}
 # Student's t: the two-sided 95 % quantile with 1, 2, ... degrees of freedom
 STUDENT_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -76,21 +80,46 @@ def tokens_of_run(config):
     """Tokens of each run; 0: as many as its config file says."""
     if config.tokens or config.preset in FULL_LENGTH:
         return config.tokens
-    return 1_250_000
+    return TRIX_TOKENS if config.preset == 'trix' else 1_250_000
+
+
+def trix_runs(n_layer, n_embd):
+    """
+    The preset trix at a size: {name: (config file, options)}. A token uses 4 n_embd hidden units of the FFN, as in the
+    dense reference; half as many in `half`; 3 n_embd in `shared`. Muon, linear decay, four taps and QK-norm in all.
+    """
+    size = (f'--n_layer={n_layer}', f'--n_embd={n_embd}', f'--n_head={max(4, n_embd // 64)}',
+            f'--learning_rate={24e-3 * 128 / n_embd:g}')
+    tiles = {  # name: number of tiles, tiles of a token, hidden units of a tile, further options
+        '16_4': (16, 4, n_embd), '8_2': (8, 2, 2 * n_embd), '32_8': (32, 8, n_embd // 2),
+        'half_8_2': (8, 2, n_embd), 'half_16_4': (16, 4, n_embd // 2),
+        'shared': (8, 2, n_embd, '--trix_shared=true'),
+        'hash': (16, 4, n_embd, '--trix_router=hash'),
+        'first': (16, 4, n_embd, '--trix_router=first')}
+    found = {f'trix_{name}': (TINY, *size, f'--trix_tiles={E}', f'--trix_top_k={k}', f'--trix_hidden={h}', *more)
+             for name, (E, k, h, *more) in tiles.items()}
+    return found | {ffn: (TWIN, *size, f'--ffn={ffn}') for ffn in ('relu2', 'swiglu', 'bitnet', 'none', 'gelu')}
+
+
+def shape_of(config):
+    """(layers, width) of --shape. UserError if it is not of the form 6x256."""
+    layers, _, width = config.shape.partition('x')
+    if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width)):
+        raise UserError(f'shape={config.shape!r} is not LAYERSxWIDTH, such as 6x256')
+    return int(layers), int(width)
 
 
 def runs_of(config):
     """{name: command line of the run}, with the length of tokens_of_run() and the widths that config.match asks for."""
     runs, tokens = {}, tokens_of_run(config)
-    for name, (file, *words) in PRESETS[config.preset].items():
+    preset = trix_runs(*shape_of(config)) if config.preset == 'trix' else PRESETS[config.preset]
+    for name, (file, *words) in preset.items():
         words = [str(ROOT / 'config' / file), *words]
         if tokens:
-            steps = max(1, round(tokens / settings.load(words).batch_tokens))
-            words += [f'--max_steps={steps}', f'--warmup_steps={steps // 10}', f'--eval_interval={max(1, steps // 10)}',
-                      '--eval_tokens=65536', '--sample_interval=0', f'--save_interval={steps}', '--keep=1']
+            words += length(max(1, round(tokens / settings.load(words).batch_tokens)))
         runs[name] = words
     check_same_data(config.preset, runs)
-    if config.match:
+    if config.match in MATCHES:
         shapes = {name: settings.load(words).pick(GPTConfig) for name, words in runs.items()}
         *others, reference = shapes
         target = measures(shapes[reference])[MATCHES[config.match]]
@@ -98,6 +127,29 @@ def runs_of(config):
             key, value = matched(shapes[name], MATCHES[config.match], target)
             runs[name].append(f'--{key}={value}')
     return runs
+
+
+def length(steps):
+    """The options of a run of this many steps, with ten validations and one checkpoint."""
+    return [f'--max_steps={steps}', f'--warmup_steps={steps // 10}', f'--eval_interval={max(1, steps // 10)}',
+            '--eval_tokens=65536', '--sample_interval=0', f'--save_interval={steps}', '--keep=1']
+
+
+def at_equal_time(runs, folder, config):
+    """
+    Change the number of steps so that all runs take as long as the last one. The speeds are measured once, side by
+    side, and kept in the folder of the runs, so that the same command continues the same runs.
+    """
+    file, configs = folder / 'speeds.json', {name: settings.load(words) for name, words in runs.items()}
+    if not file.is_file():
+        models = {name: run.pick(GPTConfig) for name, run in configs.items()}
+        times, _ = side_by_side('speed', alike(models, 16), config.repeats, config)
+        speeds = {row['name']: row['ratio'] for row in compare(times, list(runs)[-1])}
+        with replacing(file) as opened:
+            opened.write(json.dumps(speeds).encode())
+    speeds = read_json(file, advice='delete it, and the speeds are measured again')
+    return {name: [*words, *length(max(1, round(configs[name].max_steps * speeds[name])))]
+            for name, words in runs.items()}
 
 
 def check_same_data(preset, runs):
@@ -137,6 +189,46 @@ def matched(shape, column, target):
         else:
             high = middle
     return key, unit * min((low, high), key=lambda n: abs(size(n) - target))
+
+
+def numbers(text):
+    """'1e-3,2e-3' -> (0.001, 0.002). UserError unless all are positive numbers."""
+    try:
+        found = tuple(float(word) for word in text.split(',') if word)
+    except ValueError:
+        found = (0,)
+    if not all(0 < number < math.inf for number in found):
+        raise UserError(f'rates={text!r} is not a list of positive numbers, such as 4e-3,8e-3')
+    return found
+
+
+def rates_of(config):
+    """The learning rates of the matrices that each run tries. None: the one of its config file."""
+    if config.rates or config.preset != 'trix':
+        return numbers(config.rates)
+    return tuple(rate * 256 / shape_of(config)[1] for rate in TRIX_RATES)
+
+
+def tuned(runs, folder, tokens, config):
+    """
+    Try every rate of rates_of() for every run, with seed 1337 and at full length.
+
+    Returns ({name: command line with the best rate}, {name: {rate: loss}}).
+    """
+    trials, best = {}, {}
+    rates = rates_of(config)
+    progress = Progress('learning rates', len(runs) * len(rates))
+    for name, words in runs.items():
+        trials[name] = {}
+        for rate in rates:
+            out = train_seed([*words, f'--matrix_lr={rate:g}'], f'{folder}/{name}_{rate:g}', 1337, config)
+            trials[name][rate] = evaluated(out, tokens, config)[2]['loss']
+            progress.step()
+        winner = min(trials[name], key=trials[name].get)
+        best[name] = [*words, f'--matrix_lr={winner:g}']
+        if winner in (min(rates), max(rates)) and len(rates) > 1:
+            print(f'{name}: its best rate, {winner:g}, is at the edge of those tried', flush=True)
+    return best, trials
 
 
 # Options that don't change what is learnt
@@ -194,16 +286,21 @@ def quality(config):
     if config.preset == 'recall':
         return recall(config)
     runs, tokens = runs_of(config), tokens_of_run(config)
-    folder = Path('runs/quality', '-'.join(filter(None, (config.preset, config.match, str(tokens or '')))))
+    shape = config.shape if config.preset == 'trix' else ''
+    folder = Path('runs/quality', '-'.join(filter(None, (config.preset, shape, config.match, str(tokens or '')))))
     folder.mkdir(parents=True, exist_ok=True)
+    if config.match == 'time':
+        runs = at_equal_time(runs, folder, config)
+    trials = {}
+    if rates_of(config):
+        runs, trials = tuned(runs, folder, tokens, config)
     rows, models, losses, curves = [], {}, {}, {}
     progress = Progress('runs of the preset', len(runs) * config.seeds)
     for name, words in runs.items():
         results, curves[name] = [], []
         for seed in (1337, *range(1, config.seeds)):
-            out = f'{folder}/{name}_{seed}'
-            ensure_trained([*words, f'--seed={seed}', f'--out_dir={out}', '--resume=auto', f'--device={config.device}',
-                            f'--dtype={config.dtype}'])
+            rate = f'_{min(trials[name], key=trials[name].get):g}' if trials else ''
+            out = train_seed(words, f'{folder}/{name}{rate}', seed, config)
             model, data, result = evaluated(out, tokens, config)
             results.append(result)
             curves[name].append(evaluations(out))
@@ -212,6 +309,8 @@ def quality(config):
         losses[name] = [result['loss'] for result in results]
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
         rows.append({'model': name, **sizes(model), 'packed MB': packed_bytes(model) / 1e6, **mean_and_sd(**spread)})
+        if trials:
+            rows[-1]['rate'] = min(trials[name], key=trials[name].get)
         print(name, *(f'{loss:.4f}' for loss in losses[name]))
     times, _ = side_by_side('quality', alike(models, 16), config.repeats, config)
     for row, speed, rank in zip(rows, compare(times, name), ranks(losses).values()):
@@ -221,14 +320,23 @@ def quality(config):
         rows.append({**dict.fromkeys(rows[0], 0), 'rank': '', **bigram_loss})
     speeds = {row['model']: row['tokens/s'] for row in rows}
     report('quality', rows, config, options_of(config), lambda rows, figure: plot_curves(curves, speeds, figure),
-           name='_'.join(filter(None, ('quality', config.preset, config.match))), losses=losses, curves=curves)
+           name='_'.join(filter(None, ('quality', config.preset, shape, config.match))), losses=losses, curves=curves,
+           trials=trials)
     for line in verdicts(losses):
         print(line)
 
 
+def train_seed(words, name, seed, config):
+    """Train a run with a seed, unless it is finished. Returns its directory."""
+    out = f'{name}_{seed}'
+    ensure_trained([*words, f'--seed={seed}', f'--out_dir={out}', '--resume=auto', f'--device={config.device}',
+                    f'--dtype={config.dtype}'])
+    return out
+
+
 def options_of(config):
     """The options of `quality` that differ from their defaults, as on the command line."""
-    defaults = {'preset': 'ffn', 'match': '', 'tokens': 0, 'seeds': 3}
+    defaults = {'preset': 'ffn', 'shape': '6x256', 'match': '', 'tokens': 0, 'seeds': 3, 'rates': ''}
     return ''.join(f' --{key}={getattr(config, key)}' for key, default in defaults.items()
                    if getattr(config, key) != default)
 

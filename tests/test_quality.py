@@ -164,3 +164,60 @@ def test_a_finished_run_is_not_started_again_unless_the_data_has_changed(tmp_pat
         started.clear()
         quality.ensure_trained(words)
         assert len(started) == times
+
+
+def small_trix(words=()):
+    """quality --preset=trix on one layer of width 16."""
+    return bench.load(['quality', '--preset=trix', '--shape=1x64', '--device=cpu', *words], bench.BenchConfig,
+                      positional=('command',))
+
+
+def test_the_preset_trix_compares_equal_hidden_units_at_equal_options():
+    runs = {name: train.load(words) for name, words in quality.runs_of(small_trix(['--shape=6x256'])).items()}
+    used = {name: run.trix_top_k * run.trix_hidden + 256 * run.trix_shared for name, run in runs.items()
+            if run.ffn == 'trix'}
+    assert used == {'trix_16_4': 1024, 'trix_8_2': 1024, 'trix_32_8': 1024, 'trix_hash': 1024, 'trix_first': 1024,
+                    'trix_half_8_2': 512, 'trix_half_16_4': 512, 'trix_shared': 768}
+    assert {run.max_steps * run.batch_tokens for run in runs.values()} == {1587 * 4096}  # 6.5M tokens
+    assert len({(run.n_layer, run.n_embd, run.learning_rate, run.schedule, run.document_starts)
+                for run in runs.values()}) == 1
+    flops = {name: quality.measures(run.pick(GPTConfig))['MFLOP/token'] for name, run in runs.items()}
+    assert flops['trix_16_4'] == pytest.approx(flops['gelu'], rel=0.01)
+    assert flops['trix_half_8_2'] < 0.8 * flops['gelu']
+
+
+def test_every_run_tries_the_same_rates_and_uses_its_best(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    losses = {'a': {0.1: 3.0, 0.2: 2.0, 0.4: 2.5}, 'b': {0.1: 3.0, 0.2: 2.0, 0.4: 1.5}}
+    monkeypatch.setattr(quality, 'ensure_trained', lambda words: None)
+
+    def evaluated(out, *_):
+        name, rate, _ = out.split('/')[-1].split('_')
+        return None, None, {'loss': losses[name][float(rate)]}
+    monkeypatch.setattr(quality, 'evaluated', evaluated)
+    config = small_trix(['--rates=0.1,0.2,0.4'])
+    runs, trials = quality.tuned({'a': ['--ffn=gelu'], 'b': []}, 'x', 1000, config)
+    assert runs == {'a': ['--ffn=gelu', '--matrix_lr=0.2'], 'b': ['--matrix_lr=0.4']} and trials == losses
+    assert 'b: its best rate, 0.4, is at the edge' in capsys.readouterr().out
+    assert quality.rates_of(small_trix()) == (8e-3, 16e-3, 32e-3, 64e-3)  # a width of 64
+    assert quality.options_of(config) == ' --preset=trix --shape=1x64 --rates=0.1,0.2,0.4'
+
+
+def test_runs_of_equal_time_have_steps_by_the_speeds_that_were_measured_once(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(quality, 'side_by_side',
+                        lambda *_: measured.append(1) or ({'fast': [1.0], 'slow': [4.0], 'last': [2.0]}, {}))
+    runs = {name: ['--max_steps=100'] for name in ('fast', 'slow', 'last')}
+    for _ in range(2):
+        found = quality.at_equal_time(runs, tmp_path, small_trix(['--match=time']))
+        assert {name: train.load(words).max_steps for name, words in found.items()} == {'fast': 200, 'slow': 50, 'last': 100}
+    assert measured == [1]
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--preset=trix', '--shape=6by256'], "shape='6by256' is not LAYERSxWIDTH"),
+    (['--shape=4x128'], 'shape is for quality --preset=trix'),
+    (['--rates=0,1'], "rates='0,1' is not a list of positive numbers")])
+def test_a_wrong_shape_or_rate_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        bench.load(['quality', *words], bench.BenchConfig, positional=('command',))

@@ -17,6 +17,7 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
     python bench.py quality --preset=mixer  # or recall, routing, tiles, bitnet, speedrun, tiny;
                                             # --match=params, flops, bytes or time
     python bench.py quality --preset=trix   # TriX against dense FFNs at 6 x 256, rates tuned alike (a GPU, or a day)
+    python bench.py frontier                # loss against compute, file size and decoding speed: dense, BitNet, TriX
     python bench.py peers --nanogpt=PATH    # a checkout of nanoGPT: its model and loop against ours
     python bench.py peers --nanogpt=PATH --shakespeare  # its Shakespeare run against ours (half an hour)
     python bench.py peers --llama_cpp       # packed models decode beside llama.cpp (two minutes)
@@ -31,7 +32,7 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
 from dataclasses import dataclass
 
 from configurator import UserError, load, run  # before torch, whose import Ctrl-C may interrupt
-from benchmarks import blocks, deployed, loop, measure, nanogpt, preparing, presets, quality, sweep, tables
+from benchmarks import blocks, deployed, frontier, loop, measure, nanogpt, preparing, presets, quality, sweep, tables
 
 
 @dataclass
@@ -43,7 +44,7 @@ class BenchConfig:
     shape: str = '6x256'  # quality --preset=trix: layers x width
     rates: str = ''  # quality: values of matrix_lr to try for each run; the best is used for all seeds (muon)
     match: str = ''  # quality: equal params, flops (of a token) or bytes (packed) by width, or time by steps
-    tokens: int = 0  # quality: tokens of each run; 0: that of its config file in tiny and speedrun, else 1,250,000
+    tokens: int = 0  # quality, frontier: tokens of each run; 0: the usual length (1.25M for most presets)
     seeds: int = 3  # quality: runs of each config, with seeds 1337 (the default), 1, 2, ...
     nanogpt: str = ''  # peers: directory of a checkout of nanoGPT
     shakespeare: bool = False  # peers --nanogpt: only nanoGPT's Shakespeare run against config/shakespeare.py
@@ -110,6 +111,7 @@ COMMANDS = {
     'memory': presets.memory,
     'head': blocks.head,
     'quality': quality.quality,
+    'frontier': frontier.frontier,
     'peers': peers,
     'convert': deployed.convert,
     'scaling': loop.scaling,

@@ -10,7 +10,7 @@ import torch
 import bench
 import settings
 import train
-from benchmarks import quality
+from benchmarks import frontier, quality
 from configurator import UserError
 from model import GPTConfig
 from runs import finish
@@ -221,3 +221,34 @@ def test_runs_of_equal_time_have_steps_by_the_speeds_that_were_measured_once(tmp
 def test_a_wrong_shape_or_rate_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         bench.load(['quality', *words], bench.BenchConfig, positional=('command',))
+
+
+def test_the_frontier_trains_packs_and_times_every_kind_at_every_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quality, 'ensure_trained', lambda words: finish(words))
+    prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x')
+    small = ('--dataset=data/x', '--vocab_size=300', '--n_head=2', '--block_size=16', '--batch_size=4',
+             '--batch_tokens=64', '--compile=false')
+    monkeypatch.setattr(frontier, 'SIZES', ((1, 16),))
+    monkeypatch.setattr(frontier, 'PROMPT', 4)
+    monkeypatch.setattr(frontier, 'NEW', 3)
+    plain = frontier.runs_of
+    monkeypatch.setattr(frontier, 'runs_of', lambda tokens: {key: [*words, *small] for key, words in plain(tokens).items()})
+    bench.main(['frontier', '--tokens=8192', '--seeds=1', '--repeats=1', '--device=cpu', f'--out={tmp_path}/results'])
+    folder, = (tmp_path / 'results').iterdir()
+    result = json.loads((folder / 'frontier.json').read_text())
+    rows = {row['model']: row for row in result['rows']}
+    assert list(rows) == list(frontier.KINDS) and result['command'].endswith('frontier --tokens=8192 --seeds=1')
+    assert rows['TriX']['MB'] < 2 * rows['dense']['MB'] and all(row['tokens/s'] > 0 for row in rows.values())
+    dense = rows['dense']
+    assert dense['training PFLOP'] == pytest.approx(3 * 8192 * quality.measures(train.load(
+        plain(8192)['dense', 1, 16] + list(small)).pick(GPTConfig))['MFLOP/token'] / 1e9)
+    assert (folder / 'frontier.png').read_bytes()[1:4] == b'PNG'
+    assert 'TriX 1x16: ' in capsys.readouterr().out
+
+
+def test_a_ternary_model_is_dominated_by_a_dense_one_that_is_better_in_all_three():
+    dense = {'model': 'dense', 'layers': 1, 'width': 8, 'loss': 2.0, 'MB': 3.0, 'tokens/s': 10.0}
+    verdicts = [*frontier.undominated([dense, {**dense, 'model': 'TriX', 'loss': 2.1},
+                                       {**dense, 'model': 'BitNet', 'loss': 2.1, 'MB': 1.0}])]
+    assert verdicts == ['TriX 1x8: dense 1x8 is better in everything', 'BitNet 1x8: no dense model dominates it']

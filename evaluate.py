@@ -28,7 +28,7 @@ from benchmarks import hellaswag
 from deploy.packed import load_model
 from runtime.choice import choose_checkpoint
 from runtime.runlog import plain, read_lines
-from corpora.shards import ShardData, holds_rows, open_data
+from corpora.prepared import holds_rows, open_data
 from tokenizer import encode, equivalent, load_tokenizer, token_bytes
 from training import validate
 
@@ -111,6 +111,7 @@ class Strided:
 
 def strided(data, stride, limit):
     """A Strided over the first `limit` validation targets (0: all). In shards each row is a separate text."""
+    from corpora.shards import ShardData  # most evaluations do not need it
     if isinstance(data, ShardData):
         rows = ShardData(data.path, data.row, data.n_vocab)  # a window is a whole row
 

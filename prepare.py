@@ -31,8 +31,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizer
 from configurator import UserError, load, run
+from corpora import vocabulary
 from corpora.preparation import PrepareConfig, directory, is_bins, is_path, join, link, prepare
 
 
@@ -59,7 +59,7 @@ class SplitConfig:
     def problems(self):
         if not self.path or not self.out:
             yield 'name the shards and the directory to make: python prepare.py split DIR OUT'
-        if self.tokenizer in tokenizer.FROM_TEXT:
+        if self.tokenizer in vocabulary.FROM_TEXT:
             yield (f'--tokenizer={self.tokenizer}: it is made from text, but these are ids: expected gpt2, byte or a '
                    'tokenizer.json')
         if not 0 < self.val_ratio < 1:
@@ -97,7 +97,7 @@ def prepare_command(argv):
     if config.dataset.startswith('shards:'):
         from corpora import shards
         vocab_size = config.vocab_size if config.origin['vocab_size'] != 'default' else 0
-        content = tokenizer.named(config.tokenizer)
+        content = vocabulary.named(config.tokenizer)
         path = config.dataset.removeprefix('shards:')
         shards.split(path, out, config.val_ratio, vocab_size, config.seed, content=content)
     elif is_bins(config.dataset):
@@ -122,7 +122,7 @@ def pack_command(argv):
 def split_command(argv):
     config = load(argv, SplitConfig, positional=('path', 'out'), usage=__doc__)
     from corpora import shards
-    content = tokenizer.named(config.tokenizer or 'none')
+    content = vocabulary.named(config.tokenizer or 'none')
     shards.split(config.path, Path(config.out), config.val_ratio, config.vocab_size, config.seed, content=content)
 
 

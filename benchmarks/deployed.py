@@ -16,13 +16,14 @@ import settings
 from benchmarks.measure import ROOT, compare, interleaved, report
 from benchmarks.quality import TWIN, ensure_trained
 from configurator import UserError
+from corpora.vocabulary import train_bpe
 from data import TokenData
 from deploy import convert as conversion
 from deploy import gguf, packed
 from deploy.packed import load_model
 from model import GPT, GPTConfig
 from runtime import device as hardware
-from tokenizer import load_tokenizer, token_bytes, train_bpe
+from tokenizer import load_tokenizer, token_bytes
 from training import validate
 
 PROMPT, NEW = 128, 32  # tokens that are read at once, and tokens that are then generated one by one

@@ -24,12 +24,12 @@ import tiktoken
 import torch
 
 from corpora import building
-import tokenizer
 from benchmarks.measure import ROOT, compare, interleaved, report, timed, whole_process
 from corpora import corpus
-from corpora.shards import open_data
+from corpora.prepared import open_data
+from corpora.vocabulary import train_bpe
 from runtime import device as hardware
-from tokenizer import load_tokenizer
+from tokenizer import EOT, PATTERN, load_tokenizer
 
 # A pool of one new process, which starts with the memory of Python and torch alone.
 new_process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context('spawn'))
@@ -92,7 +92,7 @@ def encoding_speed(folder, config):
     megabytes = 100
     path = texts_of_pylib(folder, megabytes)
     texts = read_texts(path)
-    Path(folder, 'tokenizer.json').write_text(json.dumps(tokenizer.train_bpe(texts, 8192)))
+    Path(folder, 'tokenizer.json').write_text(json.dumps(train_bpe(texts, 8192)))
     batches = [texts[i::200] for i in range(100)]  # half a megabyte each
 
     def run_from_file_to_file():
@@ -142,8 +142,8 @@ def start_encoding(folder, path):
     global encoding, sample
     ours = load_tokenizer(folder)
     ranks = {ours.decode_single_token_bytes(token): token for token in range(ours.eot_token)}
-    encoding = tiktoken.Encoding('plain', pat_str=tokenizer.PATTERN, mergeable_ranks=ranks,
-                                 special_tokens={tokenizer.EOT: ours.eot_token})
+    encoding = tiktoken.Encoding('plain', pat_str=PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={EOT: ours.eot_token})
     sample = read_texts(path)[::4]
 
 
@@ -182,7 +182,7 @@ def bpe_training(vocab_size, megabytes):
             texts.append(document.text)
             size += len(document.text.encode())
     start = time.perf_counter()
-    tokenizer.train_bpe(texts, vocab_size)
+    train_bpe(texts, vocab_size)
     return time.perf_counter() - start, hardware.peak_memory_gb(torch.device('cpu')), size / 1e6
 
 

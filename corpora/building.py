@@ -23,11 +23,12 @@ import numpy as np
 
 import tokenizer
 from configurator import UserError, read_json
+from corpora import vocabulary
 from corpora.corpus import count_words
 from corpora.splitting import Cut, find_cut, is_lopsided
 from corpora.workspace import Bins, Seen, now
 from files import fsync, write_json
-from tokenizer import id_dtype, load_tokenizer, normalizer_of, token_bytes
+from tokenizer import id_dtype, load_tokenizer, token_bytes
 from verification import remember
 
 BATCH = 10**6  # bytes of text that a process encodes at a time
@@ -54,7 +55,7 @@ def build(config, corpus, content, request, work, start):
     if (dtype := id_dtype(encoding.n_vocab)).itemsize > 2:
         facts['dtype'] = dtype.name
         print(f'{encoding.n_vocab:,} ids need 32 bits: the bins are uint32, which nanoGPT does not read', flush=True)
-    if normalizer := normalizer_of(read_json(work / 'tokenizer.json')):
+    if normalizer := vocabulary.normalizer_of(read_json(work / 'tokenizer.json')):
         facts['normalizer'] = normalizer
         print(f'this tokenizer normalises all text to the Unicode form {normalizer}', flush=True)
     print(f'encoding, after {time.time() - start:.1f} s', flush=True)
@@ -88,12 +89,12 @@ def write_tokenizer(content, sample, config, work):
     Write tokenizer.json: `content`, or a tokenizer made from the sample. Raises UserError if the disk is too small.
     """
     if config.tokenizer == 'char':
-        content = tokenizer.characters(sample.characters)
+        content = vocabulary.characters(sample.characters)
         part = '' if sample.is_whole else f' in the first {SAMPLE // BATCH} MB (a new character after them is an error)'
         print(f'tokenizer: one token for each of the {len(sample.characters):,} characters{part}', flush=True)
     elif not content:
         print(f'tokenizer: training {config.vocab_size} tokens on {len(sample.train):,} documents', flush=True)
-        content = tokenizer.train_bpe(sample.train, config.vocab_size)
+        content = vocabulary.train_bpe(sample.train, config.vocab_size)
     size = sum(sample.sizes.values()) / sample.share if sample.share else 0
     check_room(load_tokenizer(content), sample.train, size, config, work)
     write_json(work / 'tokenizer.json', content)

@@ -20,8 +20,9 @@ import numpy as np
 from configurator import UserError
 from files import sizes, stamp, write_json
 from data import DTYPES, VERSION
-from tokenizer import id_dtype, label, load_tokenizer
+from tokenizer import id_dtype, load_tokenizer
 from verification import remember, scan
+from corpora.vocabulary import label
 from corpora.workspace import clear, is_prepared, now, publish, workspace
 
 # nanoGPT: 16-bit ids without a header (data/openwebtext/prepare.py in github.com/karpathy/nanoGPT).

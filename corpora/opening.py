@@ -3,7 +3,7 @@ Opens the data of a training run, and prepares them if they are missing. Importe
 
     data = open_dataset(config)       # the loader of the tokens that config.dataset names
 
-For the path of a prepared directory, nothing of what reads and prepares a corpus is imported.
+For a prepared directory, nothing is imported of what reads and prepares a corpus.
 """
 import os
 import subprocess
@@ -11,13 +11,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import tokenizer
 from configurator import UserError
-from corpora.shards import advice_for, check_split, find_shards, open_data, tokenizer_beside
+from corpora.prepared import advice_for, open_data
 from data import data_dir
-from packing import DocumentStarts, PackedRows, eot_id_of
 from runtime.runlog import speak
 from settings import resolve_steps
+from tokenizer import FIXED
 
 SCRIPT = Path(__file__).parent.parent / 'prepare.py'
 
@@ -38,6 +37,7 @@ def open_dataset(config, prepare=True, verify='once', say=speak):
         rows = Path(name.removeprefix('shards:')).expanduser()
         if (rows / 'meta.json').is_file():  # output of prepare.py pack or split
             return open_prepared(rows, config, verify)
+        from corpora.shards import check_split
         label = tokenizer_of_rows(rows, config.tokenizer)
         path, check = data_dir(name, label), lambda: check_split(rows, path)
         words = [f'--tokenizer={label}'] if label != 'bpe' else [f'--vocab_size={config.vocab_size}']
@@ -92,8 +92,10 @@ def open_training_data(config, prepare=True, verify='once', first=lambda work: w
         return None
     find_eot(config, data)
     if config.packing == 'best_fit':
+        from packing import PackedRows  # a plain run does not need it
         data = PackedRows(data)
     elif config.document_starts:
+        from packing import DocumentStarts  # a plain run does not need it
         data = DocumentStarts(data, config.document_starts)
     if config.max_windows:
         data.limit(config.max_windows)
@@ -105,6 +107,7 @@ def find_eot(config, data):
     """Set config.eot_id from the data, for document_mask. UserError if it is unknown or the config has another one."""
     if not config.document_mask:
         return
+    from packing import eot_id_of  # a plain run does not need it
     eot = eot_id_of(data)
     if eot is None:
         raise UserError(f'document_mask=true: {data.path} has no tokenizer.json, so it is unknown which id ends a '
@@ -124,6 +127,7 @@ def tokenizer_of_rows(rows, name):
                         'tokenizer.json')
     if name in ('bpe', 'none'):
         return 'bpe'
+    from corpora.shards import find_shards, tokenizer_beside
     beside = None
     with suppress(UserError):  # rows that do not exist: prepare.py reports them
         beside = tokenizer_beside(rows, find_shards(rows))
@@ -151,9 +155,10 @@ def open_prepared(path, config, verify):
 
 def is_named(content, name):
     """Whether `content` is the tokenizer that --tokenizer=NAME means."""
-    if name in (*tokenizer.FIXED, 'char'):
+    if name in (*FIXED, 'char'):
         return content['name'] == name
-    return tokenizer.named(name) == content
+    from corpora.vocabulary import named  # a plain run does not need it
+    return named(name) == content
 
 
 def say_once(line):

@@ -13,9 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import tokenizer
 from configurator import UserError, read_json
-from corpora import linked
+from corpora import linked, vocabulary
 from corpora.building import build, hashes_of
 from corpora.corpus import DATASETS, open_corpus
 from corpora.encodings import encoding_name
@@ -119,7 +118,7 @@ def link(config, out):
     for key in ('max_tokens', 'max_documents', 'shard'):
         if value := getattr(config, key):
             raise UserError(f'--{key}={value}: the files of {path} are used as they are: leave it out')
-    linked.link(path, out, tokenizer.named(config.tokenizer), config.val_ratio)
+    linked.link(path, out, vocabulary.named(config.tokenizer), config.val_ratio)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ def link(config, out):
 def prepare(config, out):
     start = time.time()
     corpus = open_corpus(config)
-    content = tokenizer.named(config.tokenizer)
+    content = vocabulary.named(config.tokenizer)
     known = tokenizer_entries(config.tokenizer, config.vocab_size, content)
     if known.get('vocab_size') != config.vocab_size and config.origin['vocab_size'] != 'default':
         size = f"{known['vocab_size']} tokens" if content else 'one token for each character'
@@ -165,7 +164,7 @@ def tokenizer_entries(name, vocab_size, content):
     name: the option. vocab_size: of a BPE. content: the tokenizer, or None if it will be made from the text.
     """
     if content:
-        return {'tokenizer': tokenizer.label(content), 'vocab_size': load_tokenizer(content).n_vocab}
+        return {'tokenizer': vocabulary.label(content), 'vocab_size': load_tokenizer(content).n_vocab}
     return {'tokenizer': name} | ({'vocab_size': vocab_size} if name == 'bpe' else {})
 
 
@@ -198,7 +197,7 @@ def check_prepared(config, path, say=speak):
     if config.tokenizer == 'gpt2':  # known without the file, which may need a download
         known = {'tokenizer': 'gpt2', 'vocab_size': 50_257}
     else:
-        known = tokenizer_entries(config.tokenizer, config.vocab_size, tokenizer.named(config.tokenizer))
+        known = tokenizer_entries(config.tokenizer, config.vocab_size, vocabulary.named(config.tokenizer))
     if is_linked:
         request = linked.make_request(config.dataset.removeprefix('bins:'), known, config.val_ratio)
     else:

@@ -16,11 +16,12 @@ import settings
 from configurator import UserError, columns
 from corpora.shards import check_tokenizer, nearest, read_all, tokenizer_beside
 from corpora.show import open_whole, row_of
+from corpora.vocabulary import from_file
 from model import GPT
 from runtime import device as hardware
 from runtime.plan import achieved, count, duration, estimate, number, room, shape_of
 from runtime.profiling import readable
-from tokenizer import from_file, load_tokenizer
+from tokenizer import load_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / 'config'
 LONGEST = 365 * 86_400  # seconds; presets whose run takes longer are left out

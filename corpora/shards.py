@@ -1,11 +1,11 @@
 """
 Shards: .npy or .pt files with rows of token ids, made by another program.
-Imported by prepare.py, train.py and evaluate.py:
+Imported by prepare.py, and by corpora/prepared.py for runs on such data:
 
     validate('shards')                                    # reads everything, names every bad file, prints a summary
     split('shards', 'data/mine', content=named('gpt2'))   # -> data/mine: links to the shards, tokenizer.json, meta.json
     pack('data/pylib', row=32768, out='data/packed')      # bins of a prepared directory -> shards
-    data = open_data('data/mine', block_size=1024, vocab_size=50304)   # ShardData for shards, TokenData for bins
+    data = ShardData('data/mine', block_size=1024, vocab_size=50304)
 
 A file is one integer array of shape (rows, L). All files have the same L. No code in a file is ever run: a .npy file is
 parsed from its header, and a .pt file is loaded only if its pickle names just one plain tensor. No file stays open or
@@ -25,21 +25,23 @@ import zipfile
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
-import tokenizer
 from configurator import UserError, columns, read_json
 from files import fsync, sizes, stamp, write_json
 from data import VERSION, TokenData
+from tokenizer import load_tokenizer
 from verification import BLOCK, scan
+from corpora import vocabulary
+from corpora.prepared import open_data
 from corpora.workspace import clear, compare, is_prepared, now, publish, workspace
 
 LARGEST_VOCAB = 2**24  # upper bound of the ids if no vocabulary is given; larger numbers are unlikely to be token ids
+PARSER = Lock()  # numpy parses a header with `ast`, and Python 3.11 fails at times if several threads do that at once
 DTYPES = [f'{kind}int{size}' for kind in ('', 'u') for size in (8, 16, 32, 64)]
 # The names in the pickle of one plain tensor. Files with other names are never passed to torch: weights_only allows
 # many more.
@@ -116,7 +118,9 @@ def inspect(file):
 def npy_header(source, size):
     """(shape, name of the dtype, offset) of an open .npy file."""
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = read[np.lib.format.read_magic(source)](source)
+    version = np.lib.format.read_magic(source)
+    with PARSER:
+        shape, fortran, dtype = read[version](source)
     if dtype.hasobject:
         raise UserError('not opened: an array of Python objects is a pickle, which could run code')
     if fortran:
@@ -318,11 +322,11 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print, content
     files = find_shards(path)
     root = path if path.is_dir() else os.path.commonpath([file.parent.absolute() for file in files])
     if beside := tokenizer_beside(path, files):
-        given, content = content, tokenizer.from_file(beside)
+        given, content = content, vocabulary.from_file(beside)
         if given and given != content:
-            say(f'{beside} is the tokenizer of these rows: --tokenizer ({tokenizer.label(given)}) is not used')
-    encoding = tokenizer.load_tokenizer(content) if content else None
-    label = tokenizer.label(content) if content else None
+            say(f'{beside} is the tokenizer of these rows: --tokenizer ({vocabulary.label(given)}) is not used')
+    encoding = load_tokenizer(content) if content else None
+    label = vocabulary.label(content) if content else None
     request = {'version': VERSION, 'kind': 'shards', **source_of(path, files), 'seed': seed, 'val_ratio': val_ratio,
                'given_vocab_size': vocab_size, 'tokenizer': label}
     if is_prepared(out, request):
@@ -531,7 +535,7 @@ class ShardData(TokenData):
         self.tokenizer, file = None, self.path / 'tokenizer.json'
         if file.exists():
             self.tokenizer = read_json(file)
-            if (tokens := tokenizer.load_tokenizer(self.path).n_vocab) != self.n_vocab:
+            if (tokens := load_tokenizer(self.path).n_vocab) != self.n_vocab:
                 raise UserError(f'{file}: {tokens} tokens, but meta.json says {self.n_vocab}: {self.again}')
         content = [self.row, self.n_vocab, entries, self.tokenizer]
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -591,40 +595,3 @@ def nearest(row, block_size):
                     for size in (i, n // i)})
     below, above = [size for size in sizes if size < block_size], [size for size in sizes if size > block_size]
     return below[-1:] + above[:1]
-
-
-def holds_rows(path):
-    """Whether `path` is a directory of shards that is not prepared."""
-    if not Path(path).is_dir() or (Path(path) / 'meta.json').exists():
-        return False
-    with suppress(UserError):
-        return bool(find_shards(path))
-    return False
-
-
-def advice_for(path):
-    """
-    The end of an error message for a directory that is not prepared: what it holds, and which dataset to give instead.
-    '' if it holds no data.
-    """
-    if not Path(path).is_dir():
-        return ''
-    if holds_rows(path):
-        return f'holds rows of token ids: use --dataset=shards:{path}'
-    for ending in ('bin', 'txt', 'jsonl', 'parquet'):
-        if found := sorted(Path(path).glob(f'*.{ending}')):
-            content, kind = ('token files of another program', 'bins') if ending == 'bin' else ('text', 'text')
-            return f'holds {content} ({found[0].name}): use --dataset={kind}:{path}'
-    return ''
-
-
-def open_data(path, block_size, vocab_size, verify='once'):
-    """
-    The loader of a prepared directory: ShardData if meta.json has 'kind': 'shards', otherwise TokenData. Raises their
-    UserErrors, or one with advice if the directory holds other data.
-    """
-    file = Path(path) / 'meta.json'
-    if not file.is_file() and (advice := advice_for(path)):
-        raise UserError(f'{path} is not prepared data (no meta.json). It {advice}')
-    shards = file.is_file() and read_json(file).get('kind') == 'shards'
-    return (ShardData if shards else TokenData)(path, block_size, vocab_size, verify)

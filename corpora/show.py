@@ -13,7 +13,7 @@ import numpy as np
 
 from configurator import UserError, columns, read_json
 from files import replacing
-from corpora.shards import open_data
+from corpora.prepared import open_data
 from tokenizer import load_tokenizer, token_bytes
 
 WINDOW = 80  # tokens of a sample window

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configurator import KINDS, UserError, read_json, typed
+from corpora.vocabulary import from_file
 from deploy.convert import nearest
 from model import GPT, GPTConfig
-from tokenizer import from_file
 
 NAMES = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
          'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl',

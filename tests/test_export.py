@@ -11,13 +11,14 @@ import checkpoint
 import export
 from runtime import generation
 from configurator import UserError
+from corpora.vocabulary import train_bpe
 from deploy import packed
 from deploy.gguf import Llama, compare_with_llama_cpp, matrix_weight, merges, vocabulary, write
 from deploy.huggingface import to_tokenizers
 from deploy.parity import without_int8
 from model import GPT, GPTConfig
 from test_packed import ids, trained
-from tokenizer import HARD, load_tokenizer, train_bpe
+from tokenizer import HARD, load_tokenizer
 
 gguf = pytest.importorskip('gguf', reason='a development requirement')
 needs_llama = pytest.mark.skipif(not find_spec('xllamacpp'), reason='a development requirement')

@@ -390,7 +390,7 @@ prepare.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize('owner, name, call', [
-    ('building.tokenizer', 'train_bpe', 1), ('building', 'encode', 1), ('building', 'encode', 77), ('building.Bins', 'sync', 4),
+    ('building.vocabulary', 'train_bpe', 1), ('building', 'encode', 1), ('building', 'encode', 77), ('building.Bins', 'sync', 4),
     ('building.Bins', 'sync', -5), ('building.Seen', 'commit', 9), ('building.Seen', 'commit', -9), ('building', 'write_json', 5), ('building', 'write_json', -5), ('building.Bins', 'close', 1),
     ('building.Bins', 'close', -1), ('building.Bins', 'close', -2), ('preparation', 'publish', 1), ('preparation.Path', 'unlink', -1),
     ('preparation.Path', 'unlink', -2), ('preparation', 'publish', -1)])

@@ -14,10 +14,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from configurator import UserError
+from corpora.vocabulary import train_bpe
 from model import GPT, GPTConfig
 from runtime import generation, serve
 from sample import SampleConfig
-from tokenizer import load_tokenizer, train_bpe
+from tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope='module')

@@ -32,7 +32,7 @@ from checkpoint import load, save
 from configurator import UserError
 from data import TokenData
 from runs import SMALL, finish, lines
-from tokenizer import named, native
+from corpora.vocabulary import named, native
 from corpora.shards import ShardData, check, find_shards, inspect, open_data, pack, split, validate
 
 ROOT, VOCAB = Path(shards.__file__).parent.parent, 257

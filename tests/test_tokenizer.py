@@ -20,7 +20,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 import tokenizer
 from configurator import UserError
-from tokenizer import EOT, FASTER, from_file, gpt2, load_tokenizer, token_bytes, train_bpe
+from corpora import vocabulary
+from corpora.vocabulary import from_file, gpt2, train_bpe
+from tokenizer import EOT, FASTER, load_tokenizer, token_bytes
 
 ROOT = Path(tokenizer.__file__).parent
 CODE = ''.join((ROOT / name).read_text() for name in ('model.py', 'train.py', 'README.md'))
@@ -262,9 +264,9 @@ def test_gpt2_without_a_network_is_one_line_with_the_alternatives(tmp_path, monk
 @pytest.fixture(scope='module')
 def both_tokenizers():
     """tiktoken's ids of a text, and those of the library that trained the tokenizer."""
-    kept, original = [], tokenizer.Tokenizer
+    kept, original = [], vocabulary.Tokenizer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, 'Tokenizer', lambda model: kept.append(original(model)) or kept[-1])
+        patch.setattr(vocabulary, 'Tokenizer', lambda model: kept.append(original(model)) or kept[-1])
         encoding = load_tokenizer(train_bpe([CODE, *sentences(100)], 1000))
     printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     others = [byte for byte in range(256) if byte not in printable]  # as GPT-2's encoder.py writes bytes
@@ -319,7 +321,7 @@ def test_training_cuts_words_that_would_make_it_slow(monkeypatch):
     line = ''.join(words)
     expected = train_bpe(words, 300)['ranks']
     assert train_bpe([line], 300)['ranks'] != expected  # it is shorter than LONGEST_WORD
-    monkeypatch.setattr(tokenizer, 'LONGEST_WORD', 64)
+    monkeypatch.setattr(vocabulary, 'LONGEST_WORD', 64)
     content = train_bpe([line], 300)
     assert content['ranks'] == expected
     check_round_trip(load_tokenizer(content), line)
@@ -340,7 +342,7 @@ def test_training_on_text_without_spaces_stops_before_it_fills_the_memory(monkey
         for i in range(100):
             read.append(i)
             yield '。'.join(''.join(chr(rng.randint(0x4e00, 0x4f00)) for _ in range(20)) for _ in range(10))  # 600 bytes
-    monkeypatch.setattr(tokenizer, 'LONG_WORDS', 6000)
+    monkeypatch.setattr(vocabulary, 'LONG_WORDS', 6000)
     train_bpe(clauses(), 300)
     assert len(read) == 10 and capsys.readouterr().out.startswith('tokenizer: trained on only the first 0.0 MB of words over')
     train_bpe(sentences(500), 300)
@@ -615,8 +617,9 @@ def test_damaged_file_is_refused_in_one_line_or_gives_back_every_text(files, tmp
 @pytest.mark.skipif(not Path('/proc/self/task').is_dir(), reason='counts threads in /proc')
 def test_encoding_starts_no_threads(files):
     code = ('import os, sys, tokenizer\n'
+            'from corpora.vocabulary import from_file\n'
             'threads = os.listdir("/proc/self/task")\n'
-            'encoding = tokenizer.load_tokenizer(tokenizer.from_file(sys.argv[1]))\n'
+            'encoding = tokenizer.load_tokenizer(from_file(sys.argv[1]))\n'
             'assert len(encoding.encode_ordinary("a b c " * 20_000)) > 10_000\n'
             'assert os.listdir("/proc/self/task") == threads\n')
     for kind in ('byte_level', 'sentencepiece'):
@@ -627,8 +630,8 @@ def test_encoding_starts_no_threads(files):
 
 @given(st.text(alphabet='abé数🙂\n ', max_size=50))
 def test_bytes_and_characters_are_tokens_and_no_text_changes(text):
-    known = tokenizer.characters(['abé', '数🙂\n '])
-    characters, of_bytes = load_tokenizer(known), load_tokenizer(tokenizer.named('byte'))
+    known = vocabulary.characters(['abé', '数🙂\n '])
+    characters, of_bytes = load_tokenizer(known), load_tokenizer(vocabulary.named('byte'))
     assert (characters.n_vocab, characters.eot_token, of_bytes.n_vocab, of_bytes.eot_token) == (8, 7, 257, 256)
     ids = tokenizer.encode(characters, text)
     assert ids.tolist() == [known['characters'].index(character) for character in text]
@@ -640,22 +643,22 @@ def test_bytes_and_characters_are_tokens_and_no_text_changes(text):
 @pytest.mark.parametrize('text', ['a~', '\0', 'z', 'a<|endoftext|>', '\ud800'])
 def test_a_character_without_a_token_is_named(text):
     with pytest.raises(UserError, match='the character .* is not among the 3 characters of the tokenizer'):
-        tokenizer.encode(load_tokenizer(tokenizer.characters(['abc'])), text)
+        tokenizer.encode(load_tokenizer(vocabulary.characters(['abc'])), text)
 
 
 @pytest.mark.parametrize('change', [{'characters': 'cab'}, {'characters': 'aab'}, {'characters': 3}, {'characters': 'abcd'},
                                     {'special_tokens': {}}, {'special_tokens': {EOT: 2}}, {'characters': 'ab\ud800'}])
 def test_a_broken_tokenizer_of_characters_is_refused(change):
     with pytest.raises(UserError, match='broken tokenizer'):
-        load_tokenizer(tokenizer.characters(['abc']) | change)
+        load_tokenizer(vocabulary.characters(['abc']) | change)
 
 
 def test_a_tokenizer_is_named_by_a_word_or_a_file(tmp_path, gpt2_content, monkeypatch):
-    monkeypatch.setattr(tokenizer, 'gpt2', lambda: gpt2_content)
+    monkeypatch.setattr(vocabulary, 'gpt2', lambda: gpt2_content)
     (tmp_path / 'tokenizer.json').write_text(json.dumps(small()))
-    named = tokenizer.named
+    named = vocabulary.named
     assert named('gpt2') == gpt2_content and named(str(tmp_path)) == named(f'{tmp_path}/tokenizer.json') == small()
     assert [named(name) for name in ('bpe', 'char', 'none')] == [None] * 3
-    assert [tokenizer.label(content) for content in (gpt2_content, named('byte'))] == ['gpt2', 'byte']
+    assert [vocabulary.label(content) for content in (gpt2_content, named('byte'))] == ['gpt2', 'byte']
     with pytest.raises(UserError, match='^--tokenizer=.*nothing: no such file; expected bpe, char, gpt2, byte, or the path of a tokenizer.json'):
         named('nothing')

@@ -17,13 +17,14 @@ import prepare
 import sample
 import tokenizer
 import train
-from corpora import preparation
+from corpora import preparation, vocabulary
 from configurator import UserError
 from data import TokenData
 from corpora.shards import open_data, pack, validate
+from corpora.vocabulary import from_file
 from corpora.workspace import Bins
 from test_tokenizer import CODE, TEXTS, sentences
-from tokenizer import from_file, id_dtype, load_tokenizer, normalized, token_bytes
+from tokenizer import id_dtype, load_tokenizer, normalized, token_bytes
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")
@@ -262,7 +263,7 @@ def test_normalisation_is_printed_and_recorded(tmp_path, capsys):
 def test_a_bpe_of_more_than_65536_tokens_can_be_trained():
     draw = random.Random(0)
     words = [''.join(draw.choices('abcdefghijklmnopqrstuvwxyz', k=8)) for _ in range(30_000)]
-    content = tokenizer.train_bpe([' '.join(words)] * 2, 70_000)
+    content = vocabulary.train_bpe([' '.join(words)] * 2, 70_000)
     ids = tokenizer.encode(load_tokenizer(content), ' '.join(words[:1000]))
     assert ids.dtype == '<u4' and ids.max() > 2**16
     assert load_tokenizer(content).decode(ids.tolist()) == ' '.join(words[:1000])

@@ -595,7 +595,7 @@ class GPT(nn.Module):
         # Tokens are counted per process, so DDP must not copy rank 0's counts.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if name.endswith(('.load', '.seen'))]
-        if not self.wte.weight.is_meta:  # for FSDP, parallel.draw_weights draws the weights shard by shard
+        if not self.wte.weight.is_meta:  # for FSDP, sharding.draw_weights draws the weights shard by shard
             self.init_weights()
 
     def init_weights(self):

@@ -136,7 +136,9 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     torch.manual_seed(config.seed)
     source, weights = (origin, state) if state else weights_to_start_from(config, data, find, say)
     new_model = functools.partial(GPT, config.pick(GPTConfig))
-    model = parallel.meta_model(new_model, draw=not weights) if sharded else new_model()
+    if sharded:
+        from runtime import sharding  # a plain run does not need it
+    model = sharding.meta_model(new_model, draw=not weights) if sharded else new_model()
     optimizers = {}
 
     def out_of_memory():
@@ -153,7 +155,7 @@ def train(config, group, device, dtype, reason, say, exit_stack):
         if weights:
             checkpoint.load_weights(model, weights, source)
         elif sharded:
-            parallel.draw_weights(model)
+            sharding.draw_weights(model)
         optimizers |= make_optimizers(model, config, device)
     del weights
     teacher = find_teacher(config, data, device)
@@ -180,7 +182,7 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     processes_before = group.world
     if state:
         for name, optimizer in optimizers.items():
-            parallel.load_optimizer(optimizer, state[name])
+            group.load_optimizer(optimizer, state[name])
         train_step.scaler.load_state_dict(state['scaler'])
         set_random_state(state['rng'], device)
         processes_before = state.get('processes', 1)
@@ -208,7 +210,7 @@ def train(config, group, device, dtype, reason, say, exit_stack):
 class Run:
     """State of the training loop. The functions below take it as their first argument."""
     config: TrainConfig
-    group: parallel.Group
+    group: object  # OneProcess or Group
     device: torch.device
     dtype: torch.dtype
     data: object  # TokenData, PackedRows or ShardData
@@ -483,10 +485,9 @@ def save(run):
         return
     train_step, group = run.train_step, run.group
     run.progress.spent = run.time_limit.spent()
-    optimizers = {name: parallel.whole(optimizer.state_dict(), group.main)
-                  for name, optimizer in train_step.optimizers.items()}
+    optimizers = {name: group.whole(optimizer.state_dict()) for name, optimizer in train_step.optimizers.items()}
     content = {
-        'model': parallel.whole(run.model.state_dict(), group.main), **optimizers,
+        'model': group.whole(run.model.state_dict()), **optimizers,
         'scaler': train_step.scaler.state_dict(), **run.progress.state_dict(), **origin_of(run),
         'rng': random_state(run.device), 'processes': group.world}
 
@@ -499,7 +500,7 @@ def save(run):
 
 def archive(run):
     """Write the weights of this step, without the state of the optimizer. All processes must call this."""
-    weights = parallel.whole(run.model.state_dict(), run.group.main)
+    weights = run.group.whole(run.model.state_dict())
     if run.group.main:
         (run.out / 'archives').mkdir(exist_ok=True)
         checkpoint.save(run.out / 'archives' / f'step_{run.progress.step:07d}.pt', {
@@ -723,6 +724,7 @@ def compiled_model(run, interrupt, sharded):
     compilation fails, takes too long, or gives other results than eager execution. None if a signal arrived during
     compilation. UserError if compilation of a sharded model takes too long.
     """
+    from runtime import compile_check  # a plain run does not need it
     config, group, model, step = run.config, run.group, run.model, run.progress.step
     model.set_top_k(schedules.top_k(step, config))
     scale = 1024.0 if run.train_step.scaler.is_enabled() else 1.0
@@ -733,9 +735,9 @@ def compiled_model(run, interrupt, sharded):
 
     fast, overdue = compiler.compiled(model), False
     try:
-        problem, note = compiler.check(model, fast, compute, run.device, run.dtype,
-                                       interrupt.limit(config.compile_timeout),
-                                       group.sum if sharded else lambda *numbers: numbers, group.lost)
+        problem, note = compile_check.check(model, fast, compute, run.device, run.dtype,
+                                            interrupt.limit(config.compile_timeout),
+                                            group.sum if sharded else lambda *numbers: numbers, group.lost)
     except Overdue:
         overdue, problem, note = True, f'it took over {config.compile_timeout} s (--compile_timeout)', ''
         model.zero_grad(set_to_none=True)

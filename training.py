@@ -59,8 +59,8 @@ class TrainStep:
     """
     One optimizer step: compute the gradients of all micro-batches, decide whether to use them, update.
 
-    config: a TrainConfig with the model's options. group: the processes (parallel.Group). Training calls `forward`.
-    It is the model, unless the caller sets it to a compiled model or a DDP-wrapped model.
+    config: a TrainConfig with the model's options. group: a OneProcess or a Group. Training calls `forward`. It is the
+    model, unless the caller sets it to a compiled model or a DDP-wrapped model.
     """
 
     def __init__(self, model, optimizers, config, device, dtype, group, teacher=None):

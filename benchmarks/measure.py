@@ -34,7 +34,7 @@ from model import GPT, BitLinear, GPTConfig
 from optim import make_optimizers
 from runtime import compiler, plan
 from runtime import device as hardware
-from runtime.parallel import Group
+from runtime.parallel import OneProcess
 from training import TrainStep
 
 ROOT = Path(__file__).parent.parent
@@ -233,7 +233,7 @@ def training_step(model_config, batch_size, device, dtype, compile='false', opti
     config = options or settings.load([])
     model = GPT(model_config).to(device)
     model.activation_checkpointing = config.activation_checkpointing
-    train_step = TrainStep(model, make_optimizers(model, config, device), config, device, dtype, Group())
+    train_step = TrainStep(model, make_optimizers(model, config, device), config, device, dtype, OneProcess())
     if compiler.choose(compile, device)[0]:
         train_step.forward = compiler.compiled(model)
     idx = torch.randint(model_config.vocab_size, (batch_size, model_config.block_size + 1)).to(device)

@@ -1,38 +1,20 @@
-"""Train one model with several processes, started by torchrun.
+"""The processes of a run: one, or several that torchrun has started.
 
     torchrun --standalone --nproc_per_node=8 train.py config/trix_medium.py                  # DDP: a full model each
     torchrun --standalone --nproc_per_node=8 train.py config/resonance_xlarge.py --parallel=fsdp  # FSDP2: sharded model
 
-    group = start(timeout=600)                  # without torchrun: a group of one process, with the same calls
-    trained = group.wrap(model, device)         # or, for model = meta_model(make), group.shard(model, device)
-    with group.micro_step(trained, last): loss.backward()
-    total, = group.sum(loss)                    # every process must make these calls, in the same order
+    group = start(timeout=600)                  # OneProcess, or for several processes a Group with the same methods
+    total, = group.sum(loss)
 
-GPU tensors use NCCL. CPU tensors use gloo. A process that fails publishes its reason in the store. The other processes
-read the reason and exit.
+What only several processes need is in group.py, and what only sharded models need is in sharding.py.
 """
 import contextlib
-import mmap
 import os
-import sys
-import threading
 import time
-import warnings
-from datetime import timedelta
-
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from configurator import UserError
-from optim import full_tensor, local_tensor, own_rows
 
 ENVIRONMENT = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  # torchrun sets all of them
-# Words that errors about a lost process contain.
-LOST = ('gloo', 'connection', 'socket', 'timed out', 'timeout', 'nccl', 'broken pipe')
 
 
 class Ended(SystemExit):
@@ -59,245 +41,73 @@ def once_per_machine():
         raise
 
 
-class Group:
-    """The processes of a run.
+class OneProcess:
+    """
+    A run of one process. A Group, for several processes, has the same methods and describes them.
 
-    .rank: the number of this process, from 0. .world: the number of processes.
-    .main: True only in the process that writes files and prints."""
-
-    def __init__(self, rank=0, world=1, local_rank=0, timeout=600):
-        self.rank, self.world, self.local_rank, self.timeout, self.main = rank, world, local_rank, timeout, rank == 0
-        self.store = None
+    rank: the number of this process, from 0. world: the number of processes. local_rank: the number on this machine.
+    main: True only in the process that writes files and prints.
+    """
+    rank, world, local_rank, main = 0, 1, 0, True
 
     def connect(self, device):
-        """Connect to the other processes. Raises UserError if some are missing after the timeout."""
-        if self.world == 1:
-            return
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)
-        try:
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-                                    timeout=timedelta(seconds=self.timeout))
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f'rank {self.rank}: the {self.world} processes did not all connect to '
-                            f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]} within {self.timeout} s '
-                            f'({first_line(error)}): check that all of them run and can reach this address, '
-                            'or wait longer with --dist_timeout') from error
-        self.store = dist.distributed_c10d._get_default_store()
+        """There is no other process."""
 
     def disconnect(self):
-        """End the run, whatever its exit code. The main process leaves last, because it may host the store.
+        """There is no other process."""
 
-        It waits 30 seconds at most, so a dead process cannot block it."""
-        if self.store:
-            with contextlib.suppress(RuntimeError):  # the process that hosts the store may be gone
-                self.store.set(f'the end/{self.rank}', '')
-            if self.main:
-                try:
-                    self.wait_for('the end', min(self.timeout, 30))
-                except UserError as error:  # the work is done: a warning is enough
-                    print(error, file=sys.stderr, flush=True)
-            dist.destroy_process_group()
+    def together(self):
+        return contextlib.nullcontext()
 
-    def sum(self, *values):
-        """Sum numbers over the processes, in fp64. Returns a list of floats."""
-        if self.world == 1:
-            return list(map(float, values))
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def any(self, flag):
-        return bool(self.sum(bool(flag))[0])
-
-    def gather(self, values):
-        """A list of numbers, of equal length in every process -> the lists of all processes, ordered by rank."""
-        if self.world == 1:
-            return [list(values)]
-        mine = torch.tensor(values, dtype=torch.float64)
-        every = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(every, mine)
-        return [values.tolist() for values in every]
-
-    def barrier(self, what):
-        """Wait for all processes. Use each `what` only once.
-
-        After the timeout, raises a UserError that names the missing ranks."""
-        if self.store:
-            self.store.set(f'{what}/{self.rank}', '')
-            self.wait_for(what)
-
-    def wait_for(self, what, timeout=None):
-        timeout = timeout or self.timeout
-        end, missing = time.monotonic() + timeout, range(self.world)
-        while missing := [rank for rank in missing if not self.store.check([f'{what}/{rank}'])]:
-            self.failed_elsewhere()
-            if time.monotonic() > end:
-                raise UserError(f'rank {self.rank}: {what} was not reached within {timeout} s by rank '
-                                f'{", ".join(map(str, missing))}: see what they printed, '
-                                'or wait longer with --dist_timeout')
-            time.sleep(0.02)
-
-    def first(self, work):
-        """Run work() in the main process first, then in the others. The others wait as long as in `in_main`."""
-        result = []
-        self.in_main('first', lambda: result.append(work()))
-        return result[0] if self.main else work()
-
-    def in_main(self, what, work):
-        """Run work() in the main process. All processes return its result, a text or None. Use each `what` only once.
-
-        The others wait however long it takes, while the main process shows that it is alive. After `timeout` seconds
-        without a sign of life, they raise a UserError."""
-        if not self.store:
-            return work()
-        if self.main:
-            with self.heartbeat():
-                result = work()
-            self.store.set(what, result or '')
-            return result
-        self.wait_for_main(what)
-        return self.store.get(what).decode()
-
-    @contextlib.contextmanager
-    def heartbeat(self):
-        """Context in which a thread shows the other processes that this one is alive."""
-        ended = threading.Event()
-
-        def beat():
-            with contextlib.suppress(RuntimeError):  # the store may be gone at the end of the program
-                while not ended.wait(min(1, self.timeout / 4)):
-                    self.store.add('heartbeat', 1)
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-    def wait_for_main(self, what):
-        beats, last_change, pause = 0, time.monotonic(), 0.005
-        while not self.store.check([what]):
-            # A failure that is reported after `what` does not concern this wait.
-            if self.store.check(['failure']) and not self.store.check([what]):
-                self.failed_elsewhere()
-            before, beats = beats, self.store.add('heartbeat', 0)
-            if beats != before:
-                last_change = time.monotonic()
-            if time.monotonic() - last_change > self.timeout:
-                raise UserError(f'rank {self.rank}: no sign of life from rank 0 for {self.timeout} s: '
-                                'see what rank 0 printed, and continue with --resume=auto')
-            time.sleep(pause)
-            pause = min(0.2, 1.5 * pause)
-
-    def same(self, what, value):
-        """Raises UserError unless all processes have the same `value`, a short text."""
-        if self.store:
-            self.store.set(f'{what} of rank {self.rank}', value)
-            self.barrier(f'the comparison of {what}')
-            if (other := self.store.get(f'{what} of rank 0').decode()) != value:
-                raise UserError(f'rank {self.rank} on {os.uname().nodename} has another {what} than rank 0: '
-                                f'{value}, but rank 0 has {other}')
-
-    # ---- the model
-
-    def shard(self, model, device):
-        """FSDP2: shard the parameters of a model on the meta device, in place. Its weights are not initialised."""
-        from torch.distributed.fsdp import fully_shard
-        mesh = dist.init_device_mesh(device.type, (self.world,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        buffers = dict(model.named_buffers())
-        model.to_empty(device=device)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-
-    def wrap(self, model, device):
-        """DDP: wrap the model for training, so that gradients are averaged over the processes."""
-        # DDP need not broadcast buffers, because TriX itself sums its balance statistics over the processes.
-        # torch 2.13 deprecates broadcast_buffers. Its new option broadcasts once at the start.
-        # Older versions lack that option.
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', '.*broadcast_buffers', FutureWarning)
-            return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                           broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    @contextlib.contextmanager
     def micro_step(self, trained, last):
-        """Context for forward and backward. Gradients are averaged over the processes only in the last micro-step."""
-        if hasattr(trained, 'set_requires_gradient_sync'):  # FSDP2
-            trained.set_requires_gradient_sync(last)
-        skip_sync = isinstance(trained, DistributedDataParallel) and not last
-        with trained.no_sync() if skip_sync else contextlib.nullcontext():
-            yield
-
-    # ---- failures
+        return contextlib.nullcontext()
 
     def lost(self, error):
-        """Whether an error means that another process cannot be reached."""
-        return self.world > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError)
-                                   and any(word in str(error).lower() for word in LOST))
+        return False
 
-    def failed_elsewhere(self):
-        """Raises Ended with the exit code of another process if that process has reported a failure."""
-        with contextlib.suppress(RuntimeError):  # the process that hosts the store may be gone
-            if self.store.check(['failure']):
-                code, rank, reason = self.store.get('failure').decode().split(' ', 2)
-                if int(rank) != self.rank:
-                    self.store.add('heard', 1)
-                    print(f'rank {self.rank}: ended because rank {rank} failed: {reason}', file=sys.stderr, flush=True)
-                    raise Ended(int(code))
+    def sum(self, *values):
+        return list(map(float, values))
 
-    @contextlib.contextmanager
-    def together(self):
-        """Context for all work of a run. If one process fails, all processes end and print its reason."""
-        try:
-            yield
-        except UserError as error:
-            if self.store:
-                self.report(2, str(error))
-            raise
-        except Exception as error:
-            if self.store and self.lost(error):
-                time.sleep(1)  # the failed process may still be writing its reason
-                self.failed_elsewhere()
-                print(f'rank {self.rank}: lost another process ({first_line(error)}). It was killed, its machine '
-                      f'cannot be reached, or it took over {self.timeout} s (--dist_timeout): '
-                      'continue with --resume=auto',
-                      file=sys.stderr, flush=True)
-                raise Ended(1) from None
-            if self.store:
-                self.report(1, first_line(error))
-            raise
+    def any(self, flag):
+        return bool(flag)
 
-    def report(self, code, reason):
-        """Publish the reason of a failure for the other processes, unless a reason is already there.
+    def gather(self, values):
+        return [list(values)]
 
-        If that earlier reason is identical, raises Ended, so that it is not printed twice."""
-        mine = f'{code} {self.rank} {reason}'
-        with contextlib.suppress(RuntimeError):
-            there = self.store.compare_set('failure', '', mine).decode()
-            if there != mine and there.split(' ', 2)[2:] == [reason]:
-                self.store.add('heard', 1)
-                end_silently(code)
-            patience = time.monotonic() + 3
-            while self.main and self.store.add('heard', 0) < self.world - 1 and time.monotonic() < patience:
-                time.sleep(0.05)  # without torchrun, the store dies with rank 0
+    def barrier(self, what):
+        """There is no other process to wait for."""
+
+    def same(self, what, value):
+        """There is no other process to compare with."""
+
+    def first(self, work):
+        return work()
+
+    def in_main(self, what, work):
+        return work()
+
+    def whole(self, state):
+        return state
+
+    def load_optimizer(self, optimizer, state):
+        load_optimizer(optimizer, state)
 
 
-def first_line(error):
-    return str(error).strip().split('\n')[0]
+def load_optimizer(optimizer, state):
+    """optimizer.load_state_dict(state), but the group settings of the config stay."""
+    groups = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, groups):
+        group.update(settings)
 
 
 def start(timeout):
-    """The Group that torchrun's environment variables describe. It is not connected yet.
+    """The processes that torchrun's environment variables describe, not connected yet: a OneProcess or a Group.
 
     Raises UserError if the variables are invalid."""
     there = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
     if 'RANK' not in there:
-        return Group()
+        return OneProcess()
     if missing := [key for key in ENVIRONMENT if key not in there]:
         raise UserError(f'the environment has RANK but no {", ".join(missing)}: start several processes with torchrun')
     numbers = {key: there[key] for key in ENVIRONMENT if key != 'MASTER_ADDR'}
@@ -308,111 +118,7 @@ def start(timeout):
     if not rank < world:
         raise UserError(f'the environment has RANK={rank}, but WORLD_SIZE={world}: '
                         'start several processes with torchrun')
+    if world == 1:
+        return OneProcess()
+    from runtime.group import Group  # a plain run does not need it
     return Group(rank, world, local_rank, timeout)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Initial weights of a sharded model
-
-def meta_model(make, draw=True):
-    """make() -> a model for Group.shard. Its parameters are on the meta device, without memory. Its buffers are
-    ordinary tensors.
-
-    draw: its constructors draw as many random numbers as usual, so that draw_weights draws the usual weights."""
-    def to_meta(module, name, p):
-        return None if p is None or p.is_meta else nn.Parameter(p.to('meta'), p.requires_grad)
-    handle = register_module_parameter_registration_hook(to_meta)
-    try:
-        with UsualDraws() if draw else contextlib.nullcontext():
-            return make()
-    finally:
-        handle.remove()
-
-
-def full_empty(shape):
-    """An empty fp32 tensor on the CPU that is needed for a moment. Its memory then returns to the system.
-
-    malloc would keep most of this memory: after building a model, more than half of the size of the model."""
-    memory = mmap.mmap(-1, 4 * shape.numel())
-    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
-
-
-class UsualDraws(TorchDispatchMode):
-    """Mode in which a draw on the meta device, which takes no random numbers, takes as many as on the CPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.overloadpacket in (torch.ops.aten.normal_, torch.ops.aten.uniform_) and args[0].is_meta:
-            func(full_empty(args[0].shape), *args[1:], **kwargs)
-        return func(*args, **kwargs)
-
-
-@torch.no_grad()
-def draw_weights(model):
-    """GPT.init_weights for a sharded model: the same weights, with one full parameter or module at a time in memory."""
-    def draw(name, p):
-        full = full_empty(p.shape)
-        model.init_weight(name, full)
-        local_tensor(p).copy_(own_rows(full, p))
-    for name, p in model.named_parameters():
-        draw(name, p)
-    for module in model.modules():
-        if module is not model and hasattr(module, 'init_weights'):
-            with full_parameters(module):
-                module.init_weights()
-
-
-@contextlib.contextmanager
-def full_parameters(module):
-    """Context in which a sharded module has full, empty parameters.
-
-    Afterwards, each process keeps its own rows of the parameters that were written."""
-    shards = [(owner, name, p, nn.Parameter(full_empty(p.shape))) for owner in module.modules()
-              for name, p in owner.named_parameters(recurse=False)]
-    for owner, name, _, full in shards:
-        setattr(owner, name, full)
-    yield
-    for owner, name, p, full in shards:
-        setattr(owner, name, p)
-        if full._version:  # counts the writes
-            local_tensor(p).copy_(own_rows(full, p))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# State dicts, full and sharded
-
-def whole(state, main):
-    """A state dict with every sharded tensor gathered on the CPU of the main process.
-
-    Every process must call this. In the other processes, None replaces a sharded tensor.
-    Values that are not sharded stay as they are."""
-    if isinstance(state, dict):
-        return {key: whole(value, main) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(whole(value, main) for value in state)
-    if not hasattr(state, 'full_tensor'):
-        return state
-    tensor = full_tensor(state)
-    return tensor.cpu() if main else None
-
-
-def load_optimizer(optimizer, state):
-    """optimizer.load_state_dict(state) for parameters that may be sharded. The group settings from the config stay.
-
-    If they are sharded, this process reads only its own rows of the state."""
-    groups = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
-    params = [p for group in optimizer.param_groups for p in group['params']]
-
-    def fitting(value, p):
-        if not hasattr(p, 'device_mesh') or not torch.is_tensor(value):
-            return value
-        if value.shape != p.shape:  # the step count
-            return value.clone()  # not a part of the mapped file
-        from torch.distributed.tensor import DTensor
-        rows = own_rows(value, p).to(p.device, copy=True)
-        return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-    moments = {i: {key: fitting(value, params[i]) for key, value in entry.items()}
-               for i, entry in state['state'].items()}
-    optimizer.load_state_dict({**state, 'state': moments})
-    for group, settings in zip(optimizer.param_groups, groups):
-        group.update(settings)

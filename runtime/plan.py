@@ -27,7 +27,7 @@ from model import GPT
 from optim import cast_matrices, make_optimizers
 from runtime import device as hardware
 from runtime.disk import checkpoint_bytes, checkpoints_at_most, free_bytes, model_of, readable, shape_of
-from runtime.parallel import Group
+from runtime.parallel import OneProcess
 from runtime.profiling import (COPIES, MemoryOption, counted, has_bfloat16, logit_bytes, measured,
                                memory_options, working_bytes)
 from settings import due_steps, epoch_lines, is_on
@@ -170,7 +170,7 @@ def steps(options, shape, rows, pattern, threads):
     model = GPT(shape).to(device).train()
     cast_matrices(model, options.weights_dtype)
     model.activation_checkpointing = options.activation_checkpointing
-    train_step = TrainStep(model, make_optimizers(model, options, device), options, device, dtype, Group())
+    train_step = TrainStep(model, make_optimizers(model, options, device), options, device, dtype, OneProcess())
     random_ids = (torch.randint(shape.vocab_size, (rows, shape.block_size + 1)).to(device) for _ in itertools.count())
     batches = ((idx[:, :-1], idx[:, 1:]) for idx in random_ids)
     for micro_steps in pattern:

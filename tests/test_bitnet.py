@@ -17,7 +17,7 @@ from kernels import int8_codes, ternary_codes
 from model import GPT, BitLinear, GPTConfig, TriX
 from optim import make_optimizers
 from runtime.generation import generate, sample_grid
-from runtime.parallel import Group
+from runtime.parallel import OneProcess
 from training import TrainStep, validate
 
 
@@ -120,7 +120,7 @@ def test_an_optimizer_step_makes_the_codes_of_each_weight_once(made, kind, check
     model, teacher, matrices = tiny(kind), tiny(kind, seed=1).eval(), TERNARY[kind][1]
     model.activation_checkpointing = checkpointing
     device, config = torch.device('cpu'), settings.load([])
-    step = TrainStep(model, make_optimizers(model, config, device), config, device, torch.float32, Group())
+    step = TrainStep(model, make_optimizers(model, config, device), config, device, torch.float32, OneProcess())
     idx = torch.randint(50, (2, 17))
     batches = itertools.repeat((idx[:, :-1], idx[:, 1:]))
     for done in range(1, 4):
@@ -236,7 +236,7 @@ def inference(model, idx):
 
 def training_step(model, idx):
     device, config = torch.device('cpu'), settings.load([])
-    TrainStep(model, {}, config, device, torch.float32, Group()).backward(0, iter([(idx, idx)]), 1)
+    TrainStep(model, {}, config, device, torch.float32, OneProcess()).backward(0, iter([(idx, idx)]), 1)
     model.zero_grad()
     return model(idx)
 

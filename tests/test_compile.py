@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from test_blocks import VARIANTS, T, V, build, tokens
 
-from runtime import compiler
+from runtime import compile_check, compiler
 import runs
 from configurator import UserError
 from model import GPT, GPTConfig, Resonance
@@ -150,8 +150,8 @@ def test_the_check_leaves_the_model_as_it_was(monkeypatch, name):
     def compute(module):
         torch.manual_seed(3)
         return module(idx[:, :-1], idx[:, 1:])
-    problem, note = compiler.check(model, compiler.compiled(model), compute, cpu, torch.float32, contextlib.nullcontext(),
-                                   lambda *numbers: numbers, lambda error: False)
+    problem, note = compile_check.check(model, compiler.compiled(model), compute, cpu, torch.float32, contextlib.nullcontext(),
+                                        lambda *numbers: numbers, lambda error: False)
     assert not problem and 'compared with eager execution' in note
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(trix.load, load) and torch.equal(trix.counts, counts) for trix, (load, counts) in zip(model.trix_layers(), loads))

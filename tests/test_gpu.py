@@ -233,7 +233,7 @@ def compiled_and_eager(family, precision, checkpointing=''):
 
     import torch
 
-    from runtime import compiler
+    from runtime import compile_check, compiler
     from runtime import device as hardware
     from kernels import autocast
     device, dtype, _ = hardware.resolve(DEVICE, precision)
@@ -245,8 +245,8 @@ def compiled_and_eager(family, precision, checkpointing=''):
         torch.manual_seed(5)
         with autocast(device, dtype):
             return scale * module(idx[:, :-1], idx[:, 1:])
-    problem, note = compiler.check(model, compiler.compiled(model), compute, device, dtype, contextlib.nullcontext(),
-                                   lambda *numbers: numbers, lambda error: False)
+    problem, note = compile_check.check(model, compiler.compiled(model), compute, device, dtype, contextlib.nullcontext(),
+                                        lambda *numbers: numbers, lambda error: False)
     return {'problem': problem, 'note': note}
 
 

@@ -10,17 +10,20 @@ import sys
 import threading
 import time
 import warnings
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import checkpoint
 from configurator import UserError
 from data import TokenData
 from model import GPT, GPTConfig
 from optim import local_tensor, own_rows
-from runtime import parallel
+from runtime import parallel, sharding
+from runtime.group import Group
 from training import TrainStep
 from runs import (arguments, assert_same_run, console_of, end, finish, finish_ranks, lines, lines_so_far, losses, start_ranks)
 
@@ -185,7 +188,7 @@ def test_a_failure_just_after_the_first_work_does_not_keep_another_from_its_own(
             there = super().check(keys)
             self.set('first', 'done'), self.set('failure', '2 0 a mistake that all make')  # before the next look
             return there
-    group = parallel.Group(1, 2)
+    group = Group(1, 2)
     group.store = Store()
     assert group.first(lambda: 'own') == 'own'
     group.store = torch.distributed.HashStore()
@@ -308,14 +311,14 @@ def test_a_process_never_holds_more_than_its_part_of_the_model_and_one_block(cor
         group = parallel.start(60)
         group.connect(cpu)
         group.barrier('the first measurement')
-        small = parallel.meta_model(lambda: GPT(GPTConfig(n_layer=1, n_embd=16, vocab_size=300)))
+        small = sharding.meta_model(lambda: GPT(GPTConfig(n_layer=1, n_embd=16, vocab_size=300)))
         group.shard(small, cpu)
-        parallel.draw_weights(small)  # loads the libraries
+        sharding.draw_weights(small)  # loads the libraries
         before = memory('VmRSS')
         torch.manual_seed(7)
-        model = parallel.meta_model(lambda: GPT(config))
+        model = sharding.meta_model(lambda: GPT(config))
         group.shard(model, cpu)
-        parallel.draw_weights(model)
+        sharding.draw_weights(model)
         drawn = memory('VmHWM') - before
         assert torch.equal(torch.get_rng_state(), rng_state)
         shards = {name: (local_tensor(value), own_rows(expected[name], value)) for name, value in model.state_dict().items()}
@@ -349,8 +352,14 @@ def test_saving_may_take_longer_than_the_timeout_of_the_processes(corpus, tmp_pa
     assert [path.name for path in checkpoint.steps(tmp_path / 'run/checkpoints')] == ['step_0000004.pt', 'step_0000006.pt']
 
 
+def test_one_process_and_several_have_the_same_methods():
+    for name, method in vars(parallel.OneProcess).items():
+        if callable(method):
+            assert signature(method) == signature(getattr(Group, name)), name
+
+
 def test_a_process_waits_for_the_main_process_only_while_it_is_alive():
-    main, other = parallel.Group(0, 2, timeout=0.4), parallel.Group(1, 2, timeout=0.4)
+    main, other = Group(0, 2, timeout=0.4), Group(1, 2, timeout=0.4)
     main.store = other.store = torch.distributed.HashStore()
     work = threading.Thread(target=main.in_main, args=('slow work', lambda: time.sleep(1) or 'its result'))
     work.start()
@@ -378,7 +387,7 @@ def test_a_gradient_that_is_not_finite_in_one_shard_is_named(corpus, tmp_path):
 
 def test_gradients_are_averaged_in_the_last_micro_step_alone_from_its_forward_on(corpus, tmp_path):
     def spy():
-        wrap = parallel.Group.wrap
+        wrap = Group.wrap
 
         def spied(group, model, *arguments):
             trained, forward = wrap(group, model, *arguments), model.forward
@@ -389,7 +398,7 @@ def test_gradients_are_averaged_in_the_last_micro_step_alone_from_its_forward_on
                 return forward(*inputs, **words)
             model.forward = said
             return trained
-        parallel.Group.wrap = spied
+        Group.wrap = spied
     words = ['--batch_tokens=192', '--batch_size=2', '--max_steps=4', '--eval_interval=0', '--sample_interval=0']
     codes, said = finish_ranks(arguments(corpus, tmp_path / 'run', *words), 2, spy)
     assert codes == [0, 0], said
@@ -400,8 +409,8 @@ def test_gradients_are_averaged_in_the_last_micro_step_alone_from_its_forward_on
 
 def watch_the_end():
     """In a process of a run: say when it disconnects, and take a warning of DDP for an error."""
-    plain = parallel.dist.destroy_process_group
-    parallel.dist.destroy_process_group = lambda: (plain(), print('disconnected', flush=True))
+    plain = dist.destroy_process_group
+    dist.destroy_process_group = lambda: (plain(), print('disconnected', flush=True))
     warnings.filterwarnings('error', '.*broadcast_buffers')
 
 
@@ -420,8 +429,8 @@ def test_all_processes_disconnect_whatever_the_exit_code(corpus, tmp_path, words
 
 
 def test_the_end_of_a_run_waits_for_no_process_that_is_gone(monkeypatch, capsys):
-    group, left = parallel.Group(0, 2, timeout=0.2), []
-    group.store = parallel.dist.HashStore()
-    monkeypatch.setattr(parallel.dist, 'destroy_process_group', lambda: left.append(True))
+    group, left = Group(0, 2, timeout=0.2), []
+    group.store = dist.HashStore()
+    monkeypatch.setattr(dist, 'destroy_process_group', lambda: left.append(True))
     group.disconnect()
     assert left and capsys.readouterr().err.startswith('rank 0: the end was not reached within 0.2 s by rank 1: ')

@@ -29,9 +29,12 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
     python bench.py data                    # encoding, preparing and loading: speed and memory (eight minutes)
     python bench.py tables                  # write the tables of results/README.md from the JSON files in results/
 """
+import sys
 from dataclasses import dataclass
 
-from configurator import UserError, load, run  # before torch, whose import Ctrl-C may interrupt
+from configurator import UserError, answer_help, load, run  # before torch, so Ctrl-C can interrupt torch's import
+if sys.argv[1:2] != ['sweep']:  # it has its own --help
+    answer_help(__name__, __doc__, 'bench.BenchConfig')
 from benchmarks import blocks, deployed, frontier, loop, measure, nanogpt, preparing, presets, quality, sweep, tables
 
 

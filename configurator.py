@@ -24,6 +24,7 @@ import traceback
 import types
 from contextlib import suppress
 from dataclasses import MISSING, fields
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import get_type_hints
@@ -114,7 +115,7 @@ def load(argv, *classes, positional=(), usage='', check=None, folder='', bare=No
     aliases, spellings = aliases or {}, spellings or {}
     assert set(positional) <= set(kinds), f'positional={positional}: name fields of the classes'
     if '--help' in argv or '-h' in argv:
-        print('\n\n'.join([(usage or '').strip(), *map(describe, classes)]).strip(), flush=True)
+        print(help_text(usage, map(describe, classes)), flush=True)
         raise SystemExit(0)
 
     unreadable, unknown = [], []  # separate, because combinations can't be checked while a value is missing
@@ -306,27 +307,117 @@ def nearest(name, names, shown=str):
     return f', did you mean {shown(match[0])!r}?' if match else ''
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# --help
+
+def help_text(usage, tables):
+    return '\n\n'.join([usage.strip(), *tables]).strip()
+
+
+def answer_help(name, usage, *classes):
+    """
+    Answer --help and exit, if the script that calls this is run with it. For the first lines of a script: the imports
+    that follow, such as torch, can take a second.
+
+    name: the script's __name__. classes: the classes of its options, as 'module.Class'. Only their source is read. If
+    that is not enough, this does nothing, and load() answers later.
+    """
+    if name != '__main__' or not {'--help', '-h'} & {*sys.argv[1:]}:
+        return
+    try:
+        text = help_text(usage, [describe_source(*word.split('.')) for word in classes])
+    except (AttributeError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError):
+        return
+    run(lambda argv: print(text, flush=True))
+    sys.exit(0)
+
+
 def describe(cls):
     """The --help text of a dataclass: key, type, default and comment of each field.
 
     The class may have `choices() -> {key: allowed values}`. Values that a comment does not name are listed after it."""
-    code = textwrap.dedent(inspect.getsource(cls))
-    lines, hints, rows, said = code.split('\n'), get_type_hints(cls), [], {}
-    for node in ast.parse(code).body[0].body:
+    text, hints = textwrap.dedent(inspect.getsource(cls)), get_type_hints(cls)
+    values = {field.name: (KINDS[hints[field.name]], field.default) for field in fields(cls)}
+    choices = cls.choices() if hasattr(cls, 'choices') else {}
+    return option_table(cls.__name__, values, comments(text, ast.parse(text).body[0]), choices)
+
+
+def describe_source(module, name):
+    """describe() of the class `name` in a module beside this file, from its source alone."""
+    text, tree = source(module)
+    cls, = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+
+    def value(node):
+        return eval(compile(ast.Expression(node), module, 'eval'), {})  # a type or a number, so no names of the module
+    values = {node.target.id: (KINDS[value(node.annotation)], value(node.value))
+              for node in cls.body if isinstance(node, ast.AnnAssign)}
+    choices = {}
+    for node in cls.body:
+        if isinstance(node, ast.FunctionDef) and node.name == 'choices':
+            table, module = constant(node.body[-1].value, module)
+            choices = {key.value: words_in(words, module) for key, words in zip(table.keys, table.values)}
+    return option_table(name, values, comments(text, cls), choices)
+
+
+@cache
+def source(module):
+    """(text, syntax tree) of a module beside this file."""
+    text = Path(__file__).with_name(f'{module}.py').read_text(encoding='utf-8')
+    return text, ast.parse(text)
+
+
+def constant(node, module):
+    """(the expression that `node` stands for, its module). Follows names of constants, also into other modules."""
+    if isinstance(node, ast.Attribute):
+        _, origin = constant(node.value, module)
+        return constant(ast.Name(node.attr), origin)
+    if not isinstance(node, ast.Name):
+        return node, module
+    for line in source(module)[1].body:
+        if isinstance(line, ast.Assign) and getattr(line.targets[0], 'id', '') == node.id:
+            return constant(line.value, module)
+        for alias in line.names if isinstance(line, (ast.Import, ast.ImportFrom)) else ():
+            if (alias.asname or alias.name) == node.id:
+                if isinstance(line, ast.Import):
+                    return None, alias.name
+                return constant(ast.Name(alias.name), line.module)
+    raise NameError(f'{node.id} is not in {module}.py')
+
+
+def words_in(node, module):
+    """The texts in a tuple, or the keys of a dict."""
+    node, module = constant(node, module)
+    if isinstance(node, ast.Constant):
+        return [node.value]
+    found = []
+    for item in node.keys if isinstance(node, ast.Dict) else node.elts:
+        found += words_in(item.value if isinstance(item, ast.Starred) else item, module)
+    return found
+
+
+def comments(text, cls):
+    """{field: the lines of its comment} of a dataclass. cls: its node in the syntax tree of `text`."""
+    lines, found = text.split('\n'), {}
+    for node in cls.body:
         if isinstance(node, ast.AnnAssign):
             rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()  # ast counts columns in bytes
             below = takewhile(lambda line: line.lstrip().startswith('#'), lines[node.end_lineno:])
-            said[node.target.id] = [line.lstrip(' #') for line in (rest, *below)]
-    choices = cls.choices() if hasattr(cls, 'choices') else {}
-    for field in fields(cls):
-        first, *more = said[field.name]
-        words = re.findall(r'\w+', ' '.join(said[field.name]))
-        unnamed = [value for value in choices.get(field.name, ()) if value and value not in words]
+            found[node.target.id] = [line.lstrip(' #') for line in (rest, *below)]
+    return found
+
+
+def option_table(name, values, comments, choices):
+    """values: {field: (type, default)}. comments: {field: lines}. choices: {field: allowed values}."""
+    rows = []
+    for key, (kind, default) in values.items():
+        first, *more = comments[key]
+        words = re.findall(r'\w+', ' '.join(comments[key]))
+        unnamed = [value for value in choices.get(key, ()) if value and value not in words]
         if unnamed:
             more.append(f'also: {", ".join(unnamed)}')
-        rows.append((f'  --{field.name}', KINDS[hints[field.name]], repr(field.default), first))
+        rows.append((f'  --{key}', kind, repr(default), first))
         rows.extend(('', '', '', line) for line in more)
-    return f'{cls.__name__}\n{columns(rows)}'
+    return f'{name}\n{columns(rows)}'
 
 
 def columns(rows):
@@ -334,6 +425,9 @@ def columns(rows):
     widths = [min(32, max(map(len, column))) for column in zip(*rows)]
     return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Programs
 
 def as_utf8(text):
     """A command-line value as typed. Decodes the surrogates that Python uses for bytes if the locale is not UTF-8."""

@@ -18,7 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
-from configurator import UserError, load, run, typed  # before torch, so Ctrl-C can interrupt torch's import
+from configurator import UserError, answer_help, load, run, typed  # before torch, so Ctrl-C can interrupt torch's import
+answer_help(__name__, __doc__, 'evaluate.EvaluateConfig')
 import numpy as np
 import torch
 

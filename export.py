@@ -18,7 +18,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, load, run, utf8_path  # before torch, so Ctrl-C can interrupt torch's import
+from configurator import UserError, answer_help, load, run, utf8_path  # before torch, so Ctrl-C can interrupt torch's import
+answer_help(__name__, __doc__, 'export.ExportConfig')
 
 from deploy import convert, gguf, huggingface, packed, parity, pretrained
 from files import named_at_last

@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, as_utf8, load, run  # before torch, so Ctrl-C can interrupt torch's import
+from configurator import UserError, answer_help, as_utf8, load, run  # before torch, so that Ctrl-C ends its import
+answer_help(__name__, __doc__, 'sample.SampleConfig')
 import torch
 
 from deploy import packed

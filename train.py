@@ -9,6 +9,7 @@ Exit codes: 0 finished, 2 a mistake in the call or an input, 3 diverged, 75 inte
 continues).
 """
 import configurator  # before torch, so Ctrl-C can interrupt torch's import
+configurator.answer_help(__name__, __doc__, 'model.GPTConfig', 'settings.TrainConfig')
 import contextlib
 import functools
 import itertools
@@ -82,7 +83,9 @@ def main(argv):
 
 def check_call(config, group):
     """Raises UserError for mistakes that can be found before the processes connect."""
-    runlog.check_packages(tensorboard=config.tensorboard, wandb=config.wandb)
+    if config.tensorboard or config.wandb:
+        from runtime import trackers  # a plain run does not need it
+        trackers.check_packages(config)
     if (config.tensorboard or config.profile) and configurator.utf8_path(config.out_dir) is None:
         raise UserError(f'out_dir={config.out_dir}: not UTF-8. The libraries behind --tensorboard and --profile '
                         'cannot open such a path')
@@ -195,9 +198,9 @@ def train(config, group, device, dtype, reason, say, exit_stack):
     exit_stack.enter_context(memory_guard(out_of_memory))  # for example in validation or in the optimizer
     log.cut(progress.step)
     log.config({**config.as_dict(), 'data_fingerprint': data.fingerprint})
-    if group.main:
-        log.trackers += [runlog.tensorboard(log.out, progress.step)] if config.tensorboard else []
-        log.trackers += [runlog.wandb(log.out, config.as_dict())] if config.wandb else []
+    if group.main and (config.tensorboard or config.wandb):
+        from runtime import trackers  # a plain run does not need it
+        log.trackers = trackers.start(config, log.out, progress.step)
     say_first_lines(run, f'on {reason}; {compile_line}')
     if origin:
         run.saved = origin

@@ -1,8 +1,12 @@
 """Promises of configurator.py: one typed, checked config, and every mistake named in one line."""
+import ast
+import contextlib
+import importlib
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -418,6 +422,40 @@ def test_help_lists_a_block_or_a_schedule_that_its_dict_has_and_no_comment_names
     monkeypatch.setitem(getattr(module, table), 'mine', None)
     added, = set(configurator.describe(cls).splitlines()) - set(before)
     assert added.split()[0] == 'also:' and added.split()[-1] == 'mine'
+
+
+def answered(script, capsys, monkeypatch):
+    """What the first lines of a script print for --help, if they answer it."""
+    lines = Path(script.__file__).read_text().splitlines()
+    line = next(number for number, line in enumerate(lines) if 'answer_help(' in line)
+    assert not re.search('^(import|from) (torch|model|settings|benchmarks|deploy|runtime)', '\n'.join(lines[:line]), re.M)
+    call = ast.parse(lines[line].strip()).body[0].value
+    monkeypatch.setattr(sys, 'argv', [script.__file__, '--help'])
+    monkeypatch.setattr(configurator, 'run', lambda main: main([]))
+    with contextlib.suppress(SystemExit):
+        configurator.answer_help('__main__', script.__doc__, *(node.value for node in call.args[2:]))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['train', 'sample', 'evaluate', 'export', 'bench'])
+def test_help_before_torch_is_imported_says_what_load_says(name, capsys, monkeypatch):
+    script = importlib.import_module(name)
+    text = answered(script, capsys, monkeypatch)
+    with pytest.raises(SystemExit):
+        script.main(['--help'])
+    assert text == capsys.readouterr().out != ''
+
+
+def test_help_before_torch_is_imported_knows_a_block_of_a_fork_or_leaves_it_to_load(capsys, monkeypatch):
+    def with_blocks(line):
+        text = Path(model.__file__).read_text()
+        assert 'FFNS = {' in text
+        return lambda module: (text, ast.parse(text.replace('FFNS = {', line))) if module == 'model' else plain(module)
+    plain = configurator.source
+    monkeypatch.setattr(configurator, 'source', with_blocks("FFNS = {'mine': None, "))
+    assert re.search(r'--ffn .*\n +also: mine\n', answered(train, capsys, monkeypatch))
+    monkeypatch.setattr(configurator, 'source', with_blocks('FFNS = load_all_of(FFNS) or {'))
+    assert answered(train, capsys, monkeypatch) == ''
 
 
 def test_help_lists_usage_and_type_default_and_comment_of_every_field(capsys):

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (CachedCodes, Documents, FixedWeights, KVCache, ResonanceCache, ShortCache, autocast_dtype,
-                     bit_product, chunked_cross_entropy, dense_tiles, document_ages, document_convolution,
-                     document_groups, document_mask, embedding, fft_size, flex_document_mask, gated_hidden, int8,
+from kernels import (CachedCodes, Documents, FixedWeights, KVCache, ResonanceCache, ShortCache, bit_product,
+                     chunked_cross_entropy, dense_tiles, document_ages, document_convolution, document_groups,
+                     document_mask, embedding, fastest_tiles, fft_size, flex_document_mask, gated_hidden, int8,
                      int8_codes, mode_convolution, mode_powers, real_product, rms, short_filter, sparse_tiles,
-                     straight_through, ternary_codes, ternary_statistics, tile_codes, traced)
+                     straight_through, ternary_codes, ternary_statistics, tile_codes, traced, triton_tiles)
 
 
 @dataclass
@@ -358,20 +358,22 @@ class TriX(nn.Module):
     together equal the dense FFN that they were cut from. For swiglu, up is (2h, C): h gates, then h units.
     With bias, the biases of the dense FFN stay: the biases of up in their tiles, the bias of down for the whole layer.
 
-    Three executions compute the same function:
+    Four executions compute the same function:
       'dense'    every tile, masked, in two matrix products
       'loop'     tokens sorted by tile, one product per tile; the fastest on a CPU
       'grouped'  tokens sorted by tile, F.grouped_mm, no host sync
+      'triton'   the same in fused kernels; 'grouped' where they do not cover the block (act_bits, trix_cut)
     """
 
     def __init__(self, config):
         super().__init__()
-        self.execution = 'auto'  # or 'dense', 'loop', 'grouped'
+        self.execution = 'auto'  # or 'dense', 'loop', 'grouped', 'triton'
         self.ternary = True  # False: use the latent weights, to compare with the dense FFN that the tiles were cut from
         E, self.k, self.n_embd = config.trix_tiles, config.trix_top_k, config.n_embd
         h = config.trix_hidden or config.n_embd
         self.n_routed, self.shared, self.int8 = E, config.trix_shared, config.act_bits == 8
         self.act = ACTS.get(config.trix_cut)
+        self.gated = self.act is None and not self.int8  # the hidden units are gated_hidden, nothing more
         self.slope = nn.Parameter(torch.empty(E)) if self.act else None
         # A shared tile is the last tile.
         self.up = nn.Parameter(torch.empty(E + self.shared, h * (1 + (self.act is swiglu)), config.n_embd))
@@ -428,20 +430,16 @@ class TriX(nn.Module):
         tiles, gates = self.route(x, up, signature)
         x = int8(x) if self.int8 else x
         how = self.execution if self.execution != 'auto' else self.fastest(x)
-        if how == 'dense':
+        if how == 'triton' and self.gated:
+            y = triton_tiles(x, up, down, tiles, gates)
+        elif how == 'dense':
             y = dense_tiles(x, up, down, tiles, gates, self.hidden)
         else:
-            y = sparse_tiles(x, up, down, tiles, gates, self.hidden, grouped=how == 'grouped')
+            y = sparse_tiles(x, up, down, tiles, gates, self.hidden, grouped=how != 'loop')
         return (y if self.down_bias is None else y + self.down_bias.type_as(y)).view(shape)
 
     def fastest(self, x):
-        if x.device.type == 'cpu':
-            return 'loop'
-        low = autocast_dtype(x)
-        aligned = self.up.size(1) % 8 == self.n_embd % 8 == 0  # grouped_mm needs rows of a multiple of 16 bytes
-        if x.device.type == 'cuda' and hasattr(F, 'grouped_mm') and low == torch.bfloat16 and aligned:
-            return 'grouped' if torch.cuda.get_device_capability(x.device) >= (8, 0) else 'dense'
-        return 'dense'
+        return fastest_tiles(x, self.up, self.k + self.shared, self.gated)
 
     def flops_per_token(self, T):  # forward FLOPs, without the matrices: the scores
         return 2 * self.n_routed * self.n_embd

@@ -277,7 +277,7 @@ def executions(family):
     device, dtype, _ = hardware.resolve(DEVICE, 'bfloat16')
     model, idx = a_model(family)
     model, idx, found = model.to(device), idx.to(device), {}
-    for execution in ('loop', 'dense', 'grouped'):
+    for execution in ('loop', 'dense', 'grouped', 'triton'):
         for trix in model.trix_layers():
             trix.execution = execution
         with autocast(device, dtype):

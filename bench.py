@@ -3,7 +3,7 @@ All measurements and comparisons. Candidates run in turn, and a ratio compares t
 and pictures go to runs/bench/<machine>/. `--out=results` renews the project's own tables.
 
     python bench.py                         # the speed of every block on this machine, on one page (five minutes)
-    python bench.py blocks                  # training steps of every block at 9M, 21M and 70M parameters (six minutes)
+    python bench.py blocks                  # steps of models of 9M, 21M and 70M, FFNs alone (six minutes)
     python bench.py amp                     # fp32, TF32, bf16 and fp16, as far as the device supports them
     python bench.py compile                 # what torch.compile gains on this machine, and its cost (fifteen minutes)
     python bench.py context                 # attention against resonance, 512 to 32,768 tokens (eight minutes)

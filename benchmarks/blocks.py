@@ -19,6 +19,7 @@ from benchmarks.measure import (ROOT, Candidate, alike, compare, interleaved, pa
 from configurator import UserError
 from kernels import FUSED_DEVICES, autocast, chunked_cross_entropy
 from model import GPT, GPTConfig
+from runtime import compiler
 from runtime import device as hardware
 
 untied = partial(GPTConfig, vocab_size=32_000, tie_embeddings=False)
@@ -28,6 +29,7 @@ SHAPES = [  # (shape, sequences a step, divisor of --repeats: the longer a step,
     (untied(n_embd=512, n_layer=12, n_head=8), 8, 5)]
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 HEAD_SHAPES = {'cpu': (4096, 128, 8192), 'cuda': (32_768, 768, 50_304)}  # tokens, width, vocabulary
+FFN_SHAPES = {'cpu': ((128, 2048),), 'cuda': ((128, 65_536), (512, 65_536), (768, 32_768))}  # width, tokens
 CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn='gelu')
 
 
@@ -81,6 +83,7 @@ def blocks(config):
                 'ratio to dense': to_dense['ratio'], 'low': to_dense['low'], 'high': to_dense['high'],
                 'ratio to swiglu': to_swiglu['ratio'], 'peak GB': peaks[name]})
     report('blocks', rows, config, plot=plot_blocks)
+    ffns(config)
 
 
 def plot_blocks(rows, figure):
@@ -105,6 +108,51 @@ def plot_blocks(rows, figure):
                  xticks=range(len(dense)),
                  xticklabels=[f'{shape}\n{row["parameters"] / 1e6:.3g}M' for shape, row in dense.items()])
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=1 + len(others))
+
+
+def ffns(config):
+    """
+    Forward and backward of an FFN alone, on batches that fill a card: a dense FFN (GELU, width 4C) beside a TriX FFN
+    with 8 tiles of width C, 2 of them used, in the execution that it chooses and in another one. Compiled on a GPU,
+    eager on a CPU.
+    """
+    device, dtype, description = hardware.resolve(config.device, config.dtype)
+    rows = []
+    for C, N in FFN_SHAPES.get(device.type, FFN_SHAPES['cpu']):
+        torch.manual_seed(0)
+        x = torch.randn(1, N, C, device=device).requires_grad_()
+        grad = torch.randn(1, N, C, device=device)
+        other = 'grouped' if device.type == 'cuda' and dtype == torch.bfloat16 else 'dense'
+        with autocast(device, dtype):
+            chosen = lone_ffn('trix', C, device).fastest(x.flatten(0, 1))
+        candidates = {'dense': lone_ffn('gelu', C, device)}
+        for execution in dict.fromkeys((other, chosen)):
+            candidates[f'trix, {execution}'] = trix = lone_ffn('trix', C, device)
+            trix.execution = execution
+
+        def step(module, parameters):
+            with autocast(device, dtype):
+                y = module(x)
+            torch.autograd.grad(y, (x, *parameters), grad.to(y.dtype))
+
+        def measure(ffn):
+            module = compiler.compiled(ffn) if device.type == 'cuda' else ffn
+            return partial(timed, partial(step, module, list(ffn.parameters())), device)
+        title = f'an FFN of width {C} on {N:,} tokens'
+        print(f'{title} on {description}')
+        times = interleaved({name: measure(ffn) for name, ffn in candidates.items()},
+                            2 if config.quick else config.repeats, title=title)
+        for row in compare(times, 'dense'):
+            rows.append({'width': C, 'tokens': N, 'FFN': row['name'], 'ms': 1000 * row['seconds'],
+                         'spread': row['spread'], 'ratio to dense': row['ratio'], 'low': row['low'],
+                         'high': row['high']})
+    report('blocks', rows, config, name='blocks_ffn')
+
+
+def lone_ffn(ffn, C, device):
+    """An initialised FFN of width C without its model. TriX has 8 tiles of width C, and a token uses 2."""
+    shape = GPTConfig(n_embd=C, n_head=1, n_layer=1, vocab_size=64, ffn=ffn, trix_tiles=8, trix_top_k=2)
+    return GPT(shape).blocks[0].ffn.to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -71,12 +71,16 @@ def written(tmp_path, title, columns):
 def test_blocks_writes_table_and_picture(tmp_path, monkeypatch):
     shape = replace(blocks.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=32)
     monkeypatch.setattr(blocks, 'SHAPES', [(shape, 2, 1)])
+    monkeypatch.setattr(blocks, 'FFN_SHAPES', {'cpu': ((16, 50),)})
     bench.main(['blocks', '--quick', '--device=cpu', f'--out={tmp_path}'])
     rows = written(tmp_path, 'blocks', [
         'shape', 'block', 'parameters', 'used by a token', 'MFLOP/token', 'packed MB', 'tokens/s', 'spread',
         'ratio to dense', 'low', 'high', 'ratio to swiglu', 'peak GB'])
     assert [row['block'] for row in rows] == list(blocks.variants(shape))
     assert {row['shape'] for row in rows} == {'1 x 16'}
+    ffns = json.loads(result_file(tmp_path, 'blocks_ffn_quick.json').read_text())['rows']
+    assert [row['FFN'] for row in ffns] == ['dense', 'trix, dense', 'trix, loop']
+    assert ffns[0]['ratio to dense'] == 1 and all(row['ms'] > 0 and (row['width'], row['tokens']) == (16, 50) for row in ffns)
     assert rows[0]['ratio to dense'] == rows[1]['ratio to swiglu'] == 1 and all(0.05 < row['peak GB'] < 5 for row in rows)
 
 

@@ -277,7 +277,12 @@ def executions(family):
     device, dtype, _ = hardware.resolve(DEVICE, 'bfloat16')
     model, idx = a_model(family)
     model, idx, found = model.to(device), idx.to(device), {}
-    for execution in ('loop', 'dense', 'grouped', 'triton'):
+    names = ['loop', 'dense', 'grouped']
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0):
+        names.append('triton')
+        with autocast(device, dtype):
+            assert (model.blocks[0].ffn.fastest(torch.randn(9, 64, device=device)) == 'triton') == (family == 'trix')
+    for execution in names:
         for trix in model.trix_layers():
             trix.execution = execution
         with autocast(device, dtype):

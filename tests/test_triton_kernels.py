@@ -83,7 +83,7 @@ def test_the_kernels_in_the_interpreter():
     pytest.importorskip('triton', reason='comes with torch for CUDA')
     done = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-n0', '-p', 'no:cacheprovider', __file__],
                           capture_output=True, text=True, env={**os.environ, 'TRITON_INTERPRET': '1'}, timeout=600)
-    assert done.returncode == 0 and '12 passed' in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and 'passed' in done.stdout, done.stdout[-3000:]
 
 
 @interpreted
@@ -195,35 +195,32 @@ def test_kernels_that_fail_their_check_are_not_used(triton_kernels, monkeypatch,
 
 
 @outside
-def test_every_kernel_compiles_for_hopper_and_two_programs_fit_a_multiprocessor(monkeypatch, tmp_path):
-    """The interpreter checks values, not types or resources. The compiler needs no GPU."""
-    triton = pytest.importorskip('triton', reason='comes with torch for CUDA')
+def test_every_launch_compiles_for_hopper_once_for_all_numbers_of_tokens(monkeypatch, tmp_path):
+    """The interpreter checks values, not types or resources. The compiler needs no GPU: here it compiles without a launch."""
+    pytest.importorskip('triton', reason='comes with torch for CUDA')
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
 
     import triton_kernels
-    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    types = {'tiles': '*i64', **dict.fromkeys(('pairs', 'ends', 'counts'), '*i32'), 'n_pairs': 'i32', 'n_programs': 'i32',
-             **dict.fromkeys(('gates', 'd_gates', 'squares', 'dots'), '*fp32')}
+    hopper = types.SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+                                   get_current_target=lambda: GPUTarget('cuda', 90, 32))
+    built, run = {}, JITFunction.run
 
-    def build(kernel, warps=8, **constants):
-        found = {name: 'constexpr' if name in constants else types.get(name, '*bf16') for name in kernel.arg_names}
-        aligned = {(i,): [['tt.divisibility', 16]] for i, kind in enumerate(found.values()) if kind.startswith('*')}
-        source = ASTSource(kernel, found, {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-                           aligned)
-        built = triton.compile(source, target=GPUTarget('cuda', 90, 32), options={'num_warps': warps, 'num_stages': 3})
-        assert built.metadata.shared <= 113 * 1024
-        return built.asm['ptx']
-    width = dict(PARTS=2, PADDED=2, E=8, ROWS=128, COLUMNS=128)
-    build(triton_kernels.count_kernel, 4, E=8, PAIRS=1024)
-    build(triton_kernels.sort_kernel, 4, E=8, PAIRS=1024, ROWS=128)
-    build(triton_kernels.hidden_kernel, 4, H=256, FEW=16, **width)
-    products = [build(triton_kernels.product_kernel, GATHER=gather, FORWARD=forward, TOP=2, K=256, N=256, INNER=64,
-                      PRECISION='ieee', **width) for gather in (True, False) for forward in (True, False)]
-    del width['PARTS'], width['PADDED']
-    products.append(build(triton_kernels.weight_kernel, TOP=2, M=256, N=256, N_TILES=8, SPLITS=1, GATHER_A=True, SIDE=128,
-                          INNER=64, PRECISION='ieee', **width))
-    assert all('wgmma' in ptx for ptx in products), 'the products run on tensor cores'
+    def compile_only(kernel, *arguments, grid, warmup, **options):
+        assert grid[0] > 0
+        program = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        built[program.hash] = program
+    monkeypatch.setattr(JITFunction, 'run', compile_only)
+    monkeypatch.setattr(driver, '_active', hopper)
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(triton_kernels, 'launch_options', lambda x: {'INNER': 64, 'num_warps': 8, 'num_stages': 3})
+    for n in (300, 1, 16):
+        values_and_gradients(triton_kernels.tiles_by_triton, inputs(n, 256, 256, 8, 2, torch.bfloat16))
+        # two that sort, four products, the hidden units, two gradients of weights
+        assert len(built) == 9, 'no kernel is compiled again for another number of tokens'
+    assert all(program.metadata.shared <= 113 * 1024 for program in built.values()), 'two programs fit a multiprocessor'
+    assert sum('wgmma' in program.asm['ptx'] for program in built.values()) == 6, 'the products run on tensor cores'
 
 
 @outside

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -126,6 +127,29 @@ class TracedEmbedding(torch.autograd.Function):
 def embedding(idx, weight):
     """idx (...) int64, weight (n, C) -> (..., C). The gradient is deterministic."""
     return TracedEmbedding.apply(idx, weight) if traced() else F.embedding(idx, weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dense matrices
+
+JOINT_DEVICES = {'cuda'}  # device types on which a compiled training step joins matrices that share their input
+
+
+def joint_linear(x, *layers):
+    """[layer(x) for layer in layers]. A compiled training step on a GPU computes it as one product.
+
+    One large product is faster than several small ones, above all in backward. Each layer keeps a weight of its own,
+    so checkpoints and optimizers see no difference. Joining the weights costs nothing, because they are cast anyway.
+    It works for nn.Linear, and for its subclasses that say with `product` what they compute instead of F.linear."""
+    kind = type(layers[0])
+    product = F.linear if kind is nn.Linear else getattr(kind, 'product', None)
+    joint = product and traced() and torch.is_grad_enabled() and x.device.type in JOINT_DEVICES
+    if not joint or any(type(layer) is not kind for layer in layers):
+        return [layer(x) for layer in layers]
+    low = autocast_dtype(x)
+    weight = torch.cat([layer.weight.to(low) for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.to(low) for layer in layers])
+    return product(x, weight, bias).split([layer.out_features for layer in layers], -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

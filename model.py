@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from kernels import (CachedCodes, Documents, FixedWeights, KVCache, ResonanceCache, ShortCache, bit_product,
                      chunked_cross_entropy, dense_tiles, document_ages, document_convolution, document_groups,
                      document_mask, embedding, fastest_tiles, fft_size, flex_document_mask, gated_hidden, int8,
-                     int8_codes, mode_convolution, mode_powers, real_product, rms, short_filter, sparse_tiles,
-                     straight_through, ternary_codes, ternary_statistics, tile_codes, traced, triton_tiles)
+                     int8_codes, joint_linear, mode_convolution, mode_powers, real_product, rms, short_filter,
+                     sparse_tiles, straight_through, ternary_codes, ternary_statistics, tile_codes, traced,
+                     triton_tiles)
 
 
 @dataclass
@@ -189,9 +190,8 @@ class Attention(nn.Module):
         self.o_proj = linear(config, self.n_head * hs, config.n_embd, last=True)
         self.rotary = config.positions == 'rotary'
         if self.rotary:
-            cos, sin = rotary_tables(config)
-            self.register_buffer('cos', cos, persistent=False)
-            self.register_buffer('sin', sin, persistent=False)
+            for name, table in zip(('cos', 'sin'), rotary_tables(config)):
+                self.register_buffer(name, table, persistent=False)
 
     def new_cache(self, B):
         return KVCache(B, self.block_size)
@@ -206,9 +206,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, documents=None):
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, n_kv_head, T, hs)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
+        q, k, v = joint_linear(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+        k, v = (z.view(B, T, self.n_kv_head, -1).transpose(1, 2) for z in (k, v))  # (B, n_kv_head, T, hs)
         start = cache.pos if cache else 0
         if self.qk_norm:
             q, k = rms(q), rms(k)
@@ -342,7 +342,8 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(config, hidden, config.n_embd, last=True)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = joint_linear(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class TriX(nn.Module):

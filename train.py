@@ -149,7 +149,7 @@ def train(config, group, device, dtype, reason, say, exit_stack):
         return profiling.advice(model, list(optimizers.values()), config, device, dtype, group.world)
 
     with memory_guard(out_of_memory):
-        cast_matrices(model, config.weights_dtype)
+        set_precision(model, config, device, say)
         if sharded:
             group.shard(model, device)
         else:
@@ -719,6 +719,14 @@ def find_teacher(config, data, device):
         raise UserError(f'--distill_from={config.distill_from}: its vocabulary has {model.config.vocab_size} entries, '
                         f'the vocabulary of this model has {config.vocab_size}')
     return model.requires_grad_(False)
+
+
+def set_precision(model, config, device, say):
+    """Convert the matrices of the blocks to weights_dtype. With dtype=fp8, let them multiply in fp8."""
+    cast_matrices(model, config.weights_dtype)
+    if config.dtype == 'fp8':
+        from runtime import fp8  # a plain run does not need it
+        say(fp8.start(model, device))
 
 
 def compiled_model(run, interrupt, sharded):

@@ -14,7 +14,8 @@ import torch
 
 from configurator import UserError
 
-DTYPES = {'float32': torch.float32, 'tf32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+DTYPES = {'float32': torch.float32, 'tf32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16,
+          'fp8': torch.bfloat16}  # fp8: see runtime/fp8.py
 
 
 class Card(NamedTuple):
@@ -159,6 +160,9 @@ def resolve(device, dtype, local_rank=None):
     if dtype == 'tf32' and (kind != 'cuda' or torch.cuda.get_device_capability(device) < (8, 0)):
         raise UserError('--dtype=tf32 needs an NVIDIA GPU of capability 8.0 (Ampere) or later; '
                         f'on {device} use float32')
+    if dtype == 'fp8' and (kind != 'cuda' or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise UserError('--dtype=fp8 needs an NVIDIA GPU of capability 8.9 (Ada, Hopper) or later; '
+                        f'on {device} use --dtype={"bfloat16" if kind == "cuda" else "float32"}')
     if dtype == 'auto':
         if kind != 'cuda':
             dtype, why = 'float32', 'half precision is slow on most CPUs' if kind == 'cpu' else 'the safe choice on MPS'
@@ -166,6 +170,8 @@ def resolve(device, dtype, local_rank=None):
             dtype, why = 'bfloat16', 'the GPU has it'
         else:
             dtype, why = 'float16', 'the GPU has no bfloat16; gradients are scaled'
+    elif dtype == 'fp8':
+        why = 'for the training steps of train.py; everything else runs in bfloat16'
     else:
         why = 'as asked'
     if kind == 'cuda':  # TF32 rounds fp32 factors to 10 mantissa bits: no loss next to half precision

@@ -578,11 +578,20 @@ def carry_matrix(powers):
     return torch.cat((torch.cat((re, -im), 2), torch.cat((im, re), 2)), 1)
 
 
-def mode_convolution(u, nu, theta, re, im, S):
+def mode_convolution(u, nu, theta, re, im, S, dtype=torch.float32):
     """u (B, T, C) fp32 -> (B, T, C): y[:, t] = sum over s <= t of h[t - s] u[:, s], h[t] = Re sum_k a_k lambda_k^t.
 
     nu (K,), theta (K,): the modes, as in mode_powers. re (K, C), im (K, C): the amplitudes a.
-    It convolves chunks of S positions. The states of the modes carry over from chunk to chunk."""
+    It convolves chunks of at most S positions. The states of the modes carry over from chunk to chunk. Chunks are
+    convolved by FFT in fp32. A GPU uses product_convolution in `dtype` instead, if its results are right there."""
+    if u.device.type in PRODUCT_DEVICES and dtype in PRODUCT_TOLERANCE and products_are_right(u.device, dtype):
+        chunk = product_chunk(u.size(0) * u.size(1), u.size(1), len(nu), S)
+        return product_convolution(u, nu, theta, re, im, chunk, dtype)
+    return fft_convolution(u, nu, theta, re, im, S)
+
+
+def fft_convolution(u, nu, theta, re, im, S):
+    """mode_convolution by FFT in fp32, in chunks of S positions."""
     B, T, C = u.shape
     K, powers = len(nu), mode_powers(nu, theta, 0, S + 1)
     h = real_product(powers[:S], torch.complex(re, im))  # (S, C)
@@ -601,6 +610,110 @@ def mode_convolution(u, nu, theta, re, im, S):
     state = torch.cat((re * state[0] - im * state[1], -re * state[1] - im * state[0]), 2).flatten(0, 1)
     past = torch.bmm(torch.cat((powers[1:].real, powers[1:].imag), 1).expand(B * n, -1, -1), state)
     return (y + past).reshape(B, n * S, C)[:, :T]
+
+
+PRODUCT_DEVICES = {'cuda'}  # device types that use product_convolution
+# Allowed relative error of product_convolution in products_are_right: that of the worst result, rounding included.
+# fp32 may mean TF32. fp16 is missing because the sums could overflow.
+PRODUCT_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.05}
+
+
+def product_convolution(u, nu, theta, re, im, S, dtype):
+    """mode_convolution as real matrix products in `dtype`, for tensor cores. There are n = T / S chunks:
+
+        within a chunk    the (S, S) Toeplitz matrix of h, one per channel
+        its states        Re and Im of sum over t of lambda^(S - 1 - t) u_t: a (2K, S) matrix for all channels
+        carried states    sum over earlier chunks of lambda^(S j) states: a (2n, 2n) matrix per mode
+        their effect      Re(a lambda^(t + 1) state): a (2K, S) matrix for all channels
+
+    Per token and channel, these are S + 2K + 4 K T / S^2 + 2K multiplications. At T = 32,768, C = 1,024, K = 128 and
+    S = 256, that is 69 GFLOP for a sequence. A product in bf16 sums in fp32. Tables of powers have fp64 exponents.
+    Everything is plain real arithmetic, so torch.compile fuses it with the gates around it."""
+    B, T, C = u.shape
+    K, n = len(nu), -(-T // S)
+    u = F.pad(u, (0, 0, 0, n * S - T)).view(B * n, S, C).permute(2, 0, 1).to(dtype, memory_format=torch.contiguous_format)
+    powers = real_powers(nu, theta, torch.arange(S + 1, device=u.device))  # (2, K, S + 1)
+    back, ahead = powers[..., :S], powers[..., 1:]
+    h = re.T @ back[0] - im.T @ back[1]  # (C, S)
+    y = torch.bmm(u, toeplitz(h.to(dtype)))  # (C, B n, S)
+    if n > 1:
+        left = back.flip(2).flatten(0, 1).to(dtype) @ u.flatten(0, 1).T  # (2K, C B n)
+        left = left.view(2, K, C * B, n).permute(1, 2, 0, 3).reshape(K, C * B, 2 * n)
+        distance = S * torch.arange(n - 1, device=u.device)
+        carry = toeplitz(F.pad(real_powers(nu, theta, distance), (1, 0)).to(dtype))  # (2, K, n, n)
+        carry = torch.cat((torch.cat((carry[0], carry[1]), 2), torch.cat((-carry[1], carry[0]), 2)), 1)
+        # the state that enters each chunk
+        real, imaginary = torch.bmm(left, carry).view(K, C, B, 2, n).float().unbind(3)  # (K, C, B, n) each
+        re, im = re[..., None, None], im[..., None, None]
+        state = torch.stack((re * real - im * imaginary, -re * imaginary - im * real)).to(dtype)  # (2, K, C, B, n)
+        y = torch.addmm(y.flatten(0, 1), state.view(2 * K, C * B * n).T, ahead.flatten(0, 1).to(dtype))
+    return y.view(C, B, n * S)[..., :T].permute(1, 2, 0).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def real_powers(nu, theta, t):  # t (n,) -> Re and Im of lambda^t, (2, K, n) fp32, as accurate as mode_powers
+    t, nu, theta = t.double(), nu.double()[:, None], theta.double()[:, None]
+    size, angle = (-nu.exp() * t).exp(), theta * t
+    return torch.stack((size * angle.cos(), size * angle.sin())).float()
+
+
+def toeplitz(h):
+    """h (..., S) -> (..., S, S): h[t - s] in row s and column t, and 0 below the diagonal."""
+    S = h.size(-1)
+    # Repeats (h, 0) of 2 S entries and cuts the result into rows of 2 S - 1. This shifts each row by one.
+    rows = torch.cat((h, torch.zeros_like(h)), -1).repeat(*[1] * (h.dim() - 1), S)[..., :S * (2 * S - 1)]
+    return rows.unflatten(-1, (S, 2 * S - 1))[..., :S].contiguous()
+
+
+def product_chunk(tokens, T, K, limit):
+    """The fastest chunk length of product_convolution, at most `limit`. tokens: B * T of the batch.
+
+    An estimate from the shape, not a measurement: a killed run must resume with the same values."""
+    def cost(S):  # per token and channel, in multiplications of a tensor core. A pass over memory costs as much as 40
+        states = 0 if S >= T else 4 * K + 4 * K * T / S ** 2 + 40 * 16 * K / S  # 8 passes over 2K states
+        return S + states + 40 * 5 * S ** 2 / tokens  # 5 passes over the Toeplitz matrices
+    return min((S for S in (*(2 ** i for i in range(4, 10)), T) if S <= min(limit, 512)), key=cost, default=limit)
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing
+def products_are_right(device, dtype):
+    """Whether product_convolution works on this device. Checked once per process. Prints a line if it does not."""
+    fake = torch._C._len_torch_dispatch_stack()  # fake tensors, a FLOP counter
+    return True if fake else not product_problem(device, dtype)
+
+
+@functools.cache
+def product_problem(device, dtype):
+    """What is wrong with product_convolution on this device, as text. Compares it with FFTs on the CPU."""
+    try:
+        worst = product_error(device, dtype)
+        problem = '' if worst <= PRODUCT_TOLERANCE[dtype] else f'relative error {worst:.2g}'
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an operation that this device lacks
+        problem = f'{type(error).__name__}: {next(iter(str(error).strip().splitlines()), "")}'
+    if problem:
+        print(f'resonance uses FFTs, which are slower: its matrix products in {str(dtype)[6:]} fail on {device}: '
+              f'{problem}', file=sys.stderr, flush=True)
+    return problem
+
+
+def product_error(device, dtype):
+    """The largest relative error of product_convolution in a small example: of the result and of each gradient."""
+    B, T, C, K, S = 2, 150, 8, 8, 32
+    random = torch.Generator().manual_seed(0)
+    u, weight, re, im = (torch.randn(shape, generator=random) for shape in ((B, T, C), (B, T, C), (K, C), (K, C)))
+    tau = torch.logspace(math.log10(2), math.log10(T), K)
+    inputs = u, -tau.log(), 2 * math.pi / tau, re, im
+    found = []
+    # Runs inside a forward: no autocast, and no hooks of activation checkpointing.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), \
+            torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        for where, function in ((torch.device('cpu'), functools.partial(fft_convolution, S=T)),
+                                (device, functools.partial(product_convolution, S=S, dtype=dtype))):
+            copies = [x.to(where, copy=True).requires_grad_() for x in inputs]
+            y = function(*copies)
+            found.append([y, *torch.autograd.grad((y * weight.to(where)).sum(), copies)])
+    return max(((a.cpu() - b).abs().max() / b.abs().max()).item() for b, a in zip(*found))
 
 
 class ShortFilter(torch.autograd.Function):

@@ -268,11 +268,11 @@ class Resonance(nn.Module):
     def amplitudes(self):  # real and imaginary part, (K, C) each
         return self.magnitude * self.phase.cos(), self.magnitude * self.phase.sin()
 
-    def convolve(self, u, documents=None):
+    def convolve(self, u, documents=None, dtype=torch.float32):
         """u (B, T, C) fp32 -> (B, T, C): h (*) u. With `documents`, convolves each document alone, without chunks."""
         T, (re, im) = u.size(1), self.amplitudes()
         if documents is None:
-            return mode_convolution(u, self.nu, self.theta, re, im, self.chunk(T))
+            return mode_convolution(u, self.nu, self.theta, re, im, self.chunk(T), dtype)
         h = real_product(mode_powers(self.nu, self.theta, 0, T), torch.complex(re, im))  # (T, C)
         return document_convolution(u, h, documents.age, documents.groups)
 
@@ -294,7 +294,7 @@ class Resonance(nn.Module):
         q, k, v = z.chunk(3, -1)
         with torch.autocast(x.device.type, enabled=False):  # half-precision FFTs fail or overflow
             u = k.float() * v.float()
-            y = cache.convolve(u, documents) if cache else self.convolve(u, documents)
+            y = cache.convolve(u, documents) if cache else self.convolve(u, documents, z.dtype)
             y = (q.float() * torch.addcmul(y, self.D, u)).type_as(z)
         return self.out_proj(y)
 

@@ -25,7 +25,7 @@ from files import replacing
 from model import GPT, GPTConfig
 from optim import local_tensor, own_rows
 from tokenizer import equivalent
-from schedule import schedule, top_k
+from schedule import schedule, ternary_share, top_k
 from settings import fit_steps, resolve_steps
 
 VERSION = 1
@@ -254,7 +254,17 @@ def build_model(state, path, device, context=0):
     """The dict of a checkpoint -> (GPT in eval mode on the device, the dict). Otherwise as load_model."""
     model = GPT(model_config(state, path, context)).to(device)
     load_weights(model, state, path)
+    model.set_ternary(trained_share(state))
     return model.eval(), state
+
+
+def trained_share(state):
+    """How far the ternary weights of a checkpoint had gone to their codes at its step: 1 behind the ternary warm-up."""
+    keys = ('ternary_warmup', 'max_steps')
+    numbers = [state['config'].get(key, 0) for key in keys]
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in (*numbers, state['step'])):
+        return 1.0
+    return ternary_share(max(0, state['step']), SimpleNamespace(**dict(zip(keys, numbers))))
 
 
 def retain(newest, keep, forever):

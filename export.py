@@ -21,6 +21,7 @@ from pathlib import Path
 from configurator import UserError, answer_help, load, run, utf8_path  # before torch, so Ctrl-C can interrupt torch's import
 answer_help(__name__, __doc__, 'export.ExportConfig')
 
+from checkpoint import trained_share
 from deploy import convert, gguf, huggingface, packed, parity, pretrained
 from files import named_at_last
 from runtime import device as hardware
@@ -85,6 +86,9 @@ def load_run(config, name):
     if config.command != 'convert' and utf8_path(out) is None:
         raise UserError(f'{out}: this path is not UTF-8, and programs that read this format cannot open it: '
                         'choose another path')
+    if (share := trained_share(state)) < 1 and 'model' in state:
+        raise UserError(f'{source}: step {state["step"]:,} is in the ternary warm-up, its weights are {100 * share:.0f} % '
+                        'ternary: export a checkpoint behind it')
     if 'packed' in state:
         raise UserError(f'{config.run} is already packed: name the run or the checkpoint instead')
     return model, state, out

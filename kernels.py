@@ -227,6 +227,11 @@ def straight_through(x, value):
     return value.detach() + (x - x.detach())  # exactly value, because x - x is exactly 0
 
 
+def ternary_weight(weight, value, share):
+    """straight_through(weight, value). With `share` (0-dim): the weight has gone this part of the way to its value."""
+    return straight_through(weight, value if share is None else weight.detach().lerp(value, share))
+
+
 def ternary_statistics(weight, codes, scale, before):
     """Statistics of the codes -> (statistics, int8 codes now). before: the int8 codes of the last call, or None."""
     now = codes.to(torch.int8)

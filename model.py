@@ -24,7 +24,7 @@ from kernels import (CachedCodes, Documents, FixedWeights, KVCache, ResonanceCac
                      chunked_cross_entropy, dense_tiles, document_ages, document_convolution, document_groups,
                      document_mask, embedding, fastest_tiles, fft_size, flex_document_mask, gated_hidden, int8,
                      int8_codes, joint_linear, mode_convolution, mode_powers, real_product, rms, short_filter,
-                     sparse_tiles, straight_through, ternary_codes, ternary_statistics, tile_codes, traced,
+                     sparse_tiles, straight_through, ternary_codes, ternary_statistics, ternary_weight, tile_codes, traced,
                      triton_tiles)
 
 
@@ -140,6 +140,7 @@ class BitLinear(nn.Linear):
         self.sub_norm = sub_norm
         self.int8 = True  # False: don't round activations, to compare with programs that don't round them
         self.codes = CachedCodes(ternary_codes)
+        self.share = None  # set_ternary()
         self.logged = None  # int8 codes at the latest statistics()
         self.use = None  # a few tokens of the latest training forward, for statistics()
 
@@ -148,7 +149,10 @@ class BitLinear(nn.Linear):
         if self.training:
             self.use = x.detach().flatten(0, -2)[:16].clone()
         codes, scale = self.codes(self.weight)
-        y = bit_product(x, self.weight, codes, scale) if self.int8 else F.linear(x, codes * scale)
+        if self.share is not None:
+            y = F.linear(int8(x), ternary_weight(self.weight, codes * scale, self.share))
+        else:
+            y = bit_product(x, self.weight, codes, scale) if self.int8 else F.linear(x, codes * scale)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
@@ -369,6 +373,7 @@ class TriX(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.execution = 'auto'  # or 'dense', 'loop', 'grouped', 'triton'
+        self.share = None  # set_ternary()
         self.ternary = True  # False: use the latent weights, to compare with the dense FFN that the tiles were cut from
         E, self.k, self.n_embd = config.trix_tiles, config.trix_top_k, config.n_embd
         h = config.trix_hidden or config.n_embd
@@ -398,7 +403,7 @@ class TriX(nn.Module):
         if not self.ternary:
             return self.up, self.down, self.up.detach().sum(1).sign()
         (up, signature), (down, _) = self.codes(self.up), self.codes(self.down)
-        return straight_through(self.up, up), straight_through(self.down, down), signature
+        return ternary_weight(self.up, up, self.share), ternary_weight(self.down, down, self.share), signature
 
     def route(self, x, up, signature):
         # x (N, C), up (E + shared, h, C), signature (E + shared, C) -> tiles, fp32 gates, both (N, k + shared)
@@ -718,6 +723,14 @@ class GPT(nn.Module):
     def set_top_k(self, k):
         for trix in self.trix_layers():
             trix.k = k
+
+    def set_ternary(self, share):
+        """Below 1, ternary weights have gone this share of the way from their latent weights to their codes."""
+        for module in self.modules():
+            if isinstance(module, (BitLinear, TriX)):
+                if module.share is None and share < 1:
+                    module.share = torch.empty((), device=next(module.parameters()).device)
+                module.share = module.share.fill_(share) if share < 1 else None
 
     def update_balance(self, rate):
         """Move every TriX layer towards even load. Call once per optimizer step."""

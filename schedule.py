@@ -104,6 +104,12 @@ def top_k(step, config):
     return math.ceil(between(config.trix_top_k, config.trix_tiles, left))
 
 
+def ternary_share(step, config):
+    """How far ternary weights have gone from their latent weights to their codes: from 0 to 1 in the ternary warm-up."""
+    steps = config.ternary_warmup * config.max_steps
+    return min(1.0, step / steps) if steps else 1.0
+
+
 def boundary(config):
     """two_stage: the first step of the second stage. None for other schedules."""
     return (config.boundary_step or config.max_steps // 2) if config.schedule == 'two_stage' else None
@@ -181,6 +187,8 @@ def marks(config):
             start, length = cycle(start + length, config)
             more = number == 12 and start + length < config.max_steps
             found.append((start, 'restart, more follow' if more else 'restart'))
+    if config.ternary_warmup:
+        found.append((math.ceil(config.ternary_warmup * config.max_steps), 'weights are ternary'))
     steps = sorted({step for step, _ in found if step < config.max_steps})
     return {step: ', '.join(what for at, what in found if at == step) for step in steps}
 

@@ -112,6 +112,7 @@ class TrainConfig:
     # gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, hf:DIRECTORY or hf:NAME on the Hugging Face Hub
     distill_from: str = ''  # also learn from the predictions of this run or pretrained model; needs the same tokenizer
     distill_weight: float = 0.5  # w in the loss (1 - w) cross-entropy + w KL(teacher || model)
+    ternary_warmup: float = 0.0  # ternary weights: share of the run in which they go from full precision to ternary
     anneal_steps: int = 0  # ffn=trix: steps in which the tiles of a token decrease from trix_tiles to trix_top_k
     resume: str = ''  # auto (or no value): continue from the newest good checkpoint in out_dir, if there is one;
     # or the path of a checkpoint or run to continue from
@@ -216,7 +217,13 @@ def problems(config):
                      'give --max_steps, or a prepared directory as --dataset')
     if config.anneal_steps and (config.ffn != 'trix' or config.trix_router == 'hash'):
         found.append(f'anneal_steps={config.anneal_steps} needs ffn=trix, and a trix_router other than hash')
-    if config.weights_dtype == 'bfloat16' and (config.ffn in ('trix', 'bitnet') or config.linear != 'dense'):
+    is_ternary = config.ffn in ('trix', 'bitnet') or config.linear != 'dense'
+    if config.ternary_warmup and not is_ternary:
+        found.append(f'ternary_warmup={config.ternary_warmup:g} needs ternary weights (ffn=trix, ffn=bitnet or '
+                     'linear=bitnet)')
+    if not 0 <= config.ternary_warmup <= 0.9:
+        found.append(f'ternary_warmup={config.ternary_warmup:g} must lie between 0 and 0.9, a share of the run')
+    if config.weights_dtype == 'bfloat16' and is_ternary:
         found.append(f'weights_dtype=bfloat16 is not for ternary weights (ffn={config.ffn}, linear={config.linear})')
     return found if config.epochs else found + step_problems(config)  # with epochs, the data decide the steps
 

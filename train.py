@@ -295,7 +295,7 @@ def loop(run, interrupt):
     model.statistics()  # resets the counters, so flip rates start here
     while True:
         # ---- progress.step steps are done: validate, sample, save
-        model.set_top_k(schedules.top_k(progress.step, config))
+        set_stage(model, progress.step, config)
         with meter.paused():
             better = is_due(run, 'eval_interval') and run_validation(run, stopping)
             if run.encoding and progress.step and is_due(run, 'sample_interval') and not run.stopped:
@@ -729,6 +729,12 @@ def set_precision(model, config, device, say):
         say(fp8.start(model, device))
 
 
+def set_stage(model, step, config):
+    """What changes in the model on schedule: the number of tiles per token, and how far the weights are ternary."""
+    model.set_top_k(schedules.top_k(step, config))
+    model.set_ternary(schedules.ternary_share(step, config))
+
+
 def compiled_model(run, interrupt, sharded):
     """
     (module to call in training, a line about it). The module is the compiled model. It is the model itself if
@@ -737,7 +743,7 @@ def compiled_model(run, interrupt, sharded):
     """
     from runtime import compile_check  # a plain run does not need it
     config, group, model, step = run.config, run.group, run.model, run.progress.step
-    model.set_top_k(schedules.top_k(step, config))
+    set_stage(model, step, config)
     scale = 1024.0 if run.train_step.scaler.is_enabled() else 1.0
     x, y = (part.to(run.device) for part in run.batch(step, 0))
 

@@ -665,7 +665,8 @@ def build(config, state, path, device):
 
 def decodes_in_cpp(model):
     """Whether ternary.cpp would decode a token of a trained model in one call. That is faster than plain PyTorch."""
-    return whole_step_in_cpp(model.config) and has_ternary(model) and library() is not None
+    mixed = any(getattr(module, 'share', None) is not None for module in model.modules())  # in the ternary warm-up
+    return whole_step_in_cpp(model.config) and has_ternary(model) and not mixed and library() is not None
 
 
 def in_memory(model):
@@ -685,6 +686,9 @@ def load_model(run, device, context=0):
     if pretrained.is_pretrained(run):
         return checkpoint.build_model(pretrained.load(run, say=note), run, device, context)
     if not str(run).endswith('.safetensors'):
-        return checkpoint.load_model(run, device, context)
+        model, state = checkpoint.load_model(run, device, context)
+        if (share := checkpoint.trained_share(state)) < 1 and has_ternary(model):
+            note(f'{run}: step {state["step"]:,} is in the ternary warm-up: its weights are {100 * share:.0f} % ternary')
+        return model, state
     state = read(run)
     return build(checkpoint.model_config(state, run, context), state, run, device), state

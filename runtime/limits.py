@@ -33,6 +33,8 @@ def note_loss(progress, loss):
 
 def on_plateau(config, progress):
     """Whether the loss has not improved for plateau_steps steps."""
+    if progress.step < config.ternary_warmup * config.max_steps:
+        return False  # the weights are not ternary yet
     return (config.stop_on == 'plateau' and math.isfinite(progress.plateau_loss)
             and progress.step - progress.plateau_step >= config.plateau_steps)
 

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from kernels import int8, ternary_codes
-from model import GPT, GPTConfig, TriX
+import schedule
+import train
+from configurator import UserError
+from kernels import int8, ternary_codes, tile_codes
+from model import GPT, BitLinear, GPTConfig, TriX
 
 
 def trix(tiles=6, k=2, d=16, h=12, **keys):
@@ -266,3 +270,45 @@ def test_two_processes_with_two_micro_steps_train_and_balance_as_one_process(tmp
                 torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6, msg=lambda m: f'{name} {rank} {no_sync}: {m}')
             for i, layer in enumerate(expected.trix_layers()):
                 assert torch.equal(got[f'seen{i}'], layer.seen) and layer.seen.sum() == 2 * 128 * 2, 'every token counts once'
+
+
+def test_weights_become_ternary_over_the_warm_up():
+    config = train.load(['--ffn=trix', '--ternary_warmup=0.5', '--max_steps=100'])
+    assert [schedule.ternary_share(step, config) for step in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+    assert schedule.ternary_share(0, train.load(['--ffn=trix'])) == 1
+    assert 50 in schedule.corners(config)
+
+
+@pytest.mark.parametrize('options', [dict(ffn='trix', trix_tiles=4), dict(ffn='relu2', linear='bitnet')])
+def test_a_model_in_the_ternary_warm_up_has_weights_between_latent_and_ternary(options):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, **options))
+    layer = next(module for module in model.modules() if isinstance(module, (TriX, BitLinear)))
+    weight = layer.up if isinstance(layer, TriX) else layer.weight
+    x = torch.randn(2, 8, 32)
+    ternary = layer(x)
+    results = {}
+    for share in (0.0, 0.5, 1.0):
+        model.set_ternary(share)
+        results[share] = layer(x)
+        weight.grad = None
+        results[share].square().mean().backward()
+        assert weight.grad.abs().sum() > 0
+    assert torch.equal(results[1.0], ternary) and layer.share is None
+    if isinstance(layer, BitLinear):
+        assert torch.allclose(results[0.0], F.linear(int8(x), weight))
+        assert torch.allclose(results[0.5], (results[0.0] + results[1.0]) / 2, atol=1e-5)
+    else:
+        model.set_ternary(0.5)
+        up, _, signature = layer.weights()
+        codes, same = tile_codes(weight)
+        assert torch.allclose(up, (weight + codes) / 2) and torch.equal(signature, same)
+        assert not torch.equal(results[0.5], results[1.0])
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--ffn=gelu', '--ternary_warmup=0.5'], 'ternary_warmup=0.5 needs ternary weights'),
+    (['--ffn=trix', '--ternary_warmup=1'], 'ternary_warmup=1 must lie between 0 and 0.9')])
+def test_a_ternary_warm_up_that_cannot_be_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        train.load(words)

@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
-from configurator import UserError, answer_help, load, run, typed  # before torch, so Ctrl-C can interrupt torch's import
+from configurator import UserError, answer_help, load, run, typed  # before torch, so that Ctrl-C ends its import
 answer_help(__name__, __doc__, 'evaluate.EvaluateConfig')
 import numpy as np
 import torch

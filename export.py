@@ -18,7 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, answer_help, load, run, utf8_path  # before torch, so Ctrl-C can interrupt torch's import
+from configurator import UserError, answer_help, load, run, utf8_path  # before torch, so that Ctrl-C ends its import
 answer_help(__name__, __doc__, 'export.ExportConfig')
 
 from checkpoint import trained_share

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import VOCAB, write
@@ -11,8 +12,10 @@ from test_data import VOCAB, write
 import train
 from configurator import UserError
 from data import TokenData
+from model import GPT, GPTConfig
 from packing import DocumentStarts, PackedRows, best_fit, document_ends
 from runs import arguments, finish, finish_ranks, losses
+from runtime.generation import generate
 
 EOT, T = VOCAB - 1, 32
 
@@ -239,6 +242,48 @@ def test_the_search_for_a_start_ends_soon_in_a_corpus_of_one_long_document(tmp_p
     ends = [int(np.flatnonzero(ids[target:target + 3 * 8] == EOT)[0]) + target
             if EOT in ids[target:target + 3 * 8] else target for target in targets]
     assert begins == ends and any(b > t for b, t in zip(begins, targets)) and any(b == t for b, t in zip(begins, targets))
+
+
+def trained_on(data, steps=200, rate=2e-2, seed=3):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=VOCAB, block_size=T, n_layer=1, n_embd=32, n_head=2, ffn='trix', trix_tiles=2, trix_top_k=1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95))
+    for step in range(steps):
+        optimizer.param_groups[0]['lr'] = rate * min(1, (step + 1) / 10) * (1 - step / steps)
+        x, y = map(torch.from_numpy, data.batch(step, 0, 16, 16, seed=seed))
+        model(x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def of_topics(documents, words=290):
+    """Documents that use three words each and repeat none at once: a word, its separator, another word, ..., a word, the end.
+
+    Their length is a multiple of T, so that no plain window begins with an end-of-text token."""
+    draw, ids = np.random.default_rng(0), []
+    for _ in range(documents):
+        topic = draw.choice(words, 3, replace=False)
+        chosen = draw.choice(topic, 4 * T)
+        ids += np.stack((chosen, words + chosen % 4), 1).flatten().tolist()[:-1] + [EOT]
+    return np.array(ids)
+
+
+def test_a_model_trained_on_document_starts_repeats_no_token_at_a_start_and_no_sample_is_empty(tmp_path):
+    ids = of_topics(120)
+    data = TokenData(write(tmp_path / 'd', {'train': [ids], 'val': [ids[:300]]}), T, VOCAB)
+    assert not (ids[1:] == ids[:-1]).any(), 'the corpus repeats no token at once'
+    model, plain = trained_on(DocumentStarts(data, 0.2)), trained_on(data)
+    start, word = torch.full((290, 1), EOT), torch.arange(290)[:, None]
+    with torch.no_grad():
+        first = model(start[:1])[0, -1].softmax(-1)
+        second = model(torch.cat((start, word), 1))[:, -1].softmax(-1).gather(1, word)
+        without = plain(start[:1])[0, -1].softmax(-1)
+    assert first[EOT] < 0.05 and second.mean() < 0.02
+    assert first[:290].sum() > 0.9, 'a document begins with a word'
+    assert without[EOT] > 0.1 and without[:290].sum() < 0.2, 'without document starts a model does worse'
+    drawn = torch.stack(list(generate(model, start[:200], VOCAB, 8, temperature=1.0, eot_id=EOT)))  # (8, 200)
+    assert (drawn[0] != EOT).all() and (drawn[1:] != EOT).float().mean() > 0.95
 
 
 @pytest.mark.parametrize('options, message', [

@@ -473,24 +473,24 @@ def fastest_tiles(x, up, k, gated):
     """The execution of tiles that is expected to be fastest -> 'loop', 'dense', 'grouped' or 'triton'.
 
     up (E, h, C), k: tiles of a token, gated: the hidden units are gated_hidden.
-    'triton' has the same products as 'grouped', and about 60 % of its passes over memory (see triton_kernels.py). So it
-    is chosen on a GPU in bf16 or fp16 wherever it covers the block and has passed its check. In fp32, cuBLAS multiplies
-    faster than Triton. If a token goes to every tile, there is nothing to sort."""
+    'triton' has the same products as 'grouped' and saves 14 of about 33 passes over the rows (see triton_kernels.py).
+    It is chosen on a GPU in bf16 or fp16, where it covers the block and has passed its check. There are exceptions:
+      - C h over 1536^2. At 450 TFLOP/s in Triton and 600 in F.grouped_mm, the products lose what the passes save
+      - fp32, where cuBLAS is much faster than Triton
+      - tokens that go to every tile, because there is nothing to sort"""
     E, h, C = up.shape
     low, kind = autocast_dtype(x), x.device.type
-    if gated and HAS_TRITON and kind in TRITON_DEVICES and low.itemsize == 2 and k < E <= 256 and is_ampere(x.device):
+    has_tensor_cores = kind != 'cuda' or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    # grouped_mm needs rows of a multiple of 16 bytes
+    can_group = kind == 'cuda' and has_tensor_cores and low == torch.bfloat16 and h % 8 == C % 8 == 0
+    can_fuse = HAS_TRITON and kind in TRITON_DEVICES and has_tensor_cores and low.itemsize == 2
+    if can_fuse and gated and k < E <= 256 and (C * h <= 1536 ** 2 or not can_group):
         from triton_kernels import works
         if works(x.device, low, E, k, C, h):
             return 'triton'
     if kind == 'cpu':
         return 'loop'
-    aligned = h % 8 == C % 8 == 0  # grouped_mm needs rows of a multiple of 16 bytes
-    can_group = kind == 'cuda' and hasattr(F, 'grouped_mm') and low == torch.bfloat16 and aligned
-    return 'grouped' if can_group and is_ampere(x.device) else 'dense'
-
-
-def is_ampere(device):
-    return device.type != 'cuda' or torch.cuda.get_device_capability(device) >= (8, 0)
+    return 'grouped' if can_group else 'dense'
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def sort_kernel(tiles, counts, pairs, ends, n_pairs, n_programs, E: tl.constexpr
     is_tile = (tile[:, None] == e[None, :]).to(tl.int32)
     row = (end - blocks) * ROWS + before + tl.cumsum(is_tile, 0) - 1
     tl.store(pairs + tl.sum(is_tile * row, 1), pair, mask=pair < n_pairs)
-    tl.store(ends + e, end, mask=(e >= 0) & (tl.program_id(0) == 0))
+    if tl.program_id(0) == 0:
+        tl.store(ends + e, end)
 
 
 @triton.jit

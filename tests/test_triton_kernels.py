@@ -248,5 +248,20 @@ def test_blocks_that_the_kernels_do_not_cover_keep_their_values(keys):
 
 
 @outside
+@pytest.mark.parametrize('capability, dtype, h, C, expected', [
+    ((9, 0), torch.bfloat16, 768, 768, 'triton'), ((9, 0), torch.bfloat16, 2048, 2048, 'grouped'),
+    ((9, 0), torch.float16, 2048, 2048, 'triton'), ((9, 0), torch.bfloat16, 2049, 2048, 'triton'),
+    ((9, 0), torch.float32, 768, 768, 'dense'), ((7, 5), torch.float16, 768, 768, 'dense')], ids=str)
+def test_a_gpu_uses_the_kernels_where_passes_over_memory_cost_more_than_products(
+        monkeypatch, capability, dtype, h, C, expected):
+    monkeypatch.setitem(sys.modules, 'triton_kernels', types.SimpleNamespace(works=lambda *shape: True))
+    monkeypatch.setattr(kernels, 'HAS_TRITON', True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    x = types.SimpleNamespace(device=torch.device('cuda', 0), dtype=dtype)
+    assert fastest_tiles(x, torch.empty(8, h, C, device='meta'), 2, gated=True) == expected
+
+
+@outside
 def test_on_a_cpu_nothing_changes():
-    assert fastest_tiles(torch.randn(4, 16), torch.randn(4, 24, 16), 2, gated=True) == 'loop'
+    with torch.autocast('cpu', torch.bfloat16):
+        assert fastest_tiles(torch.randn(4, 16), torch.randn(4, 24, 16), 2, gated=True) == 'loop'

@@ -379,7 +379,6 @@ class TriX(nn.Module):
         h = config.trix_hidden or config.n_embd
         self.n_routed, self.shared, self.int8 = E, config.trix_shared, config.act_bits == 8
         self.act = ACTS.get(config.trix_cut)
-        self.gated = self.act is None and not self.int8  # the hidden units are gated_hidden, nothing more
         self.slope = nn.Parameter(torch.empty(E)) if self.act else None
         # A shared tile is the last tile.
         self.up = nn.Parameter(torch.empty(E + self.shared, h * (1 + (self.act is swiglu)), config.n_embd))
@@ -436,7 +435,7 @@ class TriX(nn.Module):
         tiles, gates = self.route(x, up, signature)
         x = int8(x) if self.int8 else x
         how = self.execution if self.execution != 'auto' else self.fastest(x)
-        if how == 'triton' and self.gated:
+        if how == 'triton' and self.act is None and not self.int8:
             y = triton_tiles(x, up, down, tiles, gates)
         elif how == 'dense':
             y = dense_tiles(x, up, down, tiles, gates, self.hidden)
@@ -445,7 +444,7 @@ class TriX(nn.Module):
         return (y if self.down_bias is None else y + self.down_bias.type_as(y)).view(shape)
 
     def fastest(self, x):
-        return fastest_tiles(x, self.up, self.k + self.shared, self.gated)
+        return fastest_tiles(x, self.up, self.k + self.shared, gated=self.act is None and not self.int8)
 
     def flops_per_token(self, T):  # forward FLOPs, without the matrices: the scores
         return 2 * self.n_routed * self.n_embd

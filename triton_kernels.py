@@ -11,7 +11,7 @@ other schedule than `ends`, the end block of each tile. The padding costs at mos
 upper bound that depends on shapes only, so nothing waits for the GPU.
 
 Forward:
-  z = x up^T       reads the rows of tokens in place, and sums relu(z)^4 of each row for the norm
+  z = x up^T         reads the rows of tokens in place, and sums relu(z)^4 of each row for the norm
   y = hidden down^T  makes the hidden units from z on the way, and writes the row of each pair in the order of tokens
   the k rows of a token are added
 Backward reads z again, and saves no hidden units:
@@ -221,8 +221,9 @@ def launch_options(x):
     """Depth of a product's steps, warps and stages. By rule, not by timing, which could change the bits of a run."""
     if x.dtype.itemsize == 4:
         return {'INNER': 32, 'num_warps': 4, 'num_stages': 2}
-    # A100, H100 and B200 have 160 KB and more of shared memory per multiprocessor, other cards 100 KB
-    large = x.is_cuda and torch.cuda.get_device_capability(x.device) in ((8, 0), (9, 0), (10, 0))
+    # A100, H100 and B200 have 160 KB and more of shared memory per multiprocessor, other cards have 100 KB
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    large = capability == (8, 0) or capability[0] in (9, 10)
     return {'INNER': 64 if large else 32, 'num_warps': 8, 'num_stages': 3}
 
 
@@ -276,6 +277,7 @@ def weight_gradient(a, b, pairs, ends, gates, weights, gather_a):
 def tiles_forward(x: Tensor, up: Tensor, down: Tensor, tiles: Tensor, gates: Tensor) -> tuple[
         Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> (rows of the pairs (N k, C), and for backward: z, squares, pairs, ends)."""
+    x, up, down, tiles, gates = (t.contiguous() for t in (x, up, down, tiles, gates))
     with torch.cuda.device_of(x):
         rows, h = rows_per_block(x.dtype), up.size(1)
         pairs, ends = sort(tiles.flatten(), len(up), rows)
@@ -297,6 +299,7 @@ def _(x, up, down, tiles, gates):
 def tiles_backward(grad: Tensor, x: Tensor, up: Tensor, down: Tensor, gates: Tensor, z: Tensor, squares: Tensor,
                    pairs: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> (rows of the gradient of x (N k, C), gradients of up, down and gates). grad (N, C): of the sums of rows."""
+    grad, x, up, down, gates = (t.contiguous() for t in (grad, x, up, down, gates))
     with torch.cuda.device_of(x):
         h, rows = up.size(1), rows_per_block(x.dtype)
         columns, parts = columns_per_block(h, x.dtype), squares.size(1)
@@ -313,8 +316,8 @@ def tiles_backward(grad: Tensor, x: Tensor, up: Tensor, down: Tensor, gates: Ten
 
 @tiles_backward.register_fake
 def _(grad, x, up, down, gates, z, squares, pairs, ends):
-    return (x.new_empty(gates.numel(), x.size(1)), torch.empty_like(up), torch.empty_like(down),
-            torch.empty_like(gates))
+    return (x.new_empty(gates.numel(), x.size(1)), up.new_empty(up.shape), down.new_empty(down.shape),
+            gates.new_empty(gates.shape))
 
 
 class TilesByTriton(torch.autograd.Function):
@@ -329,7 +332,7 @@ class TilesByTriton(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, up, down, gates, *saved = ctx.saved_tensors
-        grad = grad.to(x.dtype).contiguous()  # under autocast, a sum has an fp32 result
+        grad = grad.to(x.dtype)  # under autocast, a sum has an fp32 result
         dx, d_up, d_down, d_gates = tiles_backward(grad, x, up, down, gates, *saved)
         return dx.view(*gates.shape, -1).sum(1), d_up, d_down, None, d_gates
 
@@ -338,19 +341,21 @@ def tiles_by_triton(x, up, down, tiles, gates):
     """The sum over the k tiles of a token of down_e(gate RMSNorm(relu(up_e x)^2)), deterministic, with gradients.
 
     x (N, C), up (E, h, C) and down (E, C, h) in one dtype, tiles (N, k) int64, gates (N, k) fp32 -> (N, C)."""
-    return TilesByTriton.apply(x.contiguous(), up.contiguous(), down.contiguous(), tiles.contiguous(),
-                               gates.contiguous())
+    return TilesByTriton.apply(x, up, down, tiles, gates)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The check before the first use
 
 def plain_tiles(x, up, down, tiles, gates):
-    """The formula of tiles_by_triton: every tile multiplies every token."""
-    weight = torch.zeros(len(x), len(up), device=x.device).scatter(1, tiles, gates)  # (N, E)
-    u = F.relu(torch.einsum('nc,ehc->neh', x, up)).square()
-    hidden = u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    return torch.einsum('neh,ech,ne->nc', hidden, down, weight)
+    """The formula of tiles_by_triton, one tile after the other."""
+    y = torch.zeros_like(x)
+    for e in range(len(up)):
+        token, place = (tiles == e).nonzero(as_tuple=True)
+        u = F.relu(x[token] @ up[e].T).square()
+        hidden = gates[token, place, None] * u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        y = y.index_add(0, token, hidden @ down[e].T)
+    return y
 
 
 @functools.cache

@@ -18,7 +18,8 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
                                             # --match=params, flops, bytes or time
     python bench.py quality --preset=trix   # TriX against dense FFNs at 6 x 256, rates tuned alike (a GPU, or a day)
     python bench.py frontier                # loss against compute, file size, decoding speed: dense, BitNet, TriX
-    python bench.py peers --nanogpt=PATH    # a checkout of nanoGPT: its model and loop against ours
+    python bench.py peers --nanogpt=PATH    # a checkout of nanoGPT: its model and loop against ours; on a GPU the
+                                            # speed of GPT-2 with 124M parameters (ten minutes)
     python bench.py peers --nanogpt=PATH --shakespeare  # its Shakespeare run against ours (half an hour)
     python bench.py peers --llama_cpp       # packed models decode beside llama.cpp (two minutes)
     python bench.py convert                 # a dense model made ternary: loss, size and speed of each stage

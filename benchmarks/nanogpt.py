@@ -2,6 +2,7 @@
 nanoGPT's own train.py beside ours, on the same machine and the same tokens: `bench.py peers --nanogpt=PATH`.
 
 speed and race: a GPT of 3 layers with width 128 on Python's library. shakespeare: nanoGPT's best-known run.
+On a GPU, gpt2: the speed of GPT-2 with 124M parameters.
 """
 import importlib.util
 import json
@@ -19,6 +20,7 @@ from benchmarks.measure import ROOT, compare, mean_and_sd, report, whole_process
 from benchmarks.quality import SPEEDRUN, ensure_trained, evaluations
 from configurator import read_json
 from corpora.opening import open_dataset
+from model import GPT, GPTConfig
 from runtime import device as hardware
 from runtime.runlog import read_lines
 
@@ -34,10 +36,16 @@ ONLY_STEPS = ['--eval_interval=0', '--sample_interval=0', '--save_interval=0', '
 SHAKESPEARE = ['config/train_shakespeare_char.py', '--compile=False', '--eval_iters=20', '--log_interval=1',
                '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4', '--n_embd=128', '--max_iters=2000',
                '--lr_decay_iters=2000', '--dropout=0.0']
+# GPT-2 of 124M parameters, compiled, without biases and dropout as in nanoGPT's README
+GPT2_SHAPE = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, positions='learned',
+                       norm='layernorm')
+GPT2_SEQUENCES = 128  # in a step, which are 131,072 tokens
 # Runs nanoGPT's train.py with a number added to its seed, which is a constant there. The number is the first argument.
+# At the end it prints the peak of the memory on the GPU, which nanoGPT does not show.
 WITH_SEED = ("import sys, torch; plain, seed = torch.manual_seed, int(sys.argv.pop(1)); "
              "torch.manual_seed = lambda n: plain(n + seed); "
-             "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; exec(open('train.py').read())")
+             "sys.path.insert(0, '.'); sys.argv[0] = 'train.py'; exec(open('train.py').read()); "
+             "print(f'peak: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB')")
 
 
 def missing_from_nanogpt(path):
@@ -54,16 +62,16 @@ def missing_from_nanogpt(path):
     return ''
 
 
-def nanogpt(config, data, folder, out, seed, *words):
+def nanogpt(config, data, folder, out, seed, *words, n_vocab=0):
     """
     -> (directory, command line) of nanoGPT's own train.py on our bins, which are linked in `folder` as it expects
-    them. words: its config file and options.
+    them. words: its config file and options. n_vocab: of its model, 0: that of the data.
     """
     for split in ('train', 'val'):
         (folder / f'{split}.bin').unlink(missing_ok=True)
         os.symlink((data.path / f'{split}.bin').resolve(), folder / f'{split}.bin')
     # nanoGPT reads the size of the vocabulary from a pickled dict; this is {'vocab_size': n} in protocol 0.
-    (folder / 'meta.pkl').write_bytes(b'(dVvocab_size\nI%d\ns.' % data.n_vocab)
+    (folder / 'meta.pkl').write_bytes(b'(dVvocab_size\nI%d\ns.' % (n_vocab or data.n_vocab))
     device = hardware.resolve(config.device, config.dtype)[0].type
     return Path(config.nanogpt).resolve(), [
         sys.executable, '-c', WITH_SEED, seed, *words, f'--device={device}', f'--dataset={folder.resolve()}',
@@ -71,12 +79,87 @@ def nanogpt(config, data, folder, out, seed, *words):
 
 
 def peers(config):
-    """nanoGPT against ours. --shakespeare: only its Shakespeare run. --quick: only the speed."""
+    """
+    nanoGPT against ours. On a GPU: the speed of GPT-2. On a CPU: small models. --quick: only their speed.
+    --shakespeare: only nanoGPT's Shakespeare run.
+    """
     if config.shakespeare:
         return shakespeare(config)
+    if hardware.resolve(config.device, config.dtype)[0].type == 'cuda':
+        return gpt2(config)
     speed_and_race(config)
     if not config.quick:
         shakespeare(config)
+
+
+def gpt2(config):
+    """
+    The speed of GPT-2 with 124M parameters, compiled: nanoGPT's own train.py, ours with the same model, and on a GPU
+    that has it ours with --dtype=fp8. Three rounds in turn, each run a process of its own, 131,072 tokens a step.
+
+    The tokens are of Python's library with a vocabulary of 8,192, because only the speed is measured. The model has
+    the 50,304 entries of nanoGPT's. `MFU` counts the FLOPs of both models alike, relative to the peak of bfloat16.
+    """
+    device, dtype, _ = hardware.resolve(config.device, config.dtype)
+    gpu, block_size = device.type == 'cuda', GPT2_SHAPE.block_size
+    data = open_dataset(settings.load(['--dataset=pylib', '--vocab_size=8192', f'--block_size={block_size}']))
+    large = gpu and torch.cuda.get_device_properties(device).total_memory > 60e9
+    rows, steps = 32 if large else 8, config.repeats + 5
+    shape = {key: getattr(GPT2_SHAPE, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size')}
+    shape = [f'--{key}={value}' for key, value in (shape | {'batch_size': rows}).items()]
+    step_tokens = GPT2_SEQUENCES * block_size
+    ours = [sys.executable, 'train.py', *shape, f'--batch_tokens={step_tokens}',
+            f'--vocab_size={GPT2_SHAPE.vocab_size}', f'--positions={GPT2_SHAPE.positions}', f'--norm={GPT2_SHAPE.norm}',
+            f'--ffn={GPT2_SHAPE.ffn}', f'--dataset={data.path.resolve()}', f'--device={config.device}',
+            f'--max_steps={steps}', *ONLY_STEPS]
+    precisions = {'ours': config.dtype}
+    if gpu and torch.cuda.get_device_capability(device) >= (8, 9):
+        precisions['ours, fp8'] = 'fp8'
+
+    def commands(folder, repeat):
+        theirs = nanogpt(config, data, folder, folder / 'theirs', 0, *shape, '--dropout=0.0', '--bias=False',
+                         f'--gradient_accumulation_steps={GPT2_SEQUENCES // rows}', '--eval_iters=1',
+                         '--log_interval=1', '--eval_interval=1000000', f'--max_iters={steps}',
+                         n_vocab=GPT2_SHAPE.vocab_size)
+        runs = {'nanoGPT': theirs}
+        for name, precision in precisions.items():
+            runs[name] = ROOT, [*ours, f'--dtype={precision}', f'--out_dir={folder}/{precision}{repeat}']
+        return runs
+    step_sizes = dict.fromkeys(('nanoGPT', *precisions), step_tokens)
+    times, memory = run_in_turn(commands, step_sizes, step_tokens, steps, gpu)
+    with torch.device('meta'):
+        flops = GPT(GPT2_SHAPE).flops_per_token()
+    peak = hardware.peak_flops(device, dtype)
+    speeds = [{**row, 'tokens/s': step_tokens / row['seconds']} for row in compare(times, 'nanoGPT')]
+    report('peers', [{**row, 'MFU': flops * row['tokens/s'] / peak if peak else 'unknown',
+                      'peak GB': memory[row['name']]} for row in speeds],
+           config, ' --nanogpt=PATH', name='peers_gpt2', batch_size=rows)
+
+
+def run_in_turn(commands, batch_tokens, reference_tokens, steps, gpu):
+    """
+    Three rounds of training runs, each run a process of its own.
+
+    commands: a function of a folder and the number of the round -> {name: (directory, command line)}
+    batch_tokens: {name: tokens of a step}
+    -> {name: seconds of each step, scaled to reference_tokens}, {name: peak GB, with `gpu` that of its tensors}
+    """
+    times, memory = {name: [] for name in batch_tokens}, dict.fromkeys(batch_tokens, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(3):
+            for name, (cwd, words) in commands(Path(folder), repeat).items():
+                _, peak, output = whole_process(words, cwd=cwd)
+                if gpu:
+                    peak = max(map(float, re.findall(r'(?:^peak:|tokens/s) +([\d.]+) GB', output, re.M)))
+                if name == 'nanoGPT':
+                    seconds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', output)]
+                else:
+                    speeds = re.findall(r'([\d,]+) tokens/s', output)
+                    seconds = [batch_tokens[name] / float(speed.replace(',', '')) for speed in speeds]
+                # The first steps warm up.
+                times[name] += [reference_tokens / batch_tokens[name] * s for s in seconds[4:steps]]
+                memory[name] = max(memory[name], peak)
+    return times, memory
 
 
 def speed_and_race(config):
@@ -89,28 +172,17 @@ def speed_and_race(config):
     data = open_dataset(settings.load(['--dataset=pylib', '--vocab_size=8192', '--block_size=256']))
     recipe, steps = str(ROOT / 'config' / SPEEDRUN), config.repeats + 5
     batch_tokens = {'nanoGPT': PEER_BATCH, 'ours': PEER_BATCH, 'speedrun_tiny': settings.load([recipe]).batch_tokens}
-    times, memory = {name: [] for name in batch_tokens}, dict.fromkeys(batch_tokens, 0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for repeat in range(3):
-            shared = [f'--dataset={data.path.resolve()}', f'--device={device}', f'--max_steps={steps}', *ONLY_STEPS]
-            commands = {
-                'nanoGPT': nanogpt(config, data, folder, folder / 'theirs', 0, *PEER_OPTIONS,
-                                   '--eval_interval=1000000', f'--max_iters={steps}'),
-                'ours': (ROOT, [sys.executable, 'train.py', *PEER_SHAPE, *SAME_MODEL, *shared,
-                                f'--out_dir={folder}/ours{repeat}']),
-                'speedrun_tiny': (ROOT, [sys.executable, 'train.py', recipe, *shared, '--warmup_steps=0',
-                                         f'--out_dir={folder}/fast{repeat}'])}
-            for name, (cwd, words) in commands.items():
-                _, peak, output = whole_process(words, cwd=cwd)
-                if name == 'nanoGPT':
-                    seconds = [float(ms) / 1000 for ms in re.findall(r'time ([\d.]+)ms', output)]
-                else:
-                    speeds = re.findall(r'([\d,]+) tokens/s', output)
-                    seconds = [batch_tokens[name] / float(speed.replace(',', '')) for speed in speeds]
-                # The first steps warm up. The others are scaled to as many tokens as a step of nanoGPT has.
-                times[name] += [PEER_BATCH / batch_tokens[name] * s for s in seconds[4:steps]]
-                memory[name] = max(memory[name], peak)
+    shared = [f'--dataset={data.path.resolve()}', f'--device={device}', f'--max_steps={steps}', *ONLY_STEPS]
+
+    def commands(folder, repeat):
+        return {
+            'nanoGPT': nanogpt(config, data, folder, folder / 'theirs', 0, *PEER_OPTIONS,
+                               '--eval_interval=1000000', f'--max_iters={steps}'),
+            'ours': (ROOT, [sys.executable, 'train.py', *PEER_SHAPE, *SAME_MODEL, *shared,
+                            f'--out_dir={folder}/ours{repeat}']),
+            'speedrun_tiny': (ROOT, [sys.executable, 'train.py', recipe, *shared, '--warmup_steps=0',
+                                     f'--out_dir={folder}/fast{repeat}'])}
+    times, memory = run_in_turn(commands, batch_tokens, PEER_BATCH, steps, device == 'cuda')
     count = min(map(len, times.values()))
     rows = compare({name: seconds[:count] for name, seconds in times.items()}, 'nanoGPT')
     report('peers', [{**row, 'tokens/s': PEER_BATCH / row['seconds'], 'peak GB': memory[row['name']],

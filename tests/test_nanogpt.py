@@ -1,11 +1,15 @@
 """nanoGPT beside ours: its own commands are run, with every seed, and both losses are on the same text."""
 import json
 import math
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import bench
+import settings
 from benchmarks import nanogpt
 from benchmarks.measure import ROOT, whole_process
 from configurator import UserError
@@ -144,3 +148,43 @@ def test_shakespeare_runs_the_three_commands_in_turn_and_compares_losses_per_cha
     assert rows['shakespeare']['nats per character'] == pytest.approx(2 * math.log(2))
     assert rows['shakespeare_char']['nats per character'] == pytest.approx(4 * math.log(2))
     assert 'nanoGPT, seed 1338: 8.1000 nats per character' in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_peer_is_gpt2_with_the_same_model_batch_and_vocabulary_on_both_sides(tmp_path, monkeypatch):
+    """The GPU is a stand-in, and so are our runs. nanoGPT's first rounds compile, and they do not count."""
+    monkeypatch.chdir(tmp_path)
+    data, started = prepared(write_jsonl(tmp_path / 'a.jsonl', texts(60)), tmp_path / 'data' / 'x'), []
+    monkeypatch.setattr(nanogpt, 'open_dataset', lambda config: TokenData(data, 16, 300))
+    monkeypatch.setattr(nanogpt.hardware, 'resolve', lambda *_: (torch.device('cuda'), torch.bfloat16, 'a stand-in'))
+    monkeypatch.setattr(nanogpt.hardware, 'peak_flops', lambda *_: 989e12)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=141e9))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr('benchmarks.measure.machine', lambda config: 'stand-in')
+    monkeypatch.setattr('benchmarks.measure.facts', lambda *_: {})
+
+    def run(words, cwd):
+        words = [str(word) for word in words]
+        started.append(words)
+        if words[1] == '-c':
+            meta = next(word for word in words if word.startswith('--dataset=')).partition('=')[2]
+            assert pickle.loads((Path(meta) / 'meta.pkl').read_bytes()) == {'vocab_size': 50304}
+            times = [9000.0] * 4 + [260.0 + i for i in range(4)]
+            return 60.0, 1.0, '\n'.join(f'iter {i}: loss 9.0, time {ms:.2f}ms, mfu 1%' for i, ms in enumerate(times)) + '\npeak: 33.30 GB\n'
+        speed = 600_000 if '--dtype=fp8' in words else 550_000
+        line = f'step 1/8 (12 %)  loss 9.0  lr 1e-3  {speed:,} tokens/s  31.20 GB  0:01 left\n'
+        return 60.0, 1.0, 8 * line
+    monkeypatch.setattr(nanogpt, 'whole_process', run)
+    bench.main(['peers', f"--nanogpt={checkout(tmp_path / 'nano')}", '--repeats=3', f'--out={tmp_path}/results'])
+    result = json.loads((tmp_path / 'results' / 'stand-in' / 'peers_gpt2.json').read_text())
+    rows = {row['name']: row for row in result['rows']}
+    assert list(rows) == ['nanoGPT', 'ours', 'ours, fp8'] and len(started) == 9
+    assert rows['nanoGPT']['seconds'] == pytest.approx(0.2615) and rows['nanoGPT']['peak GB'] == 33.3
+    assert rows['ours']['tokens/s'] == pytest.approx(550_000) and rows['ours']['peak GB'] == 31.2
+    assert rows['ours']['ratio'] == pytest.approx(0.2615 * 550_000 / 131_072)
+    assert rows['ours']['MFU'] == pytest.approx((6 * 123.6e6 + 12 * 12 * 768 * 1024) * 550_000 / 989e12, rel=0.001)
+    theirs, ours, fp8 = (set(words) for words in started[:3])
+    same = {'--n_layer=12', '--n_head=12', '--n_embd=768', '--block_size=1024', '--batch_size=32'}
+    assert same | {'--gradient_accumulation_steps=4', '--bias=False', '--device=cuda', '--max_iters=8'} < theirs
+    assert same | {'--batch_tokens=131072', '--vocab_size=50304', '--norm=layernorm', '--positions=learned'} < ours
+    assert {word for word in fp8 - ours if 'out_dir' not in word} == {'--dtype=fp8'}
+    settings.load([word for word in started[1] if word.startswith('--')])  # train.py takes our command line

@@ -235,10 +235,14 @@ def ternary_weight(weight, value, share):
 def ternary_statistics(weight, codes, scale, before):
     """Statistics of the codes -> (statistics, int8 codes now). before: the int8 codes of the last call, or None."""
     now = codes.to(torch.int8)
-    return {'ternary_minus': (codes < 0).float().mean().item(), 'ternary_zero': (codes == 0).float().mean().item(),
-            'ternary_plus': (codes > 0).float().mean().item(), 'ternary_scale': scale.mean().item(),
-            'ternary_flips': None if before is None else (now != before).float().mean().item(),
-            'ternary_fence': (((weight.detach() / scale).abs() - 0.5).abs() < 0.05).float().mean().item()}, now
+    found = {'ternary_minus': codes < 0, 'ternary_zero': codes == 0, 'ternary_plus': codes > 0, 'ternary_scale': scale,
+             'ternary_flips': codes != (codes if before is None else before),
+             'ternary_fence': ((weight.detach() / scale).abs() - 0.5).abs() < 0.05}
+    means = torch.stack([values.float().mean() for values in found.values()]).tolist()  # one device sync
+    found = dict(zip(found, means))
+    if before is None:
+        found['ternary_flips'] = None
+    return found, now
 
 
 def int8(x):

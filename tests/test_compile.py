@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from test_blocks import VARIANTS, T, V, build, tokens
 
@@ -100,6 +101,34 @@ def test_embeddings_taps_norms_and_head(monkeypatch, name, backend, changes):
 def test_under_bf16_autocast(monkeypatch, name, execution, backend):
     """bf16 has 8 bits: sums in another order differ by 2^-8, and where that tips an int8 code over, by a 127th of the largest one."""
     compare(monkeypatch, name, execution, backend, bf16=True, tolerance=(2e-3, 0.06))
+
+
+def saved_activations(monkeypatch, **keys):
+    """{dtype: bytes} of the activations that a compiled forward in bf16 saves for backward."""
+    model, idx, saved = GPT(GPTConfig(n_layer=1, n_head=4, n_embd=64, vocab_size=128, block_size=64, **keys)), tokens(4, 64), {}
+
+    def partition(joint, inputs, num_fwd_outputs, **options):
+        forward, backward = min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **options)
+        for node in forward.graph.output_node().args[0][num_fwd_outputs:]:
+            value = getattr(node, 'meta', {}).get('val')
+            if torch.is_tensor(value) and node.op != 'placeholder' and value.numel() >= idx.numel() * 64 and value.shape[0] in (4, 256):
+                saved[value.dtype] = saved.get(value.dtype, 0) + value.nbytes
+        return forward, backward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiler, 'BACKEND', aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), partition_fn=partition))
+    with torch.autocast('cpu', torch.bfloat16):
+        compiler.compiled(model)(idx, idx).backward()
+    return saved
+
+
+@SLOW
+def test_a_compiled_bitnet_saves_hardly_more_for_backward_than_its_dense_twin(monkeypatch):
+    """Its codes of activations and weights are saved in bf16. In fp32 there is the residual stream, as in the twin."""
+    dense, bitnet = (saved_activations(monkeypatch, ffn='swiglu', linear=linear) for linear in ('dense', 'bitnet'))
+    assert set(dense) == set(bitnet) == {torch.float32, torch.bfloat16}
+    assert bitnet[torch.float32] == dense[torch.float32]
+    assert sum(bitnet.values()) <= 1.15 * sum(dense.values())
 
 
 # ---- resonance

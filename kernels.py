@@ -240,9 +240,7 @@ def ternary_statistics(weight, codes, scale, before):
              'ternary_fence': ((weight.detach() / scale).abs() - 0.5).abs() < 0.05}
     means = torch.stack([values.float().mean() for values in found.values()]).tolist()  # one device sync
     found = dict(zip(found, means))
-    if before is None:
-        found['ternary_flips'] = None
-    return found, now
+    return found | ({'ternary_flips': None} if before is None else {}), now
 
 
 def int8(x):

@@ -116,7 +116,8 @@ class Muon(torch.optim.Optimizer):
         return grad.lerp(mean, momentum)
 
 
-# A parameter with more weights than this is orthogonalized alone: a batch is no faster and takes more memory.
+# A parameter with more weights is orthogonalized alone: a batch is no faster and takes more memory. Four times this
+# on a GPU, which one matrix of GPT-2 does not fill.
 LARGEST_IN_A_BATCH = 2**20
 
 
@@ -126,7 +127,8 @@ def orthogonal_batches(params, updates):
     A stack of matrices may be sharded by FSDP: each process has some of its matrices, all of them whole."""
     together = defaultdict(list)
     for p in params:
-        together[p.shape[-2:], id(p) if p.numel() > LARGEST_IN_A_BATCH else 0].append(p)
+        limit = LARGEST_IN_A_BATCH * (4 if p.is_cuda else 1)
+        together[p.shape[-2:], id(p) if p.numel() > limit else 0].append(p)
     for (shape, _), batch in together.items():
         stacks = [updates.pop(p).reshape(-1, *shape) for p in batch]
         yield from zip(batch, orthogonal(torch.cat(stacks)).split([len(stack) for stack in stacks]))

@@ -637,6 +637,8 @@ def product_convolution(u, nu, theta, re, im, S, dtype):
     S = 256, that is 69 GFLOP for a sequence. A product in bf16 sums in fp32. Tables of powers have fp64 exponents.
     Everything is plain real arithmetic, so torch.compile fuses it with the gates around it."""
     B, T, C = u.shape
+    # len(range()) makes torch.compile compile each shape anew. Variable shapes take it minutes.
+    B, T = len(range(B)), len(range(T))
     K, n = len(nu), -(-T // S)
     u = F.pad(u, (0, 0, 0, n * S - T)).view(B * n, S, C).permute(2, 0, 1).to(dtype, memory_format=torch.contiguous_format)
     powers = real_powers(nu, theta, torch.arange(S + 1, device=u.device))  # (2, K, S + 1)
@@ -677,8 +679,13 @@ def product_chunk(tokens, T, K, limit):
     An estimate from the shape, not a measurement: a killed run must resume with the same values."""
     def cost(S):  # per token and channel, in multiplications of a tensor core. A pass over memory costs as much as 40
         states = 0 if S >= T else 4 * K + 4 * K * T / S ** 2 + 40 * 16 * K / S  # 8 passes over 2K states
-        return S + states + 40 * 5 * S ** 2 / tokens  # 5 passes over the Toeplitz matrices
-    return min((S for S in (*(2 ** i for i in range(4, 10)), T) if S <= min(limit, 512)), key=cost, default=limit)
+        passes = 40 * 5 * S ** 2 / tokens  # over the Toeplitz matrices
+        return (S + states + passes) * -(-T // S) * S / T  # the last chunk is padded
+    best = min(limit, 512)
+    for S in (16, 32, 64, 128, 256):
+        if S < min(limit, 512) and cost(S) < cost(best):
+            best = S
+    return best
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while tracing

@@ -640,7 +640,8 @@ def product_convolution(u, nu, theta, re, im, S, dtype):
     # len(range()) makes torch.compile compile each shape anew. Variable shapes take it minutes.
     B, T = len(range(B)), len(range(T))
     K, n = len(nu), -(-T // S)
-    u = F.pad(u, (0, 0, 0, n * S - T)).view(B * n, S, C).permute(2, 0, 1).to(dtype, memory_format=torch.contiguous_format)
+    dense = torch.contiguous_format
+    u = F.pad(u, (0, 0, 0, n * S - T)).view(B * n, S, C).permute(2, 0, 1).to(dtype, memory_format=dense)  # (C, B n, S)
     powers = real_powers(nu, theta, torch.arange(S + 1, device=u.device))  # (2, K, S + 1)
     back, ahead = powers[..., :S], powers[..., 1:]
     h = re.T @ back[0] - im.T @ back[1]  # (C, S)
@@ -656,7 +657,7 @@ def product_convolution(u, nu, theta, re, im, S, dtype):
         re, im = re[..., None, None], im[..., None, None]
         state = torch.stack((re * real - im * imaginary, -re * imaginary - im * real)).to(dtype)  # (2, K, C, B, n)
         y = torch.addmm(y.flatten(0, 1), state.view(2 * K, C * B * n).T, ahead.flatten(0, 1).to(dtype))
-    return y.view(C, B, n * S)[..., :T].permute(1, 2, 0).to(torch.float32, memory_format=torch.contiguous_format)
+    return y.view(C, B, n * S)[..., :T].permute(1, 2, 0).to(torch.float32, memory_format=dense)
 
 
 def real_powers(nu, theta, t):  # t (n,) -> Re and Im of lambda^t, (2, K, n) fp32, as accurate as mode_powers

@@ -17,8 +17,8 @@ import settings
 from benchmarks.measure import (ROOT, Candidate, alike, compare, interleaved, packed_bytes, report, side_by_side, sizes,
                                 timed)
 from configurator import UserError
-from kernels import FUSED_DEVICES, autocast, chunked_cross_entropy
-from model import GPT, GPTConfig
+from kernels import (FUSED_DEVICES, GPT, PRODUCT_TOLERANCE, Attention, GPTConfig, Resonance, autocast,
+                     chunked_cross_entropy, fft_convolution, product_convolution)
 from runtime import compiler
 from runtime import device as hardware
 
@@ -31,6 +31,11 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 HEAD_SHAPES = {'cpu': (4096, 128, 8192), 'cuda': (32_768, 768, 50_304)}  # tokens, width, vocabulary
 FFN_SHAPES = {'cpu': ((128, 2048),), 'cuda': ((128, 65_536), (512, 65_536), (768, 32_768))}  # width, tokens
 CONTEXT_SHAPE = GPTConfig(n_embd=256, n_layer=4, n_head=4, vocab_size=4096, ffn='gelu')
+
+# One mixer: on a GPU with the sizes of config/resonance_32k.py
+MIXER_SHAPES = {'cpu': GPTConfig(block_size=2048, n_embd=128, n_head=2, num_frequencies=16),
+                'cuda': GPTConfig(block_size=32_768, n_embd=1024, n_head=16, num_frequencies=128)}
+PRODUCT_CHUNKS, FFT_CHUNKS = (64, 128, 256, 512), (256, 2048)
 
 
 def variants(shape):
@@ -163,6 +168,9 @@ def context(config):
     Attention and resonance over CONTEXTS: training steps of 8192 tokens (one sequence where the context is longer), and
     decoding steps of one sequence whose cache is nearly full. `ratio`: the speed of resonance over that of attention
     within a repeat. `spread`: the quartiles of the ratio over its median. `peak GB`: as in `blocks`.
+
+    Then the parts of a resonance layer: one mixer, and its convolution by FFTs and by matrix products in chunks of
+    several lengths. On a GPU also training steps of config/resonance_32k.py against its attention twin.
     """
     rows = []
     contexts = [T for T in CONTEXTS if T <= 4096 or not config.quick]
@@ -185,6 +193,65 @@ def context(config):
     last = [row for row in rows if row['context'] <= 8192][-1]
     print(f'crossover: {crossover(rows) or "none"}; '
           f'at {last["context"]:,} tokens resonance has {last["ratio"]:.3g} times the speed of attention')
+    mixers(config)
+    if not is_cpu(config):  # on a CPU, the table above has to do
+        attention_twin(config)
+
+
+def mixers(config):
+    """Forward and backward of one sequence: mixers of a shape in MIXER_SHAPES, and the convolution of resonance."""
+    device, dtype, description = hardware.resolve(config.device, config.dtype)
+    shape = MIXER_SHAPES.get(device.type, MIXER_SHAPES['cpu'])
+    torch.manual_seed(0)
+    x = torch.randn(1, shape.block_size, shape.n_embd, device=device, requires_grad=True)
+    weight = torch.randn_like(x)
+    attention, layer = Attention(shape).to(device), Resonance(shape).to(device)
+    layer.init_weights()
+    torch.nn.init.normal_(layer.out_proj.weight, std=0.02)
+    layer_input = [x, *layer.parameters()]
+    filters = [p.detach().requires_grad_() for p in (layer.nu, layer.theta, *layer.amplitudes())]
+
+    def mixer(module, inputs):
+        with autocast(device, dtype):
+            y = module(x)
+        torch.autograd.grad((y * weight).sum(), inputs)
+
+    def convolution(function, **options):
+        torch.autograd.grad((function(x, *filters, **options) * weight).sum(), [x, *filters])
+    steps = {'resonance': partial(mixer, layer, layer_input),
+             'attention': partial(mixer, attention, [x, *attention.parameters()])}
+    if compiler.choose('auto', device)[0]:
+        steps['resonance, compiled'] = partial(mixer, torch.compile(layer, fullgraph=True), layer_input)
+    for S in FFT_CHUNKS:
+        steps[f'convolution, FFT, chunks of {S}'] = partial(convolution, fft_convolution, S=min(S, shape.block_size))
+    low = dtype if dtype in PRODUCT_TOLERANCE else torch.float32
+    for S in PRODUCT_CHUNKS:
+        steps[f'convolution, products, chunks of {S}'] = partial(convolution, product_convolution, S=S, dtype=low)
+        if compiler.choose('auto', device)[0]:
+            # A function of its own for each length: torch.compile counts compilations per function.
+            compiled = torch.compile(partial(product_convolution, S=S, dtype=low), fullgraph=True)
+            steps[f'convolution, products, chunks of {S}, compiled'] = partial(convolution, compiled)
+    print(f'\na mixer of {shape.block_size:,} tokens, width {shape.n_embd}, {shape.num_frequencies} modes '
+          f'on {description}')
+    repeats = 2 if config.quick else config.repeats
+    times = interleaved({name: partial(timed, step, device) for name, step in steps.items()}, repeats, title='mixers')
+    rows = [{'part': row['name'], 'ms': 1000 * row['seconds'], 'spread': row['spread'], 'ratio': row['ratio']}
+            for row in compare(times, 'resonance')]
+    report('context', rows, config, name='mixers')
+
+
+def attention_twin(config):
+    """Training steps of config/resonance_32k.py, and of the same model with attention."""
+    options = settings.load([str(ROOT / 'config' / 'resonance_32k.py')])
+    shape = options.pick(GPTConfig)
+    models = {mixer: Candidate(replace(shape, mixer=mixer), options.batch_size, options=options)
+              for mixer in ('attention', 'resonance')}
+    repeats = 2 if config.quick else max(2, config.repeats // 3)
+    times, peaks = side_by_side('resonance_32k', models, repeats, config)
+    rows = [{'mixer': row['name'], 'tokens/s': options.batch_size * shape.block_size / row['seconds'],
+             'ratio to attention': row['ratio'], 'low': row['low'], 'high': row['high'],
+             'peak GB': peaks[row['name']]} for row in compare(times, 'attention')]
+    report('context', rows, config, name='resonance_32k')
 
 
 def crossover(rows):

@@ -99,6 +99,7 @@ def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
     shape = replace(blocks.CONTEXT_SHAPE, n_embd=16, n_layer=1, n_head=2, vocab_size=64)
     monkeypatch.setattr(blocks, 'CONTEXT_SHAPE', shape)
     monkeypatch.setattr(blocks, 'CONTEXTS', (128, 8192))  # --quick leaves the second one out
+    monkeypatch.setattr(blocks, 'MIXER_SHAPES', {'cpu': replace(shape, block_size=100, num_frequencies=4)})
     bench.main(['context', '--quick', '--device=cpu', f'--out={tmp_path}'])
     rows = written(tmp_path, 'context', [
         'context', 'attention tokens/s', 'resonance tokens/s', 'ratio', 'spread', 'attention peak GB', 'resonance peak GB',

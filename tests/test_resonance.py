@@ -3,7 +3,10 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
+import kernels
 from kernels import causal_convolution, fft_size, mode_powers
 from model import GPT, GPTConfig, Resonance
 
@@ -90,6 +93,123 @@ def test_gradients_equal_those_of_the_direct_sum():
     assert close(fast, slow)
     for a, b in zip(torch.autograd.grad((fast * weight).sum(), (u, h)), torch.autograd.grad((slow * weight).sum(), (u, h))):
         assert close(a, b)
+
+
+# ---- matrix products, as on a GPU
+
+@pytest.fixture
+def products(monkeypatch):
+    """Convolutions as on a GPU: product_convolution, after its check."""
+    monkeypatch.setattr(kernels, 'PRODUCT_DEVICES', {'cpu'})
+    kernels.product_problem.cache_clear()
+    yield
+    kernels.product_problem.cache_clear()
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize('T, S', [(64, 16), (61, 16), (37, 5), (20, 20), (5, 1), (1, 1), (300, 64)])
+def test_matrix_products_equal_the_direct_sum_in_fp64(T, S, dtype, tolerance):
+    layer, u, weight = resonance(T=T), torch.randn(2, T, 6), torch.randn(2, T, 6).bfloat16().double()
+    parameters = [p.detach() for p in (u, layer.nu, layer.theta, *layer.amplitudes())]
+
+    def direct(u, nu, theta, re, im):
+        t = torch.arange(T, dtype=torch.float64)[:, None]
+        powers = (t * torch.complex(-nu.exp(), theta)).exp()
+        h = (powers @ torch.complex(re, im)).real
+        return torch.stack([(h[:n + 1].flip(0) * u[:, :n + 1]).sum(1) for n in range(T)], 1)
+    exact, rounded = [p.double().requires_grad_() for p in parameters], [p.clone().requires_grad_() for p in parameters]
+    y, z = direct(*exact), kernels.product_convolution(*rounded, S, dtype)
+    assert z.dtype == torch.float32 and close(z, y, tolerance)
+    expected, found = (torch.autograd.grad((x * weight).sum(), p, allow_unused=True) for x, p in ((y, exact), (z, rounded)))
+    for a, b in zip(expected, found):
+        assert (a - b).norm() <= tolerance * a.norm()
+
+
+@pytest.mark.parametrize('T, chunk_size', [(64, 2048), (61, 7), (61, 16)])
+def test_a_layer_with_matrix_products_equals_one_with_ffts_whatever_the_chunk_size(products, monkeypatch, T, chunk_size):
+    found = []
+    for devices, limit in (({'cpu'}, chunk_size), (set(), 2048)):
+        monkeypatch.setattr(kernels, 'PRODUCT_DEVICES', devices)
+        layer, x = resonance(chunk_size=limit), torch.randn(3, T, 6, generator=torch.Generator().manual_seed(1))
+        y = layer(x)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in layer.parameters())])
+    assert kernels.product_problem.cache_info().misses == 1, 'checked once'
+    assert all(close(a, b, 1e-4) for a, b in zip(*found)) and not torch.equal(found[0][0], found[1][0])
+
+
+@torch.no_grad()
+def test_decoding_equals_the_full_forward_with_matrix_products(products):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=120, vocab_size=64, n_layer=2, n_embd=16, num_frequencies=8, mixer='resonance', chunk_size=16)).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.mul_(3)
+    idx = torch.randint(64, (2, 119))
+    cache = model.new_cache(2)
+    got = torch.cat([model(part, cache=cache) for part in idx.split([70, 1, 37, *[1] * 11], 1)], 1)
+    assert close(got, model(idx))
+
+
+def test_a_compiled_model_with_matrix_products_has_no_complex_numbers_and_equals_eager_execution(products):
+    complex_nodes, graphs = [], []
+
+    def inspect(graph, inputs):
+        graphs.append(graph)
+        values = [node.meta.get('val') for node in graph.graph.nodes]
+        complex_nodes.extend(value for value in values if torch.is_tensor(value) and value.is_complex())
+        return make_boxed_func(graph.forward)
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(block_size=61, vocab_size=50, n_layer=1, n_embd=16, n_head=2, num_frequencies=4, mixer='resonance', ffn='none',
+                          chunk_size=16))
+    fast = torch.compile(model, backend=aot_autograd(fw_compiler=inspect), fullgraph=True)
+    idx, found = torch.randint(50, (2, 62)), []
+    for module in (fast, model):
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = module(idx[:, :-1], idx[:, 1:])
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        assert kernels.product_problem.cache_info().misses == 1, 'checked while tracing'
+    assert all((a - b).norm() <= 0.05 * b.norm() for a, b in zip(*found))
+    assert len(graphs) == 2 and not complex_nodes
+
+
+def test_no_length_is_variable_in_a_compiled_graph_because_inductor_would_take_minutes(products):
+    layer, inputs = resonance(chunk_size=16), []
+
+    def record(graph, arguments):
+        inputs.extend(arguments)
+        return graph.forward
+    torch._dynamo.reset()
+    convolve = torch.compile(layer.convolve, backend=record, fullgraph=True)
+    for T in (64, 61, 50):
+        u = torch.randn(2, T, 6)
+        assert close(convolve(u), layer.convolve(u))
+    assert inputs and not any(isinstance(value, torch.SymInt) for value in inputs)
+
+
+@pytest.mark.parametrize('failure', ['raises', 'is wrong'])
+def test_matrix_products_that_fail_their_check_are_replaced_by_ffts_with_one_line(products, monkeypatch, capsys, failure):
+    product = kernels.product_convolution
+
+    def broken(u, *arguments, **options):
+        if failure == 'raises':
+            raise RuntimeError('no such instruction\nsecond line')
+        return 1.1 * product(u, *arguments, **options)
+    monkeypatch.setattr(kernels, 'product_convolution', broken)
+    layer, x = resonance(), torch.randn(2, 64, 6)
+    ys = [layer(x), layer(x)]
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith('resonance uses FFTs, which are slower: its matrix products in float32 fail on cpu: '
+                           + {'raises': 'RuntimeError: no such instruction', 'is wrong': 'relative error 0.1'}[failure])
+    monkeypatch.setattr(kernels, 'PRODUCT_DEVICES', set())
+    assert all(torch.equal(y, layer(x)) for y in ys)
+
+
+def test_the_chunk_length_is_chosen_from_the_shape_and_chunk_size_only_limits_it():
+    assert kernels.product_chunk(32_768, 32_768, 128, limit=2048) == 256
+    assert kernels.product_chunk(32_768, 32_768, 128, limit=128) == 128
+    assert kernels.product_chunk(64 * 48, 48, 64, limit=48) == 48, 'no states'
+    assert kernels.product_chunk(30, 30, 8, limit=5) == 5
 
 
 def test_fft_sizes_are_enough_and_fast():

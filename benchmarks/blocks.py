@@ -220,17 +220,18 @@ def mixers(config):
         torch.autograd.grad((function(x, *filters, **options) * weight).sum(), [x, *filters])
     steps = {'resonance': partial(mixer, layer, layer_input),
              'attention': partial(mixer, attention, [x, *attention.parameters()])}
-    if compiler.choose('auto', device)[0]:
+    use_compile, _ = compiler.choose('auto', device)
+    if use_compile:
         steps['resonance, compiled'] = partial(mixer, torch.compile(layer, fullgraph=True), layer_input)
     for S in FFT_CHUNKS:
         steps[f'convolution, FFT, chunks of {S}'] = partial(convolution, fft_convolution, S=min(S, shape.block_size))
     low = dtype if dtype in PRODUCT_TOLERANCE else torch.float32
     for S in PRODUCT_CHUNKS:
-        steps[f'convolution, products, chunks of {S}'] = partial(convolution, product_convolution, S=S, dtype=low)
-        if compiler.choose('auto', device)[0]:
-            # A function of its own for each length: torch.compile counts compilations per function.
-            compiled = torch.compile(partial(product_convolution, S=S, dtype=low), fullgraph=True)
-            steps[f'convolution, products, chunks of {S}, compiled'] = partial(convolution, compiled)
+        options = {'S': S, 'dtype': low}
+        steps[f'convolution, products, chunks of {S}'] = partial(convolution, product_convolution, **options)
+        if use_compile:
+            compiled = torch.compile(product_convolution, fullgraph=True, dynamic=False)
+            steps[f'convolution, products, chunks of {S}, compiled'] = partial(convolution, compiled, **options)
     print(f'\na mixer of {shape.block_size:,} tokens, width {shape.n_embd}, {shape.num_frequencies} modes '
           f'on {description}')
     repeats = 2 if config.quick else config.repeats

@@ -105,11 +105,41 @@ def test_context_writes_table_and_picture(tmp_path, monkeypatch, capsys):
         'context', 'attention tokens/s', 'resonance tokens/s', 'ratio', 'spread', 'attention peak GB', 'resonance peak GB',
         'attention ms/token', 'resonance ms/token'])
     assert [row['context'] for row in rows] == [128] and all(value > 0 for key, value in rows[0].items() if key != 'spread')
-    assert 'crossover: ' in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert 'crossover: ' in output and 'a mixer of 100 tokens, width 16, 4 modes' in output
+    parts = json.loads(result_file(tmp_path, 'mixers_quick.json').read_text())['rows']
+    assert [row['part'] for row in parts] == [
+        'resonance', 'attention', *(f'convolution, FFT, chunks of {S}' for S in (256, 2048)),
+        *(f'convolution, products, chunks of {S}' for S in (64, 128, 256, 512))]
+    assert all(row['ms'] > 0 for row in parts) and parts[0]['ratio'] == 1
     figure, speeds = Figure(), [rows[0]['attention tokens/s'], rows[0]['resonance tokens/s']]
     blocks.plot_context(rows, figure)
     low, high = figure.axes[0].get_ylim()
     assert 0.5 * min(speeds) < low < high < 2 * max(speeds)  # the logarithmic axis shows the lines, and little else
+
+
+def test_context_compares_the_preset_for_32k_tokens_with_its_attention_twin(tmp_path, monkeypatch):
+    def side_by_side(title, candidates, repeats, config):
+        assert all(c.batch_size == 4 and c.options.activation_checkpointing for c in candidates.values())
+        assert all((c.shape.block_size, c.shape.n_embd, c.shape.mixer) == (32_768, 1024, name) for name, c in candidates.items())
+        return {'attention': [2.0] * repeats, 'resonance': [1.0] * repeats}, {'attention': 20.0, 'resonance': 10.0}
+    monkeypatch.setattr(blocks, 'side_by_side', side_by_side)
+    blocks.attention_twin(bench.BenchConfig(device='cpu', out=str(tmp_path)))
+    rows = json.loads(result_file(tmp_path, 'resonance_32k.json').read_text())['rows']
+    assert rows[1] == {'mixer': 'resonance', 'tokens/s': 4 * 32_768, 'ratio to attention': 2.0, 'low': 2.0, 'high': 2.0, 'peak GB': 10.0}
+
+
+def test_mixers_are_measured_compiled_where_that_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, 'MIXER_SHAPES', {'cpu': replace(blocks.CONTEXT_SHAPE, block_size=30, n_embd=8, num_frequencies=2, n_head=2)})
+    monkeypatch.setattr(blocks, 'PRODUCT_CHUNKS', (8, 16))
+    monkeypatch.setattr(blocks.compiler, 'choose', lambda setting, device: (True, ''))
+    eager, compiled = torch.compile, []
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: compiled.append(function) or eager(
+        function, backend='eager', **options))
+    blocks.mixers(bench.BenchConfig(device='cpu', quick=True, out=str(tmp_path)))
+    rows = json.loads(result_file(tmp_path, 'mixers_quick.json').read_text())['rows']
+    assert [row['part'] for row in rows if row['part'].endswith('compiled')] == [
+        'resonance, compiled', *(f'convolution, products, chunks of {S}, compiled' for S in (8, 16))] and len(compiled) == 3
 
 
 def test_the_end_of_a_candidates_process_is_one_clear_line(monkeypatch):

@@ -1,4 +1,4 @@
-"""The numerics of model.py: ternary codes, tiles, FFT convolutions, documents, decoding caches, the chunked loss.
+"""The numerics of model.py: ternary codes, tiles, long convolutions, documents, decoding caches, the chunked loss.
 
 Each docstring states a formula of one or two lines. The tests compare the fast path with that formula.
 model.py imports this file.

@@ -54,7 +54,7 @@ class GPTConfig:
     # the masks depend on the seed and the sequences, so they are the same for any number of processes
     attention_every: int = 0  # attention in every n-th layer of a resonance model (0: in none)
     num_frequencies: int = 64  # damped oscillators of a resonance layer
-    chunk_size: int = 2048  # positions that a resonance layer convolves at a time: speed and memory, not the function
+    chunk_size: int = 2048  # positions that a resonance layer convolves at a time, at most: memory, not the function
     sub_norm: bool = True  # RMSNorm before the last matrix of a bitnet block (false: the plain Llama layout)
     trix_tiles: int = 8  # tiles of a TriX FFN
     trix_top_k: int = 2  # tiles a token is sent to
@@ -233,13 +233,13 @@ class Attention(nn.Module):
 
 
 class Resonance(nn.Module):
-    """A bank of damped oscillators, applied by FFT: y = q * (h (*) u + D u) with u = k v. It is causal by construction.
+    """A bank of damped oscillators: y = q * (h (*) u + D u) with u = k v. It is causal by construction.
 
     A causal depthwise convolution of width 4 filters z = W x (3C). The result splits into q, k and v.
     All channels of a layer share K modes lambda_k = exp(-exp(nu_k) + i theta_k). Channel c weighs mode k by
     a_kc = magnitude e^(i phase). Its filter is h_c[t] = Re sum_k a_kc lambda_k^t, t >= 0.
-    The convolution costs O(T log T). Decoding costs O(C K) per token at any context length. The matrices have 4 C^2
-    weights, as in attention. The gates and the short filter come from Hyena (arXiv:2302.10866), the decaying modes from
+    kernels.mode_convolution computes it. Decoding costs O(C K) per token at any context length. The matrices have
+    4 C^2 weights, as in attention. The gates and the short filter come from Hyena (arXiv:2302.10866), the modes from
     LRU (arXiv:2303.06349). A Resonance layer can replace the mixer or the FFN.
     """
     width = 4  # taps of the short filter

@@ -804,10 +804,10 @@ def document_ages(idx, eot_id, before):
     return positions - torch.cat((-before[:, None], begin), 1).cummax(1).values
 
 
-def document_mask(age, start):
-    """age (B, T) -> (B, 1, T, start + T) bool: True where a token sees a position. `start`: the first position."""
+def document_mask(age, start, n):
+    """age (B, T) -> (B, 1, T, n) bool: True where a token sees one of n positions. `start`: the first token's."""
     T = age.size(1)
-    distance = start + torch.arange(T, device=age.device)[:, None] - torch.arange(start + T, device=age.device)
+    distance = start + torch.arange(T, device=age.device)[:, None] - torch.arange(n, device=age.device)
     return ((distance >= 0) & (distance <= age[..., None]))[:, None]
 
 
@@ -900,8 +900,82 @@ def document_convolution(u, h, age, groups=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding: what each layer keeps of earlier positions
 
+class Cache:
+    """Decoding state for B sequences. layers: (cache of the mixer, cache of the FFN) of each block, None where none.
+
+    `pos` is the number of positions so far. It is an int, so the shapes of a step grow with it. Inside `at(position)`
+    it is a tensor instead: the step attends to the whole buffer with a mask. Then all shapes and addresses stay the
+    same, as a compiled step and a CUDA graph need."""
+
+    def __init__(self, B, block_size, layers):
+        self.B, self.block_size, self.layers = B, block_size, layers
+        self.pos, self.short = 0, ShortCache()
+        self.age = None  # with document_mask (B,): the document age of the next token
+
+    def parts(self):
+        return [self.short, *(part for pair in self.layers for part in pair if part is not None)]
+
+    def check(self, idx):
+        assert len(idx) == self.B, f'{len(idx)} sequences, but the cache was made for {self.B}'
+        if not torch.is_tensor(self.pos):
+            end = self.pos + idx.size(1)
+            assert end <= self.block_size, f'{end} positions, but block_size is {self.block_size}'
+
+    def keep_age(self, age):  # (B,)
+        self.age = kept(self.age, age)
+
+    def has_fixed_addresses(self):
+        """Whether all layers can work inside `at`. A block of a fork may keep its state in another way."""
+        return all(isinstance(part, (ShortCache, KVCache, ResonanceCache)) for part in self.parts())
+
+    def tensors(self):
+        """The tensors that a step changes. They exist after the first step."""
+        own = [self.age, *(tensor for part in self.parts() for tensor in part.changing())]
+        return [tensor for tensor in own if tensor is not None]
+
+    def reset(self):
+        """Forget all positions. Keeps the addresses of all tensors."""
+        self.move(0)
+        for part in self.parts():
+            part.reset()
+        if self.age is not None:
+            self.age.zero_()
+
+    def move(self, pos):
+        self.pos = pos
+        for part in self.parts():
+            if isinstance(part, KVCache):
+                part.pos = pos
+
+    @contextlib.contextmanager
+    def at(self, position):
+        """Inside, `pos` is the tensor `position` (1,) int64. For steps of one token after at least one ordinary step.
+
+        Afterwards `pos` is what it was."""
+        before = self.pos
+        self.move(position)
+        try:
+            yield
+        finally:
+            self.move(before)
+
+
+def kept(tensor, value):
+    """`value`, stored at the address of `tensor` if there is one already."""
+    return value.clone() if tensor is None else tensor.copy_(value)
+
+
+def rows(table, start, n):
+    """Rows start to start + n of a table. start: an int, or the position of a cache, a tensor (1,)."""
+    if torch.is_tensor(start):
+        return table[start + torch.arange(n, device=table.device)]
+    return table[start:start + n]
+
+
 class KVCache:
-    """Keys and values of one attention layer for up to block_size positions. `pos` counts the filled positions."""
+    """Keys and values of one attention layer for up to block_size positions.
+
+    `pos` counts the filled positions, see Cache."""
 
     def __init__(self, B, block_size):
         self.B, self.block_size, self.pos = B, block_size, 0
@@ -913,16 +987,36 @@ class KVCache:
         The first call allocates them with the dtype and device of `like` (B, n_kv_head, T, hs)."""
         if self.k is None:  # allocated here, because autocast decides the dtype in the first call
             _, nh, _, hs = like.shape
-            self.k = like.new_empty(self.B, nh, self.block_size, hs)
-            self.v = torch.empty_like(self.k)
+            # Zeros, because a mask does not remove nan: 0 * nan is nan.
+            self.k = like.new_zeros(self.B, nh, self.block_size, hs)
+            self.v = torch.zeros_like(self.k)
         return self.k, self.v
 
-    def append(self, k, v):  # (B, n_kv_head, T, hs) each -> all positions so far, (B, n_kv_head, pos + T, hs)
+    def append(self, k, v, mask):
+        """k, v (B, n_kv_head, T, hs) -> keys, values and mask of all positions to attend to.
+
+        mask: which positions each of the T tokens sees, (B, 1, T, positions), or None for all before it."""
         all_k, all_v = self.tensors(k)
-        start, self.pos = self.pos, self.pos + k.size(2)
+        start, T = self.pos, k.size(2)
+        if torch.is_tensor(start):
+            own = start + torch.arange(T, device=k.device)
+            all_k[:, :, own] = k.type_as(all_k)
+            all_v[:, :, own] = v.type_as(all_v)
+            if mask is None:
+                mask = (torch.arange(self.block_size, device=k.device) <= own[:, None])[None, None]
+            return all_k, all_v, mask
+        self.pos += T
         all_k[:, :, start:self.pos] = k
         all_v[:, :, start:self.pos] = v
-        return all_k[:, :, :self.pos], all_v[:, :, :self.pos]
+        if mask is None and start and T > 1:  # row i sees start + i + 1 keys
+            mask = torch.ones(T, self.pos, dtype=torch.bool, device=k.device).tril(start)
+        return all_k[:, :, :self.pos], all_v[:, :, :self.pos], mask
+
+    def changing(self):
+        return self.k, self.v
+
+    def reset(self):
+        pass  # every position is written before it is seen
 
 
 class ShortCache:
@@ -936,9 +1030,16 @@ class ShortCache:
         if self.recent is None:  # created here, because the device is unknown before the first call
             self.recent = x.new_zeros(len(x), len(weight) - 1, x.size(2))
         T, x = x.size(1), torch.cat((self.recent.type_as(x), x), 1)
-        self.recent = x[:, T:].clone()
+        self.recent.copy_(x[:, T:])
         age = age if age is None else F.pad(age, (len(weight) - 1, 0))
         return short_filter(x, weight.type_as(x), age)[:, -T:]
+
+    def changing(self):
+        return self.recent,
+
+    def reset(self):
+        if self.recent is not None:
+            self.recent.zero_()
 
 
 class ResonanceCache:
@@ -957,38 +1058,54 @@ class ResonanceCache:
         nu, theta, magnitude, phase = (p.detach().to(real) for p in parameters)
         self.fresh = True
         self.log = torch.complex(-nu.exp(), theta)  # (K,), log lambda
+        self.factor = torch.view_as_real(self.log.exp()[:, None])  # (K, 1, 2), lambda
         # (K, C, 2): Re(a s) is the sum of weight * (Re s, Im s)
         self.weight = torch.stack((magnitude * phase.cos(), -magnitude * phase.sin()), -1)
-        self.state = torch.zeros(B, *magnitude.shape, dtype=self.log.dtype, device=nu.device)  # (B, K, C)
+        self.state = magnitude.new_zeros(B, *magnitude.shape, 2)  # (B, K, C, 2): real and imaginary parts
 
     @torch.no_grad()
     def convolve(self, u, documents=None):  # next positions (B, T, C) -> (B, T, C): h (*) u, within documents
         if self.state is None:
             self.begin()
-        T = u.size(1)
-        if documents and T == 1:  # reset where a document begins. masked_fill, because inf * 0 would be nan
-            self.state.masked_fill_(documents.age[:, :, None] == 0, 0)
-        if T == 1:
-            self.fresh = False
-            self.state.mul_(self.log.exp()[:, None]).add_(u)
-            return (torch.view_as_real(self.state) * self.weight).sum((1, 3))[:, None].float()
-        y = self.layer.convolve(u, documents)
+        if u.size(1) == 1:
+            return self.step(u, documents)
+        y, state = self.layer.convolve(u, documents), torch.view_as_complex(self.state)
         if not self.fresh:  # add the part from earlier positions
-            past = torch.view_as_complex(self.weight).conj() * self.state  # (B, K, C), a s
-            powers = mode_powers(self.layer.nu, self.layer.theta, 1, T)
+            past = torch.view_as_complex(self.weight).conj() * state  # (B, K, C), a s
+            powers = mode_powers(self.layer.nu, self.layer.theta, 1, u.size(1))
             past = real_product(powers, past.to(torch.complex64))  # (B, T, C)
             y = y + (past.masked_fill(~documents.begun()[..., None], 0) if documents else past)
         self.fresh = False
         if documents:  # the new state holds only the last document
-            inside = torch.arange(T - 1, -1, -1, device=u.device) <= documents.age[:, -1:]  # (B, T)
+            inside = torch.arange(u.size(1) - 1, -1, -1, device=u.device) <= documents.age[:, -1:]  # (B, T)
             u = u.masked_fill(~inside[..., None], 0)
-            self.state.masked_fill_(~documents.begun()[:, -1, None, None], 0)
+            state.masked_fill_(~documents.begun()[:, -1, None, None], 0)
         for part in u.to(self.weight.dtype).split(1024, 1):
             steps = torch.arange(part.size(1), -1, -1, device=u.device, dtype=part.dtype)
             powers = (steps[:, None] * self.log).exp()  # (n + 1, K), lambda^n ... lambda^0
             gain = torch.cat((powers[1:].real, powers[1:].imag), 1).T @ part  # (B, 2K, C)
-            self.state = self.state * powers[0, :, None] + torch.complex(*gain.chunk(2, 1))
+            state.mul_(powers[0, :, None]).add_(torch.complex(*gain.chunk(2, 1)))
         return y
+
+    def step(self, u, documents):  # the next position (B, 1, C) -> (B, 1, C)
+        self.fresh = False
+        if documents:  # reset where a document begins. masked_fill, because inf * 0 would be nan
+            self.state.masked_fill_(documents.age[:, :, None, None] == 0, 0)
+        if traced():  # inductor fuses real numbers into one kernel, and has no complex numbers
+            (re, im), (a, b) = self.state.unbind(-1), self.factor.unbind(-1)
+            self.state.copy_(torch.stack((a * re - b * im + u, a * im + b * re), -1))
+        else:
+            torch.view_as_complex(self.state).mul_(torch.view_as_complex(self.factor)).add_(u)
+        return (self.state * self.weight).sum((1, 3))[:, None].float()
+
+    def changing(self):
+        return self.state, self.short.recent
+
+    def reset(self):
+        self.short.reset()
+        if self.state is not None:
+            self.fresh = True
+            self.state.zero_()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

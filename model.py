@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (CachedCodes, Documents, FixedWeights, KVCache, ResonanceCache, ShortCache, bit_product,
+from kernels import (Cache, CachedCodes, Documents, FixedWeights, KVCache, ResonanceCache, bit_product,
                      chunked_cross_entropy, dense_tiles, document_ages, document_convolution, document_groups,
                      document_mask, embedding, fastest_tiles, fft_size, flex_document_mask, gated_hidden, int8,
-                     int8_codes, joint_linear, mode_convolution, mode_powers, real_product, rms, short_filter,
-                     sparse_tiles, straight_through, ternary_codes, ternary_statistics, ternary_weight, tile_codes, traced,
-                     triton_tiles)
+                     int8_codes, joint_linear, mode_convolution, mode_powers, real_product, rms, rows, short_filter,
+                     sparse_tiles, straight_through, ternary_codes, ternary_statistics, ternary_weight, tile_codes,
+                     traced, triton_tiles)
 
 
 @dataclass
@@ -204,7 +204,7 @@ class Attention(nn.Module):
         return 4 * self.o_proj.in_features * T
 
     def rotate(self, x, start):  # (B, nh, T, hs); rotates pairs (i, i + hs/2), the layout of Llama checkpoints
-        cos, sin = self.cos[start:start + x.size(2)], self.sin[start:start + x.size(2)]
+        cos, sin = rows(self.cos, start, x.size(2)), rows(self.sin, start, x.size(2))
         a, b = x.float().chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
 
@@ -220,15 +220,13 @@ class Attention(nn.Module):
             q, k = self.rotate(q, start), self.rotate(k, start)
         mask, gqa = documents.mask if documents else None, self.n_kv_head != self.n_head
         if cache:
-            k, v = cache.append(k, v)
-            if start and T > 1 and documents is None:  # later chunk: row i sees start + i + 1 keys
-                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+            k, v, mask = cache.append(k, v, mask)
         if isinstance(mask, BlockMask):
             y = flex_attention(q.type_as(v), k.type_as(v), v, block_mask=mask, enable_gqa=gqa)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-                is_causal=start == 0 and documents is None, enable_gqa=gqa)
+                is_causal=mask is None and T > 1, enable_gqa=gqa)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -546,17 +544,6 @@ class Block(nn.Module):
         return x
 
 
-class Cache:
-    """Decoding state for B sequences: per-layer keys and values or oscillator states, and the last embeddings.
-
-    `pos` is the number of positions so far."""
-
-    def __init__(self, B, blocks):
-        self.B, self.pos, self.short = B, 0, ShortCache()
-        self.age = None  # with document_mask (B,): the document age of the next token
-        self.layers = [(new_cache(block.mixer, B), new_cache(block.ffn, B)) for block in blocks]
-
-
 def new_cache(part, B):
     return part.new_cache(B) if hasattr(part, 'new_cache') else None
 
@@ -625,7 +612,8 @@ class GPT(nn.Module):
 
     def new_cache(self, B):
         """An empty cache to decode B sequences with `model(idx, cache=cache)`. Without gradients."""
-        return Cache(B, self.blocks)
+        layers = [(new_cache(block.mixer, B), new_cache(block.ffn, B)) for block in self.blocks]
+        return Cache(B, self.config.block_size, layers)
 
     def fixed_weights(self):
         """A context that promises that nothing changes a weight inside. Ternary codes are then made once per weight.
@@ -672,29 +660,31 @@ class GPT(nn.Module):
     def documents(self, idx, cache=None):
         """The Documents of idx (B, T). With a cache, idx continues the cached sequence."""
         config, start = self.config, cache.pos if cache else 0
-        before = cache.age if start else idx.new_zeros(len(idx))
+        before = idx.new_zeros(len(idx)) if cache is None or cache.age is None else cache.age
         found = Documents(document_ages(idx, config.eot_id, before))
         if cache:
-            cache.age = (found.age[:, -1] + 1).masked_fill(idx[:, -1] == config.eot_id, 0)
+            cache.keep_age((found.age[:, -1] + 1).masked_fill(idx[:, -1] == config.eot_id, 0))
         mixers = config.mixers()
         if 'attention' in mixers:
             can_flex = not cache and not config.dropout and config.n_embd // config.n_head >= 16
             flex = traced() and idx.device.type in self.flex_devices and can_flex
-            found.mask = flex_document_mask(found.age) if flex else document_mask(found.age, start)
+            n = config.block_size if torch.is_tensor(start) else start + idx.size(1)
+            found.mask = flex_document_mask(found.age) if flex else document_mask(found.age, start, n)
         if ('resonance' in mixers or config.ffn == 'resonance') and not traced() and not (cache and idx.size(1) == 1):
             found.groups = document_groups(found.age)
         return found
 
     def embed(self, idx, cache=None, documents=None):  # (B, T) -> (B, T, C): the input of the first block
         start, T = cache.pos if cache else 0, idx.size(1)
-        assert start + T <= self.config.block_size, f'{start + T} positions, but block_size is {self.config.block_size}'
-        assert not cache or len(idx) == cache.B, f'{len(idx)} sequences, but the cache was made for {cache.B}'
-        x = embedding(idx, self.wte.weight) if traced() else self.wte(idx)  # (B, T, C)
+        assert T <= self.config.block_size, f'{T} positions, but block_size is {self.config.block_size}'
+        if cache:
+            cache.check(idx)
+        x = embedding(idx, self.wte.weight) if traced() and not cache else self.wte(idx)  # (B, T, C)
         age = documents.age if documents else None
         if self.wpe and documents:  # positions restart in each document
             x = x + (embedding(age, self.wpe.weight) if traced() else self.wpe(age))
         elif self.wpe:
-            x = x + self.wpe.weight[start:start + T]
+            x = x + rows(self.wpe.weight, start, T)
         x = rms(x) if self.config.embed_norm else x
         if self.taps is not None:
             x = cache.short.filter(x, self.taps, age) if cache else short_filter(x, self.taps.type_as(x), age)

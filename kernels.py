@@ -929,7 +929,7 @@ class Cache:
         return all(isinstance(part, (ShortCache, KVCache, ResonanceCache)) for part in self.parts())
 
     def tensors(self):
-        """The tensors that a step changes. They exist after the first step."""
+        """What a step changes beside keys and values. It exists after the first step."""
         own = [self.age, *(tensor for part in self.parts() for tensor in part.changing())]
         return [tensor for tensor in own if tensor is not None]
 
@@ -1013,10 +1013,10 @@ class KVCache:
         return all_k[:, :, :self.pos], all_v[:, :, :self.pos], mask
 
     def changing(self):
-        return self.k, self.v
+        return ()  # a position that is written again is written before it is seen
 
     def reset(self):
-        pass  # every position is written before it is seen
+        pass
 
 
 class ShortCache:

@@ -22,20 +22,23 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import checkpoint
 from configurator import UserError
 from deploy import pretrained
 from files import replacing
-from kernels import bit_product, int8, int8_codes, rms, ternary_codes
+from kernels import bit_product, custom_op, int8, int8_codes, rms, ternary_codes, traced
 from model import GPT, Attention, BitLinear, TriX, rotary_tables
 
 # 2: wte.weight.low, the second byte of an int8 embedding; 3: `matrices` in the metadata, the type of dense matrices
@@ -44,6 +47,7 @@ LOW = 254  # the second byte counts 1 / LOW of the scale of its row
 EMBEDDINGS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
 MATRICES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 KEPT = ('config', 'tokenizer', 'step', 'data')  # entries of a checkpoint that a packed file keeps
+HAS_TRITON = find_spec('triton') is not None
 ROWS = 4  # up to so many rows of activations go one by one through TriX or an int8 head; more are a matrix product
 
 
@@ -108,23 +112,23 @@ def library():
 
 def can_use_cpp(x):
     """Whether ternary.cpp can multiply with x."""
-    return x.device.type == 'cpu' and x.dtype == torch.float32 and library() is not None
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and not traced() and library() is not None
 
 
-@cache
-def triton():
-    """ternary_triton.py. Returns None, with a warning, if Triton is not installed."""
-    try:
-        from deploy import ternary_triton
-        return ternary_triton
-    except ImportError as error:
-        print(f'Triton is not installed, so packed weights are multiplied in plain PyTorch, slowly: {error}',
-              file=sys.stderr)
+@custom_op('nanotrix::ternary_product', mutates_args=())
+def ternary_product(x: Tensor, size: Optional[Tensor], codes: Tensor, scale: Tensor, chosen: Tensor) -> Tensor:
+    """ternary_triton.product, as an operator that torch.compile takes as it is."""
+    from deploy import ternary_triton  # here because only a GPU needs Triton
+    return ternary_triton.product(x, size, codes, scale, chosen)
+
+
+ternary_product.register_fake(lambda x, size, codes, scale, chosen: x.new_empty(
+    len(chosen), codes.size(1), dtype=torch.float32))
 
 
 def is_small_batch(x):
     """Whether x (..., C) is on a GPU and has so few rows that a product with it takes as long as reading the matrix."""
-    return x.is_cuda and x.numel() <= 4 * ROWS * x.size(-1) and triton() is not None
+    return x.is_cuda and x.numel() <= 4 * ROWS * x.size(-1) and HAS_TRITON
 
 
 def c_struct(name, pointers, rest):
@@ -189,8 +193,8 @@ class PackedLinear(nn.Module):
             y = ternary(x, self.codes, self.number, 1)
         elif is_small_batch(x):
             q, size = int8_codes(x.flatten(0, -2))
-            y = triton().product(q.to(torch.int8), size.flatten(), self.codes[None], self.scale.view(1),
-                                 self.only.expand(len(q)))
+            y = ternary_product(q.to(torch.int8), size.flatten(), self.codes[None], self.scale.view(1),
+                                self.only.expand(len(q)))
             y = y.view(*x.shape[:-1], -1)
         else:
             codes = unpack_codes(self.codes, self.in_features)
@@ -222,7 +226,7 @@ class PackedTriX(TriX):
                 unpack_codes(self.down_codes, self.h) * self.down_scale[:, None, None], self.signatures)
 
     def forward(self, x):
-        if x.device.type != 'cpu' and not is_small_batch(x):
+        if (x.device.type != 'cpu' or traced()) and not is_small_batch(x):
             return super().forward(x)
         shape, x = x.shape, x.reshape(-1, self.n_embd)
         tiles, gates = (part.contiguous() for part in self.route(x, self.signatures, self.signatures))
@@ -246,9 +250,9 @@ class PackedTriX(TriX):
 
     def chosen(self, x, codes, scale, tiles):  # (N, K) or (N k, K) -> (N k, M): by the tiles (N, k) that are chosen
         if not self.int8:
-            return triton().product(x, None, codes, scale, tiles.flatten())
+            return ternary_product(x, None, codes, scale, tiles.flatten())
         q, size = int8_codes(x)
-        return triton().product(q.to(torch.int8), size.flatten(), codes, scale, tiles.flatten())
+        return ternary_product(q.to(torch.int8), size.flatten(), codes, scale, tiles.flatten())
 
     def product(self, x, codes, scale, K):  # (n, K) times a tile (M, K) -> (n, M)
         if self.int8 and can_use_cpp(x):
@@ -290,6 +294,8 @@ class Int8Embedding(nn.Module):
 
 class Int8Head(Int8Embedding):
     def forward(self, x):
+        if traced() and x.numel() <= ROWS * x.size(-1):  # inductor reads the codes once, and stores no fp32 weights
+            return (x[..., None, :] * self.codes).sum(-1) * self.scale
         if x.numel() > ROWS * x.size(-1) or not can_use_cpp(x):
             return F.linear(x, self.weight.type_as(x))
         x, K, V = x.contiguous(), x.size(-1), len(self.codes)
@@ -300,87 +306,6 @@ class Int8Head(Int8Embedding):
         return y
 
 
-class Step:
-    """
-    Decoding the next token of each sequence on a GPU. The kernels and addresses are the same for every position, so
-    after three calls they are recorded as a CUDA graph, which does not wait for Python.
-    """
-
-    def __init__(self, model, cache, idx):
-        self.model, self.cache, self.graph, self.count = model, cache, None, 0
-        for kv, _ in cache.layers:  # later positions are multiplied by 0, and 0 * nan is nan
-            for part in kv.tensors(None):
-                part[:, :, kv.pos:].zero_()
-        self.idx, self.pos = torch.empty_like(idx), torch.zeros(1, dtype=torch.int64, device=idx.device)
-        self.age = torch.zeros_like(idx) if model.config.document_mask else None  # (B, 1), as in Documents
-
-    def __call__(self, idx):
-        size = self.model.config.block_size
-        assert self.cache.pos < size, f'{self.cache.pos + 1} positions, but block_size is {size}'
-        self.idx.copy_(idx)
-        self.pos.fill_(self.cache.pos)
-        if self.age is not None:
-            self.age.copy_(self.model.documents(idx, self.cache).age)
-        if self.graph:
-            self.graph.replay()
-        elif self.count != 3 or not idx.is_cuda:
-            self.logits, self.count = self.compute(), self.count + 1
-        else:
-            self.record()
-        self.cache.pos += 1
-        for kv, _ in self.cache.layers:
-            kv.pos += 1
-        return self.logits.clone()
-
-    def record(self):
-        graph, self.count = torch.cuda.CUDAGraph(), self.count + 1
-        try:
-            with torch.cuda.graph(graph):
-                self.logits = self.compute()
-            self.graph = graph
-            graph.replay()  # recording computes nothing
-        except RuntimeError as error:
-            print(f'no CUDA graph here, so every kernel waits for Python: {str(error).splitlines()[0]}',
-                  file=sys.stderr)
-            self.logits = self.compute()
-
-    def compute(self):
-        model, config, pos = self.model, self.model.config, self.pos
-        with torch.autocast(self.idx.device.type, enabled=False):
-            x = model.wte(self.idx)
-            x = x + model.wpe.weight[pos if self.age is None else self.age] if model.wpe else x
-            x = rms(x) if config.embed_norm else x
-            if model.taps is not None:
-                recent = torch.cat((self.cache.short.recent, x), 1)  # (B, taps, C), the oldest first
-                self.cache.short.recent.copy_(recent[:, 1:])
-                if self.age is not None:
-                    back = torch.arange(recent.size(1) - 1, -1, -1, device=x.device)
-                    recent = recent.masked_fill((back > self.age)[..., None], 0)
-                x = (recent * model.taps.flip(0)).sum(1, keepdim=True)
-            for block, (kv, _) in zip(model.blocks, self.cache.layers):
-                x = x + self.attention(block.mixer, block.mixer_norm(x), kv)
-                x = x + block.ffn(block.ffn_norm(x)) if block.ffn else x
-            logits, cap = model.lm_head(model.norm(x)), config.logit_softcap
-            return cap * torch.tanh(logits / cap) if cap else logits
-
-    def attention(self, mixer, x, kv):
-        B = len(x)
-        q, k, v = (part(x).view(B, 1, heads, -1).transpose(1, 2) for part, heads in (
-            (mixer.q_proj, mixer.n_head), (mixer.k_proj, mixer.n_kv_head), (mixer.v_proj, mixer.n_kv_head)))
-        q, k = (rms(q), rms(k)) if mixer.qk_norm else (q, k)
-        if mixer.rotary:
-            cos, sin = mixer.cos[self.pos], mixer.sin[self.pos]  # (1, hs / 2)
-            q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
-        keys, values = kv.tensors(k)
-        keys.index_copy_(2, self.pos, k.type_as(keys))
-        values.index_copy_(2, self.pos, v.type_as(values))
-        back = self.pos - torch.arange(keys.size(2), device=x.device)[None]  # (1, block_size)
-        seen = back >= 0 if self.age is None else (back >= 0) & (back <= self.age)
-        y = F.scaled_dot_product_attention(q.type_as(keys), keys, values, attn_mask=seen[:, None, None],
-                                           enable_gqa=mixer.n_head != mixer.n_kv_head)
-        return mixer.o_proj(y.transpose(1, 2).reshape(B, 1, -1).type_as(x))
-
-
 def whole_step_in_cpp(config):
     """Whether ternary.cpp has all blocks of such a model, so that one call decodes a token."""
     only_attention = all(name == 'attention' for name in config.mixers())
@@ -388,8 +313,8 @@ def whole_step_in_cpp(config):
 
 
 class PackedGPT(GPT):
-    """A GPT that decodes a token in one call of ternary.cpp, or as one CUDA graph, if all its mixers are attention."""
-    by_steps = False  # True: use Step on a CPU, too, for tests
+    """A GPT with packed weights. On a CPU, ternary.cpp decodes a token in one call if all mixers are attention."""
+    decodes_in_fp32 = True  # on a GPU: see runtime/decoding.py
 
     def ready(self):
         """Describe the blocks for ternary.cpp, once all weights are in place. Returns the model."""
@@ -425,14 +350,10 @@ class PackedGPT(GPT):
     def forward(self, idx, targets=None, cache=None, last=False, teacher=None):
         if cache is None or targets is not None or idx.size(1) > 1 or not self.layers:
             return super().forward(idx, targets, cache, last, teacher)
-        if idx.device.type == 'cpu' and library() is not None and not self.by_steps:
-            documents = self.documents(idx, cache) if self.config.document_mask else None
-            return self.by_library(self.embed(idx, cache, documents).float(), cache, documents)
-        if cache.pos and (idx.is_cuda or self.by_steps):
-            if not hasattr(cache, 'step'):
-                cache.step = Step(self, cache, idx)
-            return cache.step(idx)
-        return super().forward(idx, targets, cache, last, teacher)
+        if idx.device.type != 'cpu' or traced() or torch.is_tensor(cache.pos) or library() is None:
+            return super().forward(idx, targets, cache, last, teacher)
+        documents = self.documents(idx, cache) if self.config.document_mask else None
+        return self.by_library(self.embed(idx, cache, documents).float(), cache, documents)
 
     def by_library(self, x, cache, documents=None):
         """x (B, 1, C), embeddings of the next tokens, which are overwritten -> logits (B, 1, vocab_size)"""
@@ -633,6 +554,8 @@ def build(config, state, path, device):
     tensors = state['packed']
     matrices, two_bytes = state.get('matrices', 'float32'), 'wte.weight.low' in tensors
     check(path, tensors, layout(model, state['embeddings'], matrices, two_bytes))
+    if torch.device(device).type == 'cuda' and not HAS_TRITON:
+        print('Triton is not installed, so packed weights are multiplied in plain PyTorch, slowly', file=sys.stderr)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     tables = rotary_tables(config, device) if config.positions == 'rotary' and 'attention' in config.mixers() else None
     for name, module in list(model.named_modules()):

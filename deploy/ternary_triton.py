@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+PROGRAMS = 256  # fewer programs would leave some of a GPU's processors idle
 
 @triton.jit
 def kernel(x, size, codes, scale, chosen, y, K, M, n_bytes: tl.constexpr, FAN: tl.constexpr, EXACT: tl.constexpr,
@@ -14,7 +15,7 @@ def kernel(x, size, codes, scale, chosen, y, K, M, n_bytes: tl.constexpr, FAN: t
     p = tl.program_id(1)
     matrix = tl.load(chosen + p)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS,), tl.int32 if EXACT else tl.float32)
+    total = tl.zeros((ROWS, BYTES), tl.int32 if EXACT else tl.float32)  # summed over its columns once, at the end
     for first in range(0, n_bytes, BYTES):
         byte = first + tl.arange(0, BYTES)
         four = tl.load(codes + (matrix * M + row[:, None]) * n_bytes + byte[None, :],
@@ -23,9 +24,10 @@ def kernel(x, size, codes, scale, chosen, y, K, M, n_bytes: tl.constexpr, FAN: t
             code = (four >> (2 * j)) & 3
             code = tl.where(code == 2, -1, code)
             value = tl.load(x + p // FAN * K + 4 * byte + j, mask=4 * byte + j < K, other=0)
-            total += tl.sum(code * value.to(tl.int32)[None, :] if EXACT else code.to(tl.float32) * value[None, :], 1)
+            total += code * value.to(tl.int32)[None, :] if EXACT else code.to(tl.float32) * value[None, :]
     unit = tl.load(scale + matrix)
-    tl.store(y + p * M + row, total.to(tl.float32) * (unit / tl.load(size + p // FAN) if EXACT else unit), mask=row < M)
+    unit = unit / tl.load(size + p // FAN) if EXACT else unit
+    tl.store(y + p * M + row, tl.sum(total, 1).to(tl.float32) * unit, mask=row < M)
 
 
 def product(x, size, codes, scale, chosen):
@@ -38,7 +40,8 @@ def product(x, size, codes, scale, chosen):
     """
     (N, K), (E, M, n_bytes), P = x.shape, codes.shape, len(chosen)
     y = torch.empty(P, M, device=x.device)
-    rows, n = 8, min(256, max(16, triton.next_power_of_2(n_bytes)))
+    n = min(256, max(16, triton.next_power_of_2(n_bytes)))
+    rows = min(8, triton.next_power_of_2(max(1, M * P // PROGRAMS)))
     kernel[triton.cdiv(M, rows), P](x.contiguous(), scale if size is None else size, codes, scale, chosen.contiguous(),
                                     y, K, M, n_bytes, P // N, size is not None, rows, n)
     return y

@@ -13,18 +13,56 @@ import torch
 from configurator import UserError
 
 
-def choose(logits, temperature, top_k, top_p, generator):  # (B, V) -> (B,)
+# Device types on which a step is recorded as a CUDA graph, see runtime/decoding.py.
+GRAPH_DEVICES = {'cuda'}
+
+
+class Decoder:
+    """Decodes tokens with a cache, by ordinary steps. The weights must not change in its lifetime.
+
+        decoder.start(B)             # forget everything, B sequences
+        logits = decoder(idx)        # the next tokens (B, T) -> (B, V), the logits of the last position"""
+
+    def __init__(self, model):
+        self.model, self.fixed = model, model.fixed_weights()
+
+    def start(self, B):
+        self.cache = self.model.new_cache(B)
+
+    @property
+    def pos(self):
+        return self.cache.pos
+
+    def __call__(self, idx):
+        with self.fixed:  # for one forward, because the caller's code runs between two tokens
+            return self.model(idx, cache=self.cache, last=True)[:, -1]
+
+
+def decoder_for(model, compile=False):
+    """The fastest decoder for a model. compile: on a GPU, whether to compile it, too. That takes a minute."""
+    device = next(model.parameters()).device
+    if device.type not in GRAPH_DEVICES or hasattr(model, 'unshard'):  # FSDP gathers weights at new addresses
+        return Decoder(model)
+    from runtime.decoding import GraphDecoder  # a run on a CPU does not need it
+    return GraphDecoder(model, compile)
+
+
+def choose(logits, temperature, top_k, top_p, generator):
+    """Draw the next token of each row: logits (B, V) on any device -> (B,) int64 on the CPU. Costs one host sync.
+
+    generator: of the CPU, so that all devices draw the same random numbers."""
     if temperature < 1e-5:  # the other tokens have no probability left, and a division could overflow
-        return logits.argmax(-1)
+        return logits.argmax(-1).cpu()
     p = (logits.float() / temperature).softmax(-1)
     p, order = p.topk(min(top_k or p.size(-1), p.size(-1)))  # most likely first
-    p[p.cumsum(-1) - p >= top_p] = 0  # keep a token if the tokens before it sum to less than top_p
-    # Always draw on the CPU: its generator gives the same random numbers for every device.
-    weights = p.cpu()
-    if not (weights.sum(-1) > 0).all():  # also true for nan
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep a token if the tokens before it sum to less than top_p
+    # The largest of p / exponential noise is a draw from p, as in torch.multinomial. A GPU is still busy with p now.
+    noise = torch.empty(p.shape, pin_memory=p.is_cuda).exponential_(generator=generator)
+    pick = (p / noise.to(p.device, non_blocking=True)).argmax(-1, keepdim=True)
+    token = order.gather(-1, pick).squeeze(-1).where(p.sum(-1) > 0, -1).cpu()  # the sum may be nan
+    if (token < 0).any():
         raise UserError('no token can be drawn: the logits of the model are not finite')
-    pick = torch.multinomial(weights, 1, generator=generator).to(order.device)
-    return order.gather(-1, pick).squeeze(-1)
+    return token
 
 
 def without(logits, token):  # (B, V) -> (B, V), in which `token` is never chosen
@@ -32,24 +70,28 @@ def without(logits, token):  # (B, V) -> (B, V), in which `token` is never chose
 
 
 @torch.no_grad()
-def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=1337, eot_id=None):
-    """Continue the prompts idx (B, T >= 1). Yields the next token (B,) int64, up to max_new_tokens times.
+def generate(model, idx, n_vocab, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=1337, eot_id=None,
+             decoder=None):
+    """Continue the prompts idx (B, T >= 1). Yields the next token (B,) int64 on the CPU, up to max_new_tokens times.
 
     Only the first n_vocab ids can be chosen, because the model's vocabulary may be padded beyond the tokenizer's.
     eot_id: the end-of-text token. It is never the first new token, so a text that ends there is never empty.
+    decoder: of decoder_for(model), to use again for several texts.
     The weights must not change before the last token. Each token costs one step with the cache. When the context is
     full, generation continues from its last half."""
-    training, size = model.training, model.config.block_size
+    training, size, device = model.training, model.config.block_size, idx.device
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    cache, part = model.new_cache(len(idx)), idx[:, -size:]
-    fixed = model.fixed_weights()
+    decoder = decoder or decoder_for(model)
+    decoder.start(len(idx))
+    idx = idx[:, -size:].cpu()
+    part = idx
     try:
         for i in range(max_new_tokens):
-            if cache.pos + part.size(1) > size:
-                cache, part = model.new_cache(len(idx)), idx[:, -(size // 2 or 1):]
-            with fixed:  # for one forward, because the caller's code runs between two tokens
-                logits = model(part, cache=cache, last=True)[:, -1, :n_vocab]
+            if decoder.pos + part.size(1) > size:
+                decoder.start(len(idx))
+                part = idx[:, -(size // 2 or 1):]
+            logits = decoder(part.to(device))[:, :n_vocab]
             if i == 0 and eot_id is not None:
                 logits = without(logits, eot_id)
             token = choose(logits, temperature, top_k, top_p, generator)
@@ -119,19 +161,20 @@ def sample_grid(model, encoding, prompts, max_new_tokens, seed, stop=lambda: Fal
     new, nats = [[] for _ in grid], [[] for _ in grid]
     generators = [torch.Generator().manual_seed((seed * 2**16 + row) % 2**63) for row in range(len(grid))]
     # The first step feeds as many tokens as the shortest prompt has.
-    cache, start, end = model.new_cache(len(grid)), 0, min(map(len, ids), default=0)
+    start, end = 0, min(map(len, ids), default=0)
     live = set(range(len(grid)))
-    fixed = model.fixed_weights()
+    decoder = decoder_for(model)
+    decoder.start(len(grid))
     model.eval()
     try:
         while live:
             if stop():
                 return []
-            if cache.pos + end - start > size:
-                cache, start = model.new_cache(len(grid)), end - (size // 2 or 1)
+            if decoder.pos + end - start > size:
+                decoder.start(len(grid))
+                start = end - (size // 2 or 1)
             part = torch.tensor([row[start:end] for row in ids], device=device)  # (B, 1); longer if the cache is empty
-            with fixed:
-                logits = model(part, cache=cache, last=True)[:, -1, :encoding.n_vocab]  # (B, V)
+            logits = decoder(part)[:, :encoding.n_vocab]  # (B, V)
             log_p = logits.float().log_softmax(-1)
             entropy = (log_p.exp() * -log_p).sum(-1).tolist()
             for row, (_, mode) in enumerate(grid):

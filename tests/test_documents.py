@@ -201,13 +201,11 @@ def test_a_teacher_has_a_mask_of_its_own():
 
 # ---- packed
 
-@pytest.mark.parametrize('by_steps', [False, True], ids=['library', 'steps'])
 @pytest.mark.parametrize('changes', [dict(ffn='bitnet', n_kv_head=2), dict(ffn='relu2', linear='bitnet', positions='learned', embed_taps=3),
                                      dict(ffn='trix', positions='none'), dict(mixer='resonance', ffn='trix', attention_every=2)], ids=str)
 @torch.no_grad()
-def test_packed_decoding_keeps_to_the_document(monkeypatch, changes, by_steps):
+def test_packed_decoding_keeps_to_the_document(monkeypatch, changes):
     from deploy import packed as deployed
-    monkeypatch.setattr(deployed.PackedGPT, 'by_steps', by_steps)
     monkeypatch.setitem(VARIANTS, 'changed', changes)
     model, idx = build('changed', **MASK).eval(), packed()
     other = deployed.build(model.config, {'packed': deployed.pack(model), 'embeddings': 'float32'}, 'here', torch.device('cpu'))

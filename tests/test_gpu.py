@@ -180,9 +180,11 @@ def test_out_of_memory_is_one_line_that_says_what_to_change(corpus, tmp_path):
 
 # ---- packed models
 
-@pytest.mark.parametrize('name', ['bitnet', 'trix', 'trix, int8, shared', 'trix, cut'])
-def test_a_packed_model_decodes_by_a_cuda_graph(name):
-    found = job('graph', name)
+@pytest.mark.parametrize('compile', ['compiled', 'eager'])
+@pytest.mark.parametrize('packs', ['packed', 'trained'])
+@pytest.mark.parametrize('name', ['bitnet', 'trix', 'trix, int8, shared', 'trix, cut', 'resonance', 'hybrid'])
+def test_models_decode_by_a_cuda_graph(name, packs, compile):
+    found = job('graph', name, packs, compile)
     assert found['graph'] and found['apart'] < 1e-3, found
 
 
@@ -292,16 +294,24 @@ def executions(family):
     return {how: ((g - found['loop']).norm() / found['loop'].norm()).item() for how, g in found.items()}
 
 
-def graph(name):
+def graph(name, packs, compile):
     import torch
 
     from deploy import packed
+    from runtime.generation import decoder_for
     from test_packed import VARIANTS, ids, opened, trained
-    config, state, where, _ = opened(trained(**VARIANTS[name]))
-    model = packed.build(config, state, where, torch.device(DEVICE))
-    whole, cache, idx = trained(**VARIANTS[name])(ids(rows=1)), model.new_cache(1), ids(rows=1).to(DEVICE)
-    parts = [model(idx[:, :5], cache=cache), *(model(idx[:, i:i + 1], cache=cache) for i in range(5, 20))]
-    return {'graph': cache.step.graph is not None, 'apart': (torch.cat(parts, 1).cpu() - whole).abs().max().item()}
+    if packs == 'packed':
+        config, state, where, _ = opened(trained(**VARIANTS[name]))
+        model = packed.build(config, state, where, torch.device(DEVICE))
+    else:
+        model = trained(**VARIANTS[name]).to(DEVICE)
+    whole, idx = trained(**VARIANTS[name])(ids(rows=1)), ids(rows=1).to(DEVICE)
+    decoder, apart = decoder_for(model, compile=compile == 'compiled'), 0
+    for first in (5, 9):  # two texts
+        decoder.start(1)
+        parts = torch.stack([decoder(part) for part in idx.split([first, *[1] * (20 - first)], 1)], 1)
+        apart = max(apart, (parts.cpu() - whole[:, first - 1:]).abs().max().item())
+    return {'graph': decoder.current.step != decoder.current.plain, 'apart': apart}
 
 
 if __name__ == '__main__':

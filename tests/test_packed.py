@@ -429,17 +429,6 @@ def test_sampling_takes_little_more_memory_than_the_file(tmp_path):
 
 # ---- on a GPU
 
-@pytest.mark.parametrize('name', [name for name, keys in VARIANTS.items() if keys.get('mixer') != 'resonance' and name != 'trix, hash'])
-def test_a_step_whose_position_is_a_tensor_equals_an_ordinary_step(name, monkeypatch):
-    """What a CUDA graph records, without one."""
-    monkeypatch.setattr(packed.PackedGPT, 'by_steps', True)
-    model = packed.build(*opened(trained(**VARIANTS[name])))
-    whole, cache = model(ids(rows=3)), model.new_cache(3)
-    parts = [model(ids(rows=3)[:, :5], cache=cache), *(model(ids(rows=3)[:, i:i + 1], cache=cache) for i in range(5, 20))]
-    assert cache.step.count == 15 and cache.pos == 20
-    assert torch.allclose(torch.cat(parts, 1), whole, rtol=0, atol=2e-5)
-
-
 TRITON = """
 import sys, torch
 from deploy import packed

@@ -226,7 +226,7 @@ class Attention(nn.Module):
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-                is_causal=mask is None and T > 1, enable_gqa=gqa)
+                is_causal=mask is None and not start, enable_gqa=gqa)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

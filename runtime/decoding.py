@@ -180,7 +180,6 @@ class Sequences:
             return self.plain
         expected = [self.plain(idx).float(), *self.last_keys()]
         self.cache.reset()
-        function = compiled(self.logits)
 
         def read(idx):
             if self.cache.pos or idx.size(1) == 1:
@@ -190,6 +189,7 @@ class Sequences:
             with self.context():
                 return function(idx)
         try:
+            function = compiled(self.logits)
             problem = self.difference(expected, [read(idx).float(), *self.last_keys()])
         except Exception as error:
             problem = f'{type(error).__name__}: {compiler.first_line(error)}'

@@ -93,7 +93,7 @@ COMPILED = {'gelu': {}, 'trix': {}, 'bitnet_all': {}, 'resonance': {}, 'hybrid_t
 
 @pytest.mark.parametrize('name, backend', [
     *[(name, 'aot_eager') for name in COMPILED],
-    *[pytest.param(name, 'inductor', marks=[pytest.mark.slow] * (name != 'trix')) for name in COMPILED]])
+    *[pytest.param(name, 'inductor', marks=pytest.mark.slow) for name in COMPILED]])
 @torch.no_grad()
 def test_a_compiled_step_and_prompts_equal_the_full_forward(name, backend, graphs, monkeypatch, capsys):
     monkeypatch.setattr(compiler, 'BACKEND', backend)

@@ -7,7 +7,7 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
     python bench.py amp                     # fp32, TF32, bf16 and fp16, as far as the device supports them
     python bench.py compile                 # what torch.compile gains on this machine, and its cost (fifteen minutes)
     python bench.py context                 # attention against resonance, 512 to 32,768 tokens (eight minutes)
-    python bench.py decode                  # one sequence, one token at a time
+    python bench.py decode                  # prompts and tokens of 1 and 16 sequences, packed or not (five minutes)
     python bench.py steps --model=FILE      # what each option gains for a config file: precision, compile, batch, ...
     python bench.py batch --model=FILE      # the largest batch of a config file that fits
     python bench.py memory --model=FILE     # estimated memory by batch, precision and checkpointing, on 8 to 24 GB
@@ -109,7 +109,7 @@ COMMANDS = {
     'amp': blocks.amp,
     'compile': blocks.compilation,
     'context': blocks.context,
-    'decode': blocks.decode,
+    'decode': deployed.decode,
     'steps': presets.steps,
     'batch': presets.batch,
     'memory': presets.memory,

@@ -19,8 +19,10 @@ from deploy import packed
 from kernels import autocast
 from runtime import device as hardware
 from runtime.choice import choose_checkpoint
-from runtime.generation import encode, generate, pieces, sample_seed
+from runtime.generation import decoder_for, encode, generate, pieces, sample_seed
 from tokenizer import load_tokenizer
+
+COMPILE_TOKENS = 50_000  # from so many new tokens on, a compiled step repays its compilation
 
 
 @dataclass
@@ -39,6 +41,7 @@ class SampleConfig:
     seed: int = 1337  # the same seed gives the same text on the same machine
     stop: bool = True  # stop at the end of a document
     pack: str = 'auto'  # ternary weights in 2 bits while sampling: yes, no, or auto (where decoding is faster)
+    compile: str = 'auto'  # on a GPU, compile the decoding step: true, false, or auto (for many tokens)
     serve: bool = False  # answer on 127.0.0.1: a web page, and /v1/completions for OpenAI clients
     port: int = 8000  # port of --serve
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
@@ -60,6 +63,8 @@ class SampleConfig:
             found.append(f'num={self.num}: a --conversation continues one sample, so --num must be 1')
         if self.pack not in ('auto', 'yes', 'no'):
             found.append(f'pack={self.pack!r} is not one of auto, yes, no')
+        if self.compile not in ('auto', 'true', 'false'):
+            found.append(f'compile={self.compile!r} is not one of auto, true, false')
         if not 0 <= self.port < 65536:
             found.append(f'port={self.port} must lie in 0 to 65535 (0: any free port)')
         return found
@@ -87,9 +92,10 @@ def main(argv):
     encoding = find_encoding(model, state, source)
     print(f'{source}, step {state["step"]:,}, on {reason}', file=sys.stderr)
     model = packed_in_memory(model, state, config.pack, dtype)
+    decoder = decoder_for(model, compiles(config, device))
     if config.serve:
         from runtime import serve  # here because only --serve needs an HTTP server
-        return serve.run(config, model, encoding, device, dtype)
+        return serve.run(config, model, encoding, device, dtype, decoder)
     number, speed, text = 0, Speed(), ''
     for prompt in prompts(config):
         for i in range(config.num):
@@ -97,7 +103,8 @@ def main(argv):
             if config.num > 1 or config.prompts:
                 print(f'--- {number}')
             print(prompt, end='', flush=True)
-            tokens = sample(config, model, encoding, text + prompt, sample_seed(config.seed, i), device, dtype, speed)
+            seed = sample_seed(config.seed, i)
+            tokens = sample(config, model, encoding, text + prompt, seed, device, dtype, speed, decoder)
             new = show(pieces(encoding, tokens))
         if config.conversation:
             text += prompt + new + '\n'
@@ -123,7 +130,10 @@ def packed_in_memory(model, state, pack, dtype):
     if 'packed' in state or pack == 'no':
         return model
     device = next(model.parameters()).device
-    if pack == 'auto' and (device.type != 'cpu' or dtype != torch.float32 or not packed.decodes_in_cpp(model)):
+    if pack == 'auto' and device.type == 'cuda' and not (packed.HAS_TRITON and packed.has_ternary(model)):
+        return model
+    if pack == 'auto' and device.type != 'cuda' and not (
+            device.type == 'cpu' and dtype == torch.float32 and packed.decodes_in_cpp(model)):
         return model
     model = packed.in_memory(model)
     print('ternary weights packed in memory for faster decoding (--pack=no: off; texts rarely differ, by rounding)',
@@ -131,7 +141,21 @@ def packed_in_memory(model, state, pack, dtype):
     return model
 
 
-def sample(config, model, encoding, text, seed, device, dtype, speed):
+def compiles(config, device):
+    """Whether to compile the decoding step. Prints one line if that takes time."""
+    many = config.serve or config.interactive or config.num * config.max_new_tokens >= COMPILE_TOKENS
+    if device.type != 'cuda' or config.compile == 'false' or config.compile == 'auto' and not many:
+        return False
+    from runtime import compiler  # here because most samples do without it
+    missing = compiler.obstacle(device)
+    if missing:
+        print(f'decoding is not compiled: {missing}', file=sys.stderr)
+        return False
+    print('compiling the decoding step, about a minute (--compile=false: off)', file=sys.stderr)
+    return True
+
+
+def sample(config, model, encoding, text, seed, device, dtype, speed, decoder=None):
     """Yield the token ids that continue `text`. Adds tokens and seconds to `speed`."""
     idx = torch.tensor([encode(encoding, text)], device=device)
     start = time.perf_counter()
@@ -139,7 +163,7 @@ def sample(config, model, encoding, text, seed, device, dtype, speed):
     first = True
     with autocast(device, dtype):
         for token in generate(model, idx, encoding.n_vocab, config.max_new_tokens, config.temperature, config.top_k,
-                              config.top_p, seed, encoding.eot_token):
+                              config.top_p, seed, encoding.eot_token, decoder):
             token = token.item()
             now = time.perf_counter()
             if first:

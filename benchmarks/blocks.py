@@ -1,5 +1,5 @@
 """
-Speed and memory of models on random tokens: the commands blocks, context, amp, compile, decode and head of bench.py.
+Speed and memory of models on random tokens: the commands blocks, context, amp, compile and head of bench.py.
 
 Each command is a function of a BenchConfig. It prints a table and writes <config.out>/<machine>/<command>.json, some
 with a picture.
@@ -338,24 +338,7 @@ def compilation(config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Decoding and the loss
-
-def decode(config):
-    """
-    One sequence of the middle shape: prefill of all but the last 64 tokens of the context, then one token at a time.
-    """
-    shape, _, _ = SHAPES[1]
-    repeats = 3 if config.quick else config.repeats
-    prefill_times, token_times, peaks = side_by_side('decode', alike(variants(shape), 1), repeats, config,
-                                                     ('prefill', 'decode'))
-    rows = []
-    for prefill, token in zip(compare(prefill_times, 'dense'), compare(token_times, 'dense')):
-        rows.append({
-            'block': token['name'], 'prefill tokens/s': (shape.block_size - 64) / prefill['seconds'],
-            'decode tokens/s': 1 / token['seconds'], 'ratio to dense': token['ratio'], 'low': token['low'],
-            'high': token['high'], 'peak GB': peaks[token['name']]})
-    report('decode', rows, config)
-
+# The loss
 
 def head(config):
     """

@@ -1,5 +1,5 @@
 """
-Speed and size of deployed models: the commands `convert` and `peers --llama_cpp` of bench.py.
+Speed and size of deployed models: the commands `decode`, `convert` and `peers --llama_cpp` of bench.py.
 """
 import multiprocessing
 import tempfile
@@ -21,9 +21,10 @@ from data import TokenData
 from deploy import convert as conversion
 from deploy import gguf, packed
 from deploy.packed import load_model
+from kernels import autocast
 from model import GPT, GPTConfig
 from runtime import device as hardware
-from tokenizer import load_tokenizer, token_bytes
+from tokenizer import (Decoder, choose, decoder_for, from, import, load_tokenizer, runtime, token_bytes, train_bpe)
 from training import validate
 
 PROMPT, NEW = 128, 32  # tokens that are read at once, and tokens that are then generated one by one
@@ -53,20 +54,21 @@ def start(kind, source, threads):
             model, _ = load_model(source, torch.device('cpu'))
 
         def once():
-            return decoded(model, ids)
+            return decoded(Decoder(model), ids)
     read.once = once
 
 
 @torch.no_grad()
-def decoded(model, ids, new=NEW):
-    """(seconds to read ids, seconds for each of the `new` tokens that follow)"""
-    cache = model.new_cache(1)
-    with model.fixed_weights():
-        start_time = time.perf_counter()
-        logits = model(ids, cache=cache, last=True)
-        prompt_time = time.perf_counter()
-        for _ in range(new):
-            logits = model(logits[:, -1:].argmax(-1), cache=cache, last=True)
+def decoded(decoder, ids, new=NEW):
+    """(seconds to read ids, seconds for each of the `new` tokens that follow)
+
+    The tokens are greedy. As in sample.py, each one comes to the CPU before the next step."""
+    decoder.start(len(ids))
+    start_time = time.perf_counter()
+    token = choose(decoder(ids), 0, 0, 1.0, None)
+    prompt_time = time.perf_counter()
+    for _ in range(new):
+        token = choose(decoder(token[:, None].to(ids.device)), 0, 0, 1.0, None)
     return prompt_time - start_time, (time.perf_counter() - prompt_time) / new
 
 
@@ -77,6 +79,51 @@ def read():
 
 def peak():
     return hardware.peak_memory_gb(torch.device('cpu'))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trained and packed models on this machine
+
+BATCHES = 1, 16
+SMALL = GPTConfig(vocab_size=32_000, n_embd=256, n_layer=6, n_head=8, ffn='swiglu')  # for a CPU
+
+
+def decode(config):
+    """
+    A prompt of 128 tokens at once, then 32 greedy tokens one by one: trained models, and packed ones with int8
+    embeddings. The shape is that of config/bitnet_95m.py on a GPU, where steps are compiled and recorded as CUDA graphs
+    (the first round compiles), and SMALL elsewhere. Randomly initialised weights.
+    """
+    device, dtype, description = hardware.resolve(config.device, config.dtype)
+    print(f'decoding on {description}', flush=True)
+    bitnet = shapes()['BitNet'] if device.type == 'cuda' else replace(SMALL, linear='bitnet')
+    trix = replace(bitnet, ffn='trix', trix_tiles=8, trix_top_k=2, act_bits=8)
+    decoders = {}
+    for name, shape in {'dense': replace(bitnet, linear='dense'), 'BitNet': bitnet, 'TriX': trix}.items():
+        model = new_model(shape).to(device).eval().requires_grad_(False)
+        decoders[name] = decoder_for(model, compile=device.type == 'cuda')
+        if name != 'dense':
+            content = {'packed': packed.pack(model, 'int8'), 'embeddings': 'int8'}
+            other = packed.build(shape, content, name, device)
+            decoders[f'{name} packed'] = decoder_for(other, compile=device.type == 'cuda')
+    rows = []
+    for batch_size in BATCHES:
+        ids = torch.randint(256, (batch_size, PROMPT), device=device)
+        times = {name: [] for name in decoders}
+
+        def once(name):
+            with autocast(device, dtype):
+                times[name].append(decoded(decoders[name], ids))
+            return times[name][-1][1]
+        repeats = 2 if config.quick else config.repeats
+        title = f'batch of {batch_size}'
+        token_times = interleaved({name: partial(once, name) for name in decoders}, repeats, warmup=1, title=title)
+        prompt_times = {name: [prompt for prompt, _ in pairs[1:]] for name, pairs in times.items()}
+        for prompt, token in zip(compare(prompt_times, 'dense'), compare(token_times, 'dense')):
+            rows.append({'model': token['name'], 'sequences': batch_size, 'prompt ms': 1000 * prompt['seconds'],
+                         'tokens/s': batch_size / token['seconds'], 'ratio to dense': token['ratio'],
+                         'low': token['low'], 'high': token['high']})
+    report('decode', rows, config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,7 +248,7 @@ def convert(config):
     prompt = torch.zeros(1, min(PROMPT, half), dtype=torch.int64)
 
     def seconds_per_token(runner):
-        return decoded(runner, prompt, min(NEW, half))[1]
+        return decoded(Decoder(runner), prompt, min(NEW, half))[1]
     times = interleaved({name: partial(seconds_per_token, runner) for name, runner in runners.items()}, config.repeats)
     for row, speed in zip(rows, compare(times, 'dense')):
         row |= {'tokens/s': 1 / speed['seconds'], 'speed': speed['ratio']}

@@ -271,7 +271,6 @@ def build(candidate, device, dtype, threads):
         'train': lambda: timed(step, device),
         'first': functools.cache(lambda: timed(step, device)),
         'peak': lambda: hardware.peak_memory_gb(device),
-        'prefill': lambda: timed(lambda: next(decoding(model, device, dtype)), device),
         'decode': lambda: timed(lambda: [next(tokens) for _ in range(8)], device) / 8}
 
 
@@ -284,7 +283,7 @@ def side_by_side(title, candidates, repeats, config, jobs=('train',)):
     """
     {name: Candidate} -> {name: seconds of each repeat} for each of the jobs, then {name: peak GB}. Each candidate has
     its own process, so that its peak memory is its own, too. The jobs: `train`, a step; `first`, the first step, which
-    compiles; `prefill`, all but the last 64 tokens of one sequence; `decode`, one more token of it.
+    compiles; `decode`, one more token of a sequence with a full context but for 64 tokens.
     """
     print(f'{title}: {repeats} repeats on {hardware.resolve(config.device, config.dtype)[2]}', flush=True)
     server = multiprocessing.get_context('forkserver')

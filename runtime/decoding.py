@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.2}
 class GraphDecoder:
     """Decodes with CUDA graphs. The interface is that of generation.Decoder.
 
-    compile: also compile steps and prompts, which takes a minute. It pays from about COMPILE_TOKENS tokens on.
+    compile: also compile steps and prompts, which takes a minute.
     Keeps one cache and one graph per batch size and autocast dtype. The weights must not change in its lifetime."""
 
     def __init__(self, model, compile=False):

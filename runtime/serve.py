@@ -36,21 +36,22 @@ class BadRequest(Exception):
     pass
 
 
-def run(config, model, encoding, device, dtype):
+def run(config, model, encoding, device, dtype, decoder):
     """Serve until Ctrl-C. config: a SampleConfig. UserError if the port is taken."""
-    with make_server(config, model, encoding, device, dtype) as server:
+    with make_server(config, model, encoding, device, dtype, decoder) as server:
         print(f'serving on http://127.0.0.1:{server.server_port} (only this machine; Ctrl-C ends it)', file=sys.stderr,
               flush=True)
         server.serve_forever()
 
 
-def make_server(config, model, encoding, device, dtype):
+def make_server(config, model, encoding, device, dtype, decoder=None):
     try:
         server = ThreadingHTTPServer(('127.0.0.1', config.port), Handler)
     except OSError as error:
         raise UserError(f'--port={config.port}: cannot listen there ({error.strerror}): choose another --port')
     server.daemon_threads = True
     server.config, server.model, server.encoding, server.device, server.dtype = config, model, encoding, device, dtype
+    server.decoder = decoder
     server.places, server.turn = threading.BoundedSemaphore(QUEUE), threading.Lock()
     return server
 
@@ -187,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
             with autocast(server.device, server.dtype):
                 for token in generate(server.model, idx, server.encoding.n_vocab, request['max_tokens'],
                                       request['temperature'], request['top_k'], request['top_p'],
-                                      sample_seed(request['seed'], i), server.encoding.eot_token):
+                                      sample_seed(request['seed'], i), server.encoding.eot_token, server.decoder):
                     count += 1
                     if server.config.stop and token.item() == server.encoding.eot_token:
                         ended = True

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import bench
 import kernels
 import settings
-from benchmarks import blocks, loop, measure, preparing, presets, sweep, tables
+from benchmarks import blocks, deployed, loop, measure, preparing, presets, sweep, tables
 from configurator import UserError
 from model import GPT
 
@@ -238,13 +238,14 @@ def test_amp_measures_each_precision_that_there_is(tmp_path, monkeypatch):
     assert all(row['tokens/s'] > 0 and 0.05 < row['peak GB'] < 5 for row in rows)
 
 
-def test_decode_times_prefill_and_tokens_of_every_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, 'SHAPES', [(SMALL, 2, 1)] * 2)
-    monkeypatch.setattr(blocks, 'variants', lambda shape: {'dense': shape, 'none': replace(shape, ffn='none')})
+def test_decode_times_prompts_and_tokens_of_trained_and_packed_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(deployed, 'SMALL', replace(SMALL, vocab_size=256, ffn='swiglu'))
+    monkeypatch.setattr(deployed, 'PROMPT', 20)
     bench.main(['decode', '--quick', '--device=cpu', f'--out={tmp_path}'])
     rows = json.loads(result_file(tmp_path, 'decode_quick.json').read_text())['rows']
-    assert [row['block'] for row in rows] == ['dense', 'none']
-    assert all(row['prefill tokens/s'] > 0 and row['decode tokens/s'] > 0 for row in rows)
+    models = ['dense', 'BitNet', 'BitNet packed', 'TriX', 'TriX packed']
+    assert [(row['sequences'], row['model']) for row in rows] == [(n, model) for n in (1, 16) for model in models]
+    assert all(row['prompt ms'] > 0 and row['tokens/s'] > 0 for row in rows)
 
 
 @pytest.mark.parametrize('limit, per_row', [(4.05, 0.1), (1.05, 0.1), (1.05, 0.4), (100.0, 0.01)])

@@ -130,7 +130,7 @@ def packed_in_memory(model, state, pack, dtype):
     if 'packed' in state or pack == 'no':
         return model
     device = next(model.parameters()).device
-    if pack == 'auto' and device.type == 'cuda' and not (packed.HAS_TRITON and packed.has_ternary(model)):
+    if pack == 'auto' and device.type == 'cuda' and not (packed.has_ternary(model) and packed.check_triton(device)):
         return model
     if pack == 'auto' and device.type != 'cuda' and not (
             device.type == 'cpu' and dtype == torch.float32 and packed.decodes_in_cpp(model)):

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
@@ -47,7 +46,7 @@ LOW = 254  # the second byte counts 1 / LOW of the scale of its row
 EMBEDDINGS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
 MATRICES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 KEPT = ('config', 'tokenizer', 'step', 'data')  # entries of a checkpoint that a packed file keeps
-HAS_TRITON = find_spec('triton') is not None
+TRITON_DEVICES = set()  # types of devices on which ternary_triton.py works, see check_triton
 ROWS = 4  # up to so many rows of activations go one by one through TriX or an int8 head; more are a matrix product
 
 
@@ -128,7 +127,28 @@ ternary_product.register_fake(lambda x, size, codes, scale, chosen: x.new_empty(
 
 def is_small_batch(x):
     """Whether x (..., C) is on a GPU and has so few rows that a product with it takes as long as reading the matrix."""
-    return x.is_cuda and x.numel() <= 4 * ROWS * x.size(-1) and HAS_TRITON
+    return x.device.type in TRITON_DEVICES and x.numel() <= 4 * ROWS * x.size(-1)
+
+
+@cache
+def check_triton(device):
+    """Compare a product of ternary_triton.py on this device with the plain formula -> whether packed.py uses it there.
+
+    Prints a line if not."""
+    codes, scale = torch.arange(13 * 37).view(1, 13, 37).remainder(3) - 1, torch.tensor([0.5])
+    x = torch.arange(37.0)[None] - 9
+    arguments = x.to(torch.int8), torch.tensor([2.0]), pack_codes(codes), scale, torch.zeros(1, dtype=torch.int64)
+    try:
+        found = ternary_product(*(tensor.to(device) for tensor in arguments)).cpu()
+        problem = '' if torch.equal(found, x @ codes[0].float().T / 4) else 'its products are wrong'
+    except Exception as error:  # not installed, or a GPU that it does not support
+        problem = f'{type(error).__name__}: {next(iter(str(error).splitlines()), "")}'
+    if problem:
+        print(f'packed weights are multiplied in plain PyTorch, slowly, because Triton fails: {problem}',
+              file=sys.stderr)
+    else:
+        TRITON_DEVICES.add(torch.device(device).type)
+    return not problem
 
 
 def c_struct(name, pointers, rest):
@@ -554,8 +574,8 @@ def build(config, state, path, device):
     tensors = state['packed']
     matrices, two_bytes = state.get('matrices', 'float32'), 'wte.weight.low' in tensors
     check(path, tensors, layout(model, state['embeddings'], matrices, two_bytes))
-    if torch.device(device).type == 'cuda' and not HAS_TRITON:
-        print('Triton is not installed, so packed weights are multiplied in plain PyTorch, slowly', file=sys.stderr)
+    if torch.device(device).type == 'cuda':
+        check_triton(device)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     tables = rotary_tables(config, device) if config.positions == 'rotary' and 'attention' in config.mixers() else None
     for name, module in list(model.named_modules()):

@@ -91,7 +91,8 @@ class Sequences:
     @contextlib.contextmanager
     def context(self):
         # cache_enabled: a graph must not use converted weights that autocast frees at the end of the caller's context.
-        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+        lower = self.dtype != torch.float32
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=lower, cache_enabled=False)
         with torch.no_grad(), self.fixed, autocast:
             yield
 
@@ -117,7 +118,8 @@ class Sequences:
     def choose_step(self, idx):
         """The fastest function for a step that gives the logits of plain steps. Prints a line about what failed."""
         if not self.cache.has_fixed_addresses():
-            print('decoding without a CUDA graph, which is slower: a block has a cache of its own kind', file=sys.stderr)
+            print('decoding without a CUDA graph, which is slower: a block has a cache of its own kind',
+                  file=sys.stderr)
             return self.plain
         saved, start = [tensor.clone() for tensor in self.cache.tensors()], self.cache.pos
 

@@ -445,6 +445,8 @@ for K, M, E, N, k in ((24, 13, 1, 1, 1), (37, 9, 4, 2, 3), (300, 20, 2, 1, 2), (
     plain = torch.stack([x[p // k] @ codes[e].T * scale[e] for p, e in enumerate(chosen.tolist())])
     assert (ternary_triton.product(x, None, packed.pack_codes(codes), scale, chosen) - plain).abs().max() < 1e-5
 
+assert packed.check_triton(torch.device('cpu')) and packed.TRITON_DEVICES == {'cpu'}
+packed.TRITON_DEVICES.clear()
 small, cpp = packed.is_small_batch, packed.can_use_cpp
 for keys in (dict(ffn='swiglu', linear='bitnet'), dict(ffn='trix', trix_shared=True), dict(ffn='trix', act_bits=8), dict(ffn='trix', trix_cut='swiglu', bias=True)):
     model = packed.build(*opened(trained(**keys)))
@@ -462,3 +464,12 @@ def test_the_kernel_of_a_gpu_equals_the_plain_formula():
     done = subprocess.run([sys.executable, '-c', TRITON], cwd=root, capture_output=True, text=True,
                           env={**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': os.pathsep.join(map(str, (root, root / 'tests', *sys.path)))})
     assert done.returncode == 0, done.stderr
+
+
+def test_where_triton_fails_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(packed, 'ternary_product', lambda *inputs: torch.zeros(1, 13))
+    packed.check_triton.cache_clear()
+    assert not packed.check_triton(CPU) and not packed.check_triton(CPU) and not packed.TRITON_DEVICES
+    packed.check_triton.cache_clear()
+    assert capsys.readouterr().err == ('packed weights are multiplied in plain PyTorch, slowly, because Triton fails: '
+                                       'its products are wrong\n')

@@ -190,7 +190,8 @@ def test_models_decode_by_a_cuda_graph(name, packs, compile):
 
 def test_the_triton_kernel_is_the_plain_formula():
     from test_packed import TRITON
-    python('-c', TRITON.replace('ternary_triton.product(', 'on_gpu(').replace(
+    products, _ = TRITON.split('assert packed.check_triton')  # the models behind it are on the CPU
+    python('-c', products.replace('ternary_triton.product(', 'on_gpu(').replace(
         'import ternary_triton', 'import ternary_triton\n\ndef on_gpu(*inputs):\n    return ternary_triton.product(*('
         'x if x is None else x.cuda() for x in inputs)).cpu()\n'), input='')
 

@@ -114,7 +114,12 @@ def pack_command(argv):
     prepared = directory(config)
     if is_bins(config.dataset):
         link(config, prepared)
-    elif not is_path(config.dataset):
+    elif is_path(config.dataset):
+        for key in ('max_tokens', 'max_documents', 'shard'):
+            if value := getattr(config, key):
+                raise UserError(f'--{key}={value}: {config.dataset} is already prepared, and all of it is packed: '
+                                'leave the option out')
+    else:
         prepare(config, prepared)
     shards.pack(prepared, config.row, Path(config.out), config.rows_per_shard)
 

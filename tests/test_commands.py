@@ -109,6 +109,8 @@ def test_any_corpus_is_packed_as_rows_validated_shown_and_split(packed, monkeypa
     run('split', 'rows/train', 'again', '--val_ratio=0.4')
     assert len(meta(packed / 'again')['files']['train']) == 5 and shards.open_data(packed / 'again', 1024, 300).tokenizer is None
     for words, message in ((['split', 'rows/train', 'new', '--val_ratio=1'], '--val_ratio=1'),
+                           (['pack', f'--dataset={bins}', '--max_tokens=100', '--out=new', '--row=50'],
+                            f'--max_tokens=100: {bins} is already prepared, and all of it is packed'),
                            (['split', 'rows/train', 'data'], 'exists but is not a prepared'),
                            (['show'], 'name a directory'), (['validate', 'nothing'], 'nothing: no such'),
                            (['show', 'nothing'], 'nothing'), (['join', 'nothing'], 'nothing'), (['recommend', 'nothing'], 'nothing')):

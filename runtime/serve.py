@@ -25,6 +25,7 @@ MAX_BODY = 1_000_000  # bytes of a request
 MAX_TOKENS = 4096  # new tokens per text
 MAX_TEXTS = 8  # texts per request
 MAX_STOPS, MAX_STOP = 4, 200  # strings that end a text, and characters of each
+KINDS = {str: 'one text', int: 'a whole number', float: 'a number', bool: 'true or false'}
 SECONDS = 30  # a client that neither sends nor reads for so long is dropped
 # Fields that do not change the text, and fields that are refused unless they have their neutral value.
 IGNORED = {'model', 'user', 'stream_options'}
@@ -89,7 +90,7 @@ def read_request(body, config, encoding):
         try:
             request[key] = typed(request[key], kind)
         except (ValueError, OverflowError):
-            raise BadRequest(f'{key} must be a {kind.__name__}' + (' (one text)' if key == 'prompt' else ''))
+            raise BadRequest(f'{key} must be {KINDS[kind]}')
     stops = request['stop']
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(
             isinstance(stop, str) and 0 < len(stop) <= MAX_STOP for stop in stops):

@@ -98,7 +98,8 @@ def test_stop_strings_are_found_across_pieces(texts, stops):
 
 
 @pytest.mark.parametrize('body, message', [
-    (b'{', 'not JSON'), (b'[1]', 'must be a JSON object'), ({'promt': 'a'}, "unknown field 'promt'"), ({'prompt': 3}, 'prompt must be a str'),
+    (b'{', 'not JSON'), (b'[1]', 'must be a JSON object'), ({'promt': 'a'}, "unknown field 'promt'"),
+    ({'prompt': 3}, 'prompt must be one text'), ({'n': 'a'}, 'n must be a whole number'),
     ({'prompt': ['a', 'b']}, 'one text'), ({'max_tokens': 10**6}, 'max_tokens=1000000 must lie in 1 to 4096'),
     ({'max_tokens': 0}, 'max_tokens=0'), ({'n': 99}, 'n=99 must lie in 1 to 8'), ({'top_p': 0}, 'top_p=0.0 must lie'),
     ({'temperature': -1}, 'temperature=-1'), ({'stop': ['']}, 'stop must be'), ({'stop': 'x' * 500}, 'stop must be'),

@@ -33,7 +33,7 @@ and pictures go to runs/bench/<machine>/. `--out=results` renews the project's o
 import sys
 from dataclasses import dataclass
 
-from configurator import (UserError, answer_help, can, import, its, load, run, s, that, torch)
+from configurator import UserError, answer_help, load, run  # before torch, so Ctrl-C can interrupt torch's import
 if sys.argv[1:2] != ['sweep']:  # it has its own --help
     answer_help(__name__, __doc__, 'bench.BenchConfig')
 from benchmarks import blocks, deployed, frontier, loop, measure, nanogpt, preparing, presets, quality, sweep, tables

@@ -87,8 +87,8 @@ def load_run(config, name):
         raise UserError(f'{out}: this path is not UTF-8, and programs that read this format cannot open it: '
                         'choose another path')
     if (share := trained_share(state)) < 1 and 'model' in state:
-        raise UserError(f'{source}: step {state["step"]:,} is in the ternary warm-up, its weights are {100 * share:.0f} % '
-                        'ternary: export a checkpoint behind it')
+        raise UserError(f'{source}: step {state["step"]:,} is in the ternary warm-up, its weights are '
+                        f'{100 * share:.0f} % ternary: export a checkpoint behind it')
     if 'packed' in state:
         raise UserError(f'{config.run} is already packed: name the run or the checkpoint instead')
     return model, state, out

@@ -105,7 +105,7 @@ def top_k(step, config):
 
 
 def ternary_share(step, config):
-    """How far ternary weights have gone from their latent weights to their codes: from 0 to 1 in the ternary warm-up."""
+    """How far ternary weights have gone from latent weights to codes: from 0 to 1 in the ternary warm-up."""
     steps = config.ternary_warmup * config.max_steps
     return min(1.0, step / steps) if steps else 1.0
 

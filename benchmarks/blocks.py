@@ -17,8 +17,9 @@ import settings
 from benchmarks.measure import (ROOT, Candidate, alike, compare, interleaved, packed_bytes, report, side_by_side, sizes,
                                 timed)
 from configurator import UserError
-from kernels import (FUSED_DEVICES, GPT, PRODUCT_TOLERANCE, Attention, GPTConfig, Resonance, autocast,
-                     chunked_cross_entropy, fft_convolution, product_convolution)
+from kernels import (FUSED_DEVICES, PRODUCT_TOLERANCE, autocast, chunked_cross_entropy, fft_convolution,
+                     product_convolution)
+from model import GPT, Attention, GPTConfig, Resonance
 from runtime import compiler
 from runtime import device as hardware
 

@@ -24,7 +24,8 @@ from deploy.packed import load_model
 from kernels import autocast
 from model import GPT, GPTConfig
 from runtime import device as hardware
-from tokenizer import (Decoder, choose, decoder_for, from, import, load_tokenizer, runtime, token_bytes, train_bpe)
+from runtime.generation import Decoder, choose, decoder_for
+from tokenizer import load_tokenizer, token_bytes
 from training import validate
 
 PROMPT, NEW = 128, 32  # tokens that are read at once, and tokens that are then generated one by one

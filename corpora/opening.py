@@ -92,10 +92,10 @@ def open_training_data(config, prepare=True, verify='once', first=lambda work: w
         return None
     find_eot(config, data)
     if config.packing == 'best_fit':
-        from packing import PackedRows  # a plain run does not need it
+        from corpora.packing import PackedRows  # a plain run does not need it
         data = PackedRows(data)
     elif config.document_starts:
-        from packing import DocumentStarts  # a plain run does not need it
+        from corpora.packing import DocumentStarts  # a plain run does not need it
         data = DocumentStarts(data, config.document_starts)
     if config.max_windows:
         data.limit(config.max_windows)
@@ -107,7 +107,7 @@ def find_eot(config, data):
     """Set config.eot_id from the data, for document_mask. UserError if it is unknown or the config has another one."""
     if not config.document_mask:
         return
-    from packing import eot_id_of  # a plain run does not need it
+    from corpora.packing import eot_id_of  # a plain run does not need it
     eot = eot_id_of(data)
     if eot is None:
         raise UserError(f'document_mask=true: {data.path} has no tokenizer.json, so it is unknown which id ends a '

@@ -631,7 +631,8 @@ def load_model(run, device, context=0):
     if not str(run).endswith('.safetensors'):
         model, state = checkpoint.load_model(run, device, context)
         if (share := checkpoint.trained_share(state)) < 1 and has_ternary(model):
-            note(f'{run}: step {state["step"]:,} is in the ternary warm-up: its weights are {100 * share:.0f} % ternary')
+            note(f'{run}: step {state["step"]:,} is in the ternary warm-up: '
+                 f'its weights are {100 * share:.0f} % ternary')
         return model, state
     state = read(run)
     return build(checkpoint.model_config(state, run, context), state, run, device), state

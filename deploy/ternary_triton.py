@@ -38,7 +38,7 @@ def product(x, size, codes, scale, chosen):
     x (N, K), codes (E, M, ceil(K / 4)) uint8, scale (E,), chosen (P,) int64, P a multiple of N
     size (N,): x is int8 and stands for x / size, and the sums are exact. None: x is fp32.
     """
-    (N, K), (E, M, n_bytes), P = x.shape, codes.shape, len(chosen)
+    (N, K), (_, M, n_bytes), P = x.shape, codes.shape, len(chosen)
     y = torch.empty(P, M, device=x.device)
     n = min(256, max(16, triton.next_power_of_2(n_bytes)))
     rows = min(8, triton.next_power_of_2(max(1, M * P // PROGRAMS)))

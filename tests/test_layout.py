@@ -12,7 +12,7 @@ FOLDERS = ('runtime', 'corpora', 'deploy', 'benchmarks')
 SCRIPTS = {'train', 'prepare', 'sample', 'evaluate', 'export', 'watch', 'bench'}
 # From what is imported by all to what imports all. A file imports from its own floor and those below.
 FLOORS = [{'configurator', 'files', 'kernels', 'triton_kernels'}, {'model', 'optim', 'schedule', 'tokenizer', 'verification'},
-          {'settings', 'data', 'checkpoint', 'training', 'packing'}, set(FOLDERS), SCRIPTS]
+          {'settings', 'data', 'checkpoint', 'training'}, set(FOLDERS), SCRIPTS]
 FILES = [path.relative_to(ROOT) for folder in ('.', *FOLDERS) for path in sorted((ROOT / folder).glob('*.py'))]
 
 
@@ -64,7 +64,7 @@ def test_a_plain_run_on_prepared_data_imports_what_it_needs_and_no_more():
     names = {str(path.relative_to(ROOT)) for path in found}
     assert {'model.py', 'runtime/disk.py', 'corpora/opening.py'} <= names
     assert not names & {'runtime/plan.py', 'runtime/group.py', 'deploy/pretrained.py', 'corpora/shards.py'}
-    assert sum(len(path.read_text().splitlines()) for path in found) <= 6650
+    assert sum(len(path.read_text().splitlines()) for path in found) <= 7050
 
 
 def test_a_script_imports_no_script():
@@ -72,10 +72,10 @@ def test_a_script_imports_no_script():
     assert not any(found.values()), found
 
 
-def test_at_most_21_files_are_at_the_root_and_the_readme_names_each():
+def test_at_most_20_files_are_at_the_root_and_the_readme_names_each():
     names = {path.name for path in ROOT.glob('*.py')}
     listed = set(re.findall(r'^\| `(\w+\.py)` \|', (ROOT / 'README.md').read_text(), re.M))
-    assert len(names) <= 21 and names == listed
+    assert len(names) <= 20 and names == listed
 
 
 @pytest.mark.skipif(HAS_ADDED_BLOCKS, reason='added blocks make model.py longer')

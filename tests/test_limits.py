@@ -2,6 +2,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ import train
 from configurator import UserError
 from data import TokenData
 from corpora.opening import open_training_data
-from packing import PackedRows
+from corpora.packing import PackedRows
 from runs import arguments, finish, lines
 from runtime import disk, limits, plan
 from training import Progress
@@ -250,7 +251,7 @@ def test_a_run_on_a_plateau_stops_and_saves(corpus, tmp_path, interval):
 
 
 def test_a_plateau_needs_steps_without_a_gain_of_a_thousandth():
-    config, progress = SimpleNamespace(stop_on='plateau', plateau_steps=10), Progress()
+    config, progress = SimpleNamespace(stop_on='plateau', plateau_steps=10, ternary_warmup=0.0, max_steps=100), Progress()
     assert not limits.on_plateau(config, progress)
     for step, loss, stops in ((0, 5.0, False), (5, 4.9, False), (14, 4.8999, False), (15, 4.899, True), (16, 4.8, False), (26, 4.9, True)):
         progress.step = step
@@ -324,3 +325,9 @@ def test_a_schedule_that_does_not_fit_the_time_becomes_automatic():
     assert (config.max_steps, config.warmup_steps, config.decay_steps) == (200, 10, 0)
     settings.fit_steps(config, asked, 2000)
     assert (config.max_steps, config.warmup_steps, config.decay_steps) == (1000, 100, 300)
+
+
+def test_a_run_does_not_stop_on_a_plateau_before_its_weights_are_ternary():
+    config = SimpleNamespace(stop_on='plateau', plateau_steps=10, ternary_warmup=0.5, max_steps=100)
+    progress = Progress(plateau_loss=3.0, plateau_step=5)
+    assert [limits.on_plateau(config, replace(progress, step=step)) for step in (20, 49, 50)] == [False, False, True]

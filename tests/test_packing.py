@@ -13,7 +13,7 @@ import train
 from configurator import UserError
 from data import TokenData
 from model import GPT, GPTConfig
-from packing import DocumentStarts, PackedRows, best_fit, document_ends
+from corpora.packing import DocumentStarts, PackedRows, best_fit, document_ends
 from runs import arguments, finish, finish_ranks, losses
 from runtime.generation import generate
 
@@ -234,8 +234,8 @@ def test_a_corpus_of_one_document_has_no_start_to_find_and_still_gives_whole_win
 
 
 def test_the_search_for_a_start_ends_soon_in_a_corpus_of_one_long_document(tmp_path, monkeypatch):
-    monkeypatch.setattr('packing.SEARCHED', 8)
-    monkeypatch.setattr('packing.SEARCHES', 3)
+    monkeypatch.setattr('corpora.packing.SEARCHED', 8)
+    monkeypatch.setattr('corpora.packing.SEARCHES', 3)
     data, _, ids = with_starts(tmp_path / 'd', [60, 900, 300], 0.5)
     begins = [data.position('train', window) for window in range(data.plain_windows, data.n_windows)]
     targets = [j * data.last // data.extra_windows for j in range(data.extra_windows)]

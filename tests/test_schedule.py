@@ -18,7 +18,7 @@ def config_of(name='cosine', **options):
     defaults = dict(learning_rate=2.0, min_lr_ratio=0.25, warmup_steps=10, max_steps=110, schedule=name,
                     weight_decay=0.1, restart_steps=0, restart_factor=1, decay_steps=0, boundary_step=0,
                     mid_lr_ratio=0.5)
-    return SimpleNamespace(**{**defaults, **options})
+    return SimpleNamespace(**{'ternary_warmup': 0.0, **defaults, **options})
 
 
 def rates(config, steps=None):

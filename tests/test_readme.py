@@ -43,7 +43,7 @@ def test_the_block_of_the_readme_is_added_by_its_diff_and_passes_the_tests(tmp_p
         'README.md, "Adding a block": its diff no longer fits model.py or tests/test_blocks.py. '
         f'Copy the lines that surround its additions from these files. {applied.stderr}')
     tests = 'reglu and (later_embedding or cached_decoding or every_parameter or starts_at)'
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-k', tests], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-n0', '-p', 'no:cacheprovider', '-k', tests], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and '7 passed' in done.stdout, done.stdout
 
 

@@ -360,7 +360,7 @@ def test_a_run_that_is_stopped_before_its_first_step_says_so(place, monkeypatch)
 
 @pytest.mark.parametrize('word', ['--tensorboard', '--profile'])
 def test_outputs_that_need_utf8_names_are_refused_before_the_run(word, original, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.runlog, 'check_packages', lambda **wanted: None)
+    monkeypatch.setattr('runtime.trackers.check_packages', lambda config: None)
     d = shutil.copytree(original, tmp_path / os.fsdecode(b'caf\xe9'), symlinks=True)
     with pytest.raises(UserError, match='not UTF-8. The libraries behind --tensorboard and --profile cannot open such a path'):
         train.main([*(part.format(d=d) for part in COMMANDS['train'][1]), word])

@@ -150,7 +150,7 @@ class TrainConfig:
             found.append(f'document_starts={self.document_starts} must lie in [0, 1)')
         elif self.document_starts and self.packing == 'best_fit':
             found.append(f'document_starts={self.document_starts} is for packing=stream: '
-                         'with best_fit every row begins with a document')
+                         'with best_fit every row begins with a document. Add --document_starts=0')
         found += [f'{key}={getattr(self, key)!r} is not one of {", ".join(choices)}'
                   for key, choices in self.choices().items()
                   if key != 'schedule' and getattr(self, key) not in choices]  # schedule.problems checks that

@@ -1,11 +1,13 @@
 """What the README shows is true."""
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import train
 
 from runs import HAS_ADDED_BLOCKS
 
@@ -30,6 +32,17 @@ def test_every_option_that_the_readme_names_is_one():
     known = set(re.findall(r'^  --(\w+)', shown, re.M))
     named = set(re.findall(r'--(\w+)', re.search(r'## Options(.*?)\n## ', README, re.S).group(1)))
     assert len(named) > 20 and named - known <= {'help', 'key', 'out'}
+
+
+def test_the_training_commands_of_the_pages_have_options_that_fit_together():
+    pages = [README, *((ROOT / 'docs' / name).read_text() for name in ('data.md', 'export.md', 'pretrained.md'))]
+    commands = re.findall(r'^(?:torchrun .*)?(?:python )?train\.py (.*)$', '\n'.join(pages), re.M)
+    argvs = [shlex.split(command, comments=True) for command in commands]
+    elsewhere = re.compile('recover.py|finetune|--init_from')  # need another command or a download first
+    argvs = [argv for argv in argvs if not elsewhere.search(' '.join(argv))]
+    for argv in argvs:
+        train.load(argv)  # a UserError if options contradict each other
+    assert len(argvs) > 8 and any('--packing=best_fit' in argv for argv in argvs)
 
 
 @pytest.mark.skipif(HAS_ADDED_BLOCKS, reason='next to added blocks the diff of the README no longer fits')

@@ -147,7 +147,7 @@ def is_ternary(model):
 
 
 def stages_of(model, to, tiles=8, top_k=6):
-    """{stage of a conversion: model in eval mode}. The last one is the result, but for its top_k of TriX."""
+    """{stage of a conversion: model in eval mode}. The last one is the result."""
     device = next(model.parameters()).device
     if to != 'trix':
         config, weights = bitnet(model, to)
@@ -156,8 +156,8 @@ def stages_of(model, to, tiles=8, top_k=6):
     all_tiles, ternary_weights = replace(config, trix_top_k=tiles), ternarised(config, weights)
     return {f'cut into {tiles} tiles': without_ternary(build(all_tiles, weights, device)),
             f'{top_k} of them for a token': without_ternary(build(config, weights, device)),
-            f'{top_k} of them, ternary': build(config, ternary_weights, device),
-            f'all {tiles}, ternary': build(all_tiles, ternary_weights, device)}
+            f'all {tiles}, ternary': build(all_tiles, ternary_weights, device),
+            f'{top_k} of them, ternary': build(config, ternary_weights, device)}
 
 
 def build(config, weights, device):
@@ -189,8 +189,6 @@ def convert(run, model, state, out, to, tiles=8, top_k=6):
         print(f'  {name:42} {loss_of(stage, ids):.4f}')
     converted = list(stages.values())[-1]
     options |= vars(converted.config)
-    if to == 'trix':  # the last stage has all tiles; training comes down to top_k
-        options['trix_top_k'] = top_k
     with named_at_last(out, parents=True) as folder:
         (folder / 'checkpoints').mkdir(parents=True)
         checkpoint.save(folder / 'checkpoints' / 'step_0000000.pt', {

@@ -201,8 +201,10 @@ def of_the_run(state, path):
 
 
 def own_loss(path, step):
-    """The validation loss that a run recorded at a step, or None. path: a run directory or a checkpoint."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).absolute().parent.parent
+    """The validation loss that a run recorded at a step, or None. path: a run, or one of its checkpoints or exports."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).absolute().parent
+    if not (folder / 'metrics.jsonl').exists():
+        folder = folder.parent  # the checkpoints of a run are in a folder of their own
     losses = [line.get('loss') for line in read_lines(folder / 'metrics.jsonl')
               if line.get('kind') == 'eval' and line.get('step') == step]
     return losses[-1] if losses else None
@@ -343,7 +345,7 @@ def print_own_loss(source, step, loss):
     """Say whether the run itself recorded the same validation loss at this step."""
     own = own_loss(source, step)
     answer = 'yes' if own == loss else 'the run recorded none' if own is None else (
-        f'no, the run recorded {own} (other data, hardware, precision or batch size)')
+        f'no, the run recorded {own} (other data, hardware, precision, packing or batch size)')
     print(f"same as the run's own loss at step {step:,}: {answer}", flush=True)
 
 

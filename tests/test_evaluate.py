@@ -121,6 +121,15 @@ def test_the_last_validation_of_a_run_is_reproduced_to_the_last_bit(trained, cap
     assert list(result) == ['run', 'step', 'loss', 'perplexity', 'tokens', 'bits_per_byte']
 
 
+@pytest.mark.parametrize('file', ['', 'checkpoints/step_0000010.pt', 'packed.safetensors'])
+def test_the_own_loss_of_a_run_is_found_from_its_checkpoints_and_exports(file, tmp_path):
+    (tmp_path / 'run/checkpoints').mkdir(parents=True)
+    (tmp_path / 'run/metrics.jsonl').write_text('{"kind": "eval", "step": 10, "loss": 5.25}\n')
+    path = tmp_path / 'run' / file
+    path.exists() or path.touch()
+    assert evaluate.own_loss(path, 10) == 5.25 and evaluate.own_loss(path, 20) is None
+
+
 def test_a_different_loss_is_not_reported_as_the_same(trained, tmp_path, capsys):
     run = shutil.copytree(trained, tmp_path / 'run')
     metrics = run / 'metrics.jsonl'

@@ -40,8 +40,11 @@ def series(lines, key, x='step'):
 
 
 def running_mean(values, n=80):
-    """The mean around each value, over 1/n of all values on each side. Curves of any length look equally smooth."""
-    half = -(-len(values) // n)
+    """
+    The mean around each value, over 1/n of all values on each side. Long curves of any length look equally smooth.
+    Fewer than n values stay as they are: the mean of three of five would flatten the curve.
+    """
+    half = len(values) // n
     return [fmean(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
 
 

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 import watch
 from configurator import UserError
+from runtime.pages import running_mean
 from schedule import schedule
 
 ROOT = Path(__file__).parent.parent
@@ -603,3 +604,8 @@ def test_no_damage_breaks_status_pictures_or_pages(tmp_path, capsys):
             counts['drawn'] += 1
         counts['whole'] += run.train == watch.Run(template).train
     assert counts['drawn'] == 6 and 5 < counts['whole'] < 60
+
+
+def test_the_smoothed_curve_of_a_few_values_is_the_values_themselves():
+    assert running_mean([8.2, 8.1]) == [8.2, 8.1] and running_mean([3.0, 1.0, 2.0] * 20) == [3.0, 1.0, 2.0] * 20
+    assert running_mean([3.0, 1.0, 2.0] * 27)[1:-1] == pytest.approx([2.0] * 79)

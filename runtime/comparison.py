@@ -145,7 +145,7 @@ def rows(results, details):
         found.append([f'perplexity at {span[0]:,} to {span[1]:,}', *number('{:,.2f}', perplexities)])
     gains = [result['by_position'][-2][2] - result['by_position'][-1][2] if len(result['by_position']) > 1 else None
              for result in results]
-    found.append(['loss saved by the last half of the context', *number('{:.4f}', gains)])
+    found.append(['loss saved, last half of context', *number('{:.4f}', gains)])
     found += [['parameters', *number('{:,}', [detail.parameters for detail in details])],
               ['weights', *number('{:,.1f} MB', [detail.bytes / 1e6 for detail in details])],
               ['peak GPU memory', *number('{:,.2f} GB', [detail.peak_gb for detail in details])],

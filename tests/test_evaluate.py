@@ -329,6 +329,8 @@ def test_models_are_compared_in_one_table_and_one_page(trained, saved, tmp_path,
     assert {key: result['runs'][1][key] for key in alone} == alone
     rows = {cells[0]: cells[1:] for cells in (re.split('  +', line) for line in said.splitlines())}
     assert rows['loss'] == [f"{one['loss']:.4f}" for one in result['runs']] and len(rows['decoding, tokens/s']) == 2
+    table = [line for line in said.splitlines() if line.startswith(('parameters  ', 'loss saved'))]
+    assert len(table) == 2 and len({line.rindex('  ') for line in table}) == 1, 'a name shifts its line'
     assert rows['perplexity at 17 to 32'] == [f"{math.exp(result['runs'][1]['by_position'][1][2]):,.2f}"]  # the first ends at 16
     assert 'different contexts' in said and 'peak GPU memory' not in rows
     text = page.read_text()

@@ -260,11 +260,11 @@ def build_model(state, path, device, context=0):
 
 def trained_share(state):
     """How far the ternary weights of a checkpoint had gone to their codes at its step: 1 behind the ternary warm-up."""
-    keys = ('ternary_warmup', 'max_steps')
-    numbers = [state['config'].get(key, 0) for key in keys]
-    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in (*numbers, state['step'])):
-        return 1.0
-    return ternary_share(max(0, state['step']), SimpleNamespace(**dict(zip(keys, numbers))))
+    config = state['config']
+    step, warmup, length = state.get('step'), config.get('ternary_warmup', 0.0), config.get('max_steps')
+    if not all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in (step, warmup, length)):
+        return 1.0  # a model that was not trained here, or a config of an older version
+    return ternary_share(step, SimpleNamespace(ternary_warmup=warmup, max_steps=length))
 
 
 def retain(newest, keep, forever):

@@ -12,6 +12,7 @@ from benchmarks.deployed import NEW, PROMPT, decoded
 from benchmarks.measure import ROOT, Progress, compare, interleaved, mean_and_sd, report
 from benchmarks.quality import TINY, TWIN, evaluated, length, train_seed
 from deploy import packed
+from runtime.generation import Decoder
 
 SIZES = ((3, 96), (4, 128), (5, 192))  # layers, width
 TOKENS = 2_500_000
@@ -72,7 +73,7 @@ def frontier(config):
                      'training PFLOP': 3 * model.flops_per_token() * tokens / 1e15, 'MB': size / 1e6})
         print(kind, n_layer, n_embd, *(f'{loss:.4f}' for loss in losses), flush=True)
     prompt = torch.zeros(1, PROMPT, dtype=torch.int64)
-    times = interleaved({key: functools.partial(lambda runner: decoded(runner, prompt, NEW)[1], runner)
+    times = interleaved({key: functools.partial(lambda runner: decoded(Decoder(runner), prompt, NEW)[1], runner)
                          for key, runner in runners.items()}, config.repeats)
     for row, speed in zip(rows, compare(times, ('dense', *SIZES[0]))):
         row['tokens/s'] = 1 / speed['seconds']

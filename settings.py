@@ -101,8 +101,7 @@ class TrainConfig:
     spike_window: int = 100  # steps that the mean covers; no step counts as a spike before half of them are done
     seed: int = 1337  # for the initialisation, the order of the data, and dropout
     device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
-    dtype: str = 'auto'  # auto, float32, tf32, bfloat16, float16, or fp8: bfloat16, but the dense matrices
-    # of the blocks train with fp8 products (weights, checkpoints and evaluation do not change)
+    dtype: str = 'auto'  # auto, float32, tf32, bfloat16, float16, or fp8 (bfloat16 with fp8 products in dense matrices)
     compile: str = 'auto'  # torch.compile: true, false, or auto (on a GPU; on a CPU in runs of at least 10M tokens)
     compile_timeout: int = 600  # seconds for the compilation; after that, the run continues without it
     activation_checkpointing: bool = False  # recompute activations in backward: less memory, more time

@@ -50,7 +50,7 @@ def frontier(config):
     """
     Train dense, BitNet and TriX models of three sizes on the same 2.5M tokens, and deploy them alike: ternary matrices
     in 2 bits, dense ones in bfloat16, embeddings in int8. `loss`: nats per token on 131,072 tokens of the validation
-    split. `training PFLOP`: of the whole run. `tokens/s`: one sequence, one token at a time, on the CPU, all models in
+    split. `training TFLOP`: of the whole run. `tokens/s`: one sequence, one token at a time, on the CPU, all models in
     turn and by the same program (ternary.cpp, which computes in fp32). Finished runs are used.
     """
     tokens = config.tokens or TOKENS
@@ -70,7 +70,7 @@ def frontier(config):
         size, runners[kind, n_layer, n_embd] = deployed(model.cpu())
         rows.append({'model': kind, 'layers': n_layer, 'width': n_embd,
                      'parameters': sum(p.numel() for p in model.parameters()), **mean_and_sd(loss=losses),
-                     'training PFLOP': 3 * model.flops_per_token() * tokens / 1e15, 'MB': size / 1e6})
+                     'training TFLOP': 3 * model.flops_per_token() * tokens / 1e12, 'MB': size / 1e6})
         print(kind, n_layer, n_embd, *(f'{loss:.4f}' for loss in losses), flush=True)
     prompt = torch.zeros(1, PROMPT, dtype=torch.int64)
     times = interleaved({key: functools.partial(lambda runner: decoded(Decoder(runner), prompt, NEW)[1], runner)
@@ -98,8 +98,9 @@ def undominated(rows):
 
 def plot(rows, figure):
     """Loss against training FLOPs, file size and decoding speed. A line joins the sizes of a kind."""
-    panels = {'training PFLOP': 'training compute (PFLOP)', 'MB': 'file size (MB)',
+    panels = {'training TFLOP': 'training compute (TFLOP)', 'MB': 'file size (MB)',
               'tokens/s': 'decoding speed on this CPU (tokens/s)'}
+    from matplotlib.ticker import LogLocator, NullFormatter  # only where a picture is drawn
     axes = figure.subplots(1, 3, sharey=True)
     for panel, (column, label) in zip(axes, panels.items()):
         for i, kind in enumerate(dict.fromkeys(row['model'] for row in rows)):
@@ -107,6 +108,9 @@ def plot(rows, figure):
             panel.errorbar([row[column] for row in own], [row['loss'] for row in own], [row['loss sd'] for row in own],
                            marker='os^D'[i % 4], capsize=3, color=f'C{i}', label=kind)
         panel.set(xlabel=label, xscale='log')
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter('{x:,g}')
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which='both')
     axes[0].set_ylabel('validation loss (nats a token)')
     axes[0].legend()

@@ -368,7 +368,7 @@ class PackedGPT(GPT):
         return self
 
     def forward(self, idx, targets=None, cache=None, last=False, teacher=None):
-        if cache is None or targets is not None or idx.size(1) > 1 or not self.layers:
+        if cache is None or targets is not None or idx.size(1) > 1 or self.layers is None:
             return super().forward(idx, targets, cache, last, teacher)
         if idx.device.type != 'cpu' or traced() or torch.is_tensor(cache.pos) or library() is None:
             return super().forward(idx, targets, cache, last, teacher)

@@ -61,7 +61,7 @@ class BenchConfig:
     out: str = 'runs/bench'  # directory of tables and pictures; results: the project's own tables
 
     def problems(self):
-        presets = [*quality.PRESETS, 'recall']
+        presets = [*quality.PRESETS, 'trix', 'recall']
         problems = []
         if self.command == 'sweep':
             problems.append('sweep must be the first word: python bench.py sweep config/x.py --learning_rate=1e-3,3e-3')

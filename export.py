@@ -86,11 +86,11 @@ def load_run(config, name):
     if config.command != 'convert' and utf8_path(out) is None:
         raise UserError(f'{out}: this path is not UTF-8, and programs that read this format cannot open it: '
                         'choose another path')
-    if (share := trained_share(state)) < 1 and 'model' in state:
-        raise UserError(f'{source}: step {state["step"]:,} is in the ternary warm-up, its weights are '
-                        f'{100 * share:.0f} % ternary: export a checkpoint behind it')
     if 'packed' in state:
         raise UserError(f'{config.run} is already packed: name the run or the checkpoint instead')
+    if (share := trained_share(state)) < 1:
+        raise UserError(f'{source}: step {state["step"]:,} is in the ternary warm-up, its weights are '
+                        f'{100 * share:.0f} % ternary: export a checkpoint behind it')
     return model, state, out
 
 

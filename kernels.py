@@ -37,6 +37,12 @@ if tuple(map(int, torch.__version__.split('.')[:2])) < OLDEST:
 custom_op, traced = torch.library.custom_op, torch.compiler.is_compiling
 
 
+def one_line(error):
+    """An error as one line for a message: its type and the first line of its text."""
+    lines = [line for line in str(error).splitlines() if line.strip()] + ['', '']
+    return f'{type(error).__name__}: {lines[0]}' + (f' {lines[1]}' if lines[0].endswith(':') else '')
+
+
 def autocast(device, dtype):
     """Context for a forward pass: matrix products run in `dtype`. Does nothing for fp32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -138,8 +144,8 @@ JOINT_DEVICES = {'cuda'}  # device types on which a compiled training step joins
 def joint_linear(x, *layers):
     """[layer(x) for layer in layers]. A compiled training step on a GPU computes it as one product.
 
-    One large product is faster than several small ones, above all in backward. Each layer keeps a weight of its own,
-    so checkpoints and optimizers see no difference. Joining the weights costs nothing, because they are cast anyway.
+    One large product should be faster than several small ones, above all in backward (not measured yet). Each layer
+    keeps a weight of its own, so checkpoints and optimizers see no difference. The weights are cast anyway.
     It works for nn.Linear, and for its subclasses that say with `product` what they compute instead of F.linear."""
     kind = type(layers[0])
     product = F.linear if kind is nn.Linear else getattr(kind, 'product', None)
@@ -477,7 +483,8 @@ def fastest_tiles(x, up, k, gated):
     up (E, h, C), k: tiles of a token, gated: the hidden units are gated_hidden.
     'triton' has the same products as 'grouped' and saves 14 of about 33 passes over the rows (see triton_kernels.py).
     It is chosen on a GPU in bf16 or fp16, where it covers the block and has passed its check. There are exceptions:
-      - C h over 1536^2. At 450 TFLOP/s in Triton and 600 in F.grouped_mm, the products lose what the passes save
+      - C h over 1536^2. The products would lose what the passes save, if Triton reaches 450 TFLOP/s and F.grouped_mm
+        600 (an estimate, not measured)
       - fp32, where cuBLAS is much faster than Triton
       - tokens that go to every tile, because there is nothing to sort"""
     E, h, C = up.shape
@@ -705,7 +712,7 @@ def product_problem(device, dtype):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an operation that this device lacks
-        problem = f'{type(error).__name__}: {next(iter(str(error).strip().splitlines()), "")}'
+        problem = one_line(error)
     if problem:
         print(f'resonance uses FFTs, which are slower: its matrix products in {str(dtype)[6:]} fail on {device}: '
               f'{problem}', file=sys.stderr, flush=True)
@@ -1130,9 +1137,8 @@ def loss_and_gradients(x, *arguments):
             raise
         except Exception as error:  # no compiler, or an operation that this device lacks
             FUSED_DEVICES.discard(device)
-            reason = next(iter(str(error).strip().splitlines()), '')
-            print(f'the loss runs without torch.compile, which is slower: {type(error).__name__}: {reason}',
-                  file=sys.stderr, flush=True)
+            print(f'the loss runs without torch.compile, which is slower: {one_line(error)}', file=sys.stderr,
+                  flush=True)
     return eager_loss(x, *arguments)
 
 

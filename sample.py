@@ -15,6 +15,7 @@ from configurator import UserError, answer_help, as_utf8, load, run  # before to
 answer_help(__name__, __doc__, 'sample.SampleConfig')
 import torch
 
+from checkpoint import trained_share
 from deploy import packed
 from kernels import autocast
 from runtime import device as hardware
@@ -22,7 +23,7 @@ from runtime.choice import choose_checkpoint
 from runtime.generation import decoder_for, encode, generate, pieces, sample_seed
 from tokenizer import load_tokenizer
 
-COMPILE_TOKENS = 50_000  # from so many new tokens on, a compiled step repays its compilation
+COMPILE_TOKENS = 50_000  # from so many new tokens on, `auto` compiles the step (an estimate, not measured)
 
 
 @dataclass
@@ -127,7 +128,7 @@ def packed_in_memory(model, state, pack, dtype):
     """The model for sampling: with packed ternary weights if pack is yes, or auto and decoding is faster with them.
 
     Prints one line if it packs."""
-    if 'packed' in state or pack == 'no':
+    if 'packed' in state or pack == 'no' or trained_share(state) < 1:  # weights in the ternary warm-up are not ternary
         return model
     device = next(model.parameters()).device
     if pack == 'auto' and device.type == 'cuda' and not (packed.has_ternary(model) and packed.check_triton(device)):
@@ -144,6 +145,8 @@ def packed_in_memory(model, state, pack, dtype):
 def compiles(config, device):
     """Whether to compile the decoding step. Prints one line if that takes time."""
     many = config.serve or config.interactive or config.num * config.max_new_tokens >= COMPILE_TOKENS
+    if config.compile == 'true' and device.type != 'cuda':
+        print('decoding is not compiled: --compile is for a GPU', file=sys.stderr)
     if device.type != 'cuda' or config.compile == 'false' or config.compile == 'auto' and not many:
         return False
     from runtime import compiler  # here because most samples do without it

@@ -40,6 +40,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import one_line
+
 EPS = tl.constexpr(1e-6)  # of the norm, as in kernels.gated_hidden
 PROGRAMS = 512  # that a sum over many rows is split into: about four for each multiprocessor of an H100
 
@@ -383,7 +385,7 @@ def checked(device, dtype, E, k, C, h):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, or a card without the shared memory that the kernels need
-        reason = f'{type(error).__name__}: {next(iter(str(error).strip().splitlines()), "")}'
+        reason = one_line(error)
     print(f'TriX runs without its Triton kernels, which is slower: {reason}', file=sys.stderr, flush=True)
     return False
 

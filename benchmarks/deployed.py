@@ -73,6 +73,10 @@ def decoded(decoder, ids, new=NEW):
     return prompt_time - start_time, (time.perf_counter() - prompt_time) / new
 
 
+def seconds_per_token(model, prompt, new=NEW):
+    return decoded(Decoder(model), prompt, new)[1]
+
+
 def read():
     time.sleep(0.02)  # the threads of the previous process still spin for a few ms
     return read.once()
@@ -248,9 +252,8 @@ def convert(config):
     half = model.config.block_size // 2
     prompt = torch.zeros(1, min(PROMPT, half), dtype=torch.int64)
 
-    def seconds_per_token(runner):
-        return decoded(Decoder(runner), prompt, min(NEW, half))[1]
-    times = interleaved({name: partial(seconds_per_token, runner) for name, runner in runners.items()}, config.repeats)
+    times = interleaved({name: partial(seconds_per_token, runner, prompt, min(NEW, half))
+                         for name, runner in runners.items()}, config.repeats)
     for row, speed in zip(rows, compare(times, 'dense')):
         row |= {'tokens/s': 1 / speed['seconds'], 'speed': speed['ratio']}
     report('convert', rows, config)

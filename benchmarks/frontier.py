@@ -2,17 +2,16 @@
 What ternary tiles buy: validation loss against training FLOPs, file size and decoding speed, for dense, BitNet and TriX
 models at three sizes. The command `frontier` of bench.py, and the picture of the README.
 """
-import functools
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import settings
-from benchmarks.deployed import NEW, PROMPT, decoded
+from benchmarks.deployed import PROMPT, seconds_per_token
 from benchmarks.measure import ROOT, Progress, compare, interleaved, mean_and_sd, report
 from benchmarks.quality import TINY, TWIN, evaluated, length, train_seed
 from deploy import packed
-from runtime.generation import Decoder
 
 SIZES = ((3, 96), (4, 128), (5, 192))  # layers, width
 TOKENS = 2_500_000
@@ -73,8 +72,8 @@ def frontier(config):
                      'training TFLOP': 3 * model.flops_per_token() * tokens / 1e12, 'MB': size / 1e6})
         print(kind, n_layer, n_embd, *(f'{loss:.4f}' for loss in losses), flush=True)
     prompt = torch.zeros(1, PROMPT, dtype=torch.int64)
-    times = interleaved({key: functools.partial(lambda runner: decoded(Decoder(runner), prompt, NEW)[1], runner)
-                         for key, runner in runners.items()}, config.repeats)
+    times = interleaved({key: partial(seconds_per_token, runner, prompt) for key, runner in runners.items()},
+                        config.repeats)
     for row, speed in zip(rows, compare(times, ('dense', *SIZES[0]))):
         row['tokens/s'] = 1 / speed['seconds']
     options = ''.join(f' --{key}={value}' for key, value, default in

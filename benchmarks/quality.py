@@ -62,8 +62,7 @@ PRESETS = {  # name: {name of a run: its config file and command line}; the last
         'base': (SPEEDRUN, '--ffn=relu2')},
     'bitnet': {
         'bitnet': (TINY, SOURCE, '--ffn=swiglu', '--linear=bitnet', '--learning_rate=3e-3'),
-        'dense_twin': (TINY, SOURCE, '--ffn=swiglu')},
-    'trix': {}}  # trix_runs()
+        'dense_twin': (TINY, SOURCE, '--ffn=swiglu')}}  # and trix, see trix_runs()
 FULL_LENGTH = ('tiny', 'speedrun')  # presets that train as long as their config files say, unless --tokens is given
 TRIX_TOKENS = 6_500_000  # of each run of the preset trix
 TRIX_RATES = (2e-3, 4e-3, 8e-3, 16e-3)  # of the matrices at a width of 256; scaled by 1 / width
@@ -213,7 +212,7 @@ def tuned(runs, folder, tokens, config):
     """
     Try every rate of rates_of() for every run, with seed 1337 and at full length.
 
-    Returns ({name: command line with the best rate}, {name: {rate: loss}}).
+    Returns ({name: the best rate}, {name: {rate: loss}}).
     """
     trials, best = {}, {}
     rates = rates_of(config)
@@ -221,13 +220,12 @@ def tuned(runs, folder, tokens, config):
     for name, words in runs.items():
         trials[name] = {}
         for rate in rates:
-            out = train_seed([*words, f'--matrix_lr={rate:g}'], f'{folder}/{name}_{rate:g}', 1337, config)
+            out = train_seed(*with_rate(words, f'{folder}/{name}', rate), 1337, config)
             trials[name][rate] = evaluated(out, tokens, config)[2]['loss']
             progress.step()
-        winner = min(trials[name], key=trials[name].get)
-        best[name] = [*words, f'--matrix_lr={winner:g}']
-        if winner in (min(rates), max(rates)) and len(rates) > 1:
-            print(f'{name}: its best rate, {winner:g}, is at the edge of those tried', flush=True)
+        best[name] = min(trials[name], key=trials[name].get)
+        if best[name] in (min(rates), max(rates)) and len(rates) > 1:
+            print(f'{name}: its best rate, {best[name]:g}, is at the edge of those tried', flush=True)
     return best, trials
 
 
@@ -291,16 +289,13 @@ def quality(config):
     folder.mkdir(parents=True, exist_ok=True)
     if config.match == 'time':
         runs = at_equal_time(runs, folder, config)
-    trials = {}
-    if rates_of(config):
-        runs, trials = tuned(runs, folder, tokens, config)
+    rates, trials = tuned(runs, folder, tokens, config) if rates_of(config) else ({}, {})
     rows, models, losses, curves = [], {}, {}, {}
     progress = Progress('runs of the preset', len(runs) * config.seeds)
     for name, words in runs.items():
         results, curves[name] = [], []
         for seed in (1337, *range(1, config.seeds)):
-            rate = f'_{min(trials[name], key=trials[name].get):g}' if trials else ''
-            out = train_seed(words, f'{folder}/{name}{rate}', seed, config)
+            out = train_seed(*with_rate(words, f'{folder}/{name}', rates.get(name)), seed, config)
             model, data, result = evaluated(out, tokens, config)
             results.append(result)
             curves[name].append(evaluations(out))
@@ -309,8 +304,8 @@ def quality(config):
         losses[name] = [result['loss'] for result in results]
         spread = {key: [result[key] for result in results] for key in ('loss', 'bits_per_byte')}
         rows.append({'model': name, **sizes(model), 'packed MB': packed_bytes(model) / 1e6, **mean_and_sd(**spread)})
-        if trials:
-            rows[-1]['rate'] = min(trials[name], key=trials[name].get)
+        if name in rates:
+            rows[-1]['rate'] = rates[name]
         print(name, *(f'{loss:.4f}' for loss in losses[name]))
     times, _ = side_by_side('quality', alike(models, 16), config.repeats, config)
     for row, speed, rank in zip(rows, compare(times, name), ranks(losses).values()):
@@ -324,6 +319,11 @@ def quality(config):
            trials=trials)
     for line in verdicts(losses):
         print(line)
+
+
+def with_rate(words, name, rate):
+    """The command line and the name of a run at a learning rate of the matrices. None: that of its config file."""
+    return ([*words, f'--matrix_lr={rate:g}'], f'{name}_{rate:g}') if rate else (words, name)
 
 
 def train_seed(words, name, seed, config):

@@ -37,7 +37,7 @@ import checkpoint
 from configurator import UserError
 from deploy import pretrained
 from files import replacing
-from kernels import bit_product, custom_op, int8, int8_codes, rms, ternary_codes, traced
+from kernels import bit_product, custom_op, int8, int8_codes, one_line, rms, ternary_codes, traced
 from model import GPT, Attention, BitLinear, TriX, rotary_tables
 
 # 2: wte.weight.low, the second byte of an int8 embedding; 3: `matrices` in the metadata, the type of dense matrices
@@ -142,7 +142,7 @@ def check_triton(device):
         found = ternary_product(*(tensor.to(device) for tensor in arguments)).cpu()
         problem = '' if torch.equal(found, x @ codes[0].float().T / 4) else 'its products are wrong'
     except Exception as error:  # not installed, or a GPU that it does not support
-        problem = f'{type(error).__name__}: {next(iter(str(error).splitlines()), "")}'
+        problem = one_line(error)
     if problem:
         print(f'packed weights are multiplied in plain PyTorch, slowly, because Triton fails: {problem}',
               file=sys.stderr)
@@ -608,8 +608,7 @@ def build(config, state, path, device):
 
 def decodes_in_cpp(model):
     """Whether ternary.cpp would decode a token of a trained model in one call. That is faster than plain PyTorch."""
-    mixed = any(getattr(module, 'share', None) is not None for module in model.modules())  # in the ternary warm-up
-    return whole_step_in_cpp(model.config) and has_ternary(model) and not mixed and library() is not None
+    return whole_step_in_cpp(model.config) and has_ternary(model) and library() is not None
 
 
 def in_memory(model):

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from kernels import one_line
 from optim import local_tensor
 from runtime.device import is_out_of_memory
 from runtime.profiling import untouched
@@ -53,7 +54,7 @@ def check(model, fast, compute, device, dtype, limit, sharded_sum, lost):
         model.zero_grad(set_to_none=True)
         if is_out_of_memory(error) or lost(error):
             raise
-        return f'{type(error).__name__}: {first_line(error)}', ''
+        return one_line(error), ''
     finally:
         model.train(training)
     note = f'compiled in {time.perf_counter() - start:.0f} s'
@@ -89,8 +90,3 @@ def compare(model, expected, found, dtype, sharded_sum):
     if apart:
         return f'{len(apart)} of {len(names)} gradients are wrong ({apart[0]} is the first)', distance
     return '', distance / norm if norm else 0.0
-
-
-def first_line(error):
-    lines = [line for line in str(error).splitlines() if line.strip()] + ['', '']
-    return f'{lines[0]} {lines[1]}' if lines[0].endswith(':') else lines[0]

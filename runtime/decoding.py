@@ -14,7 +14,8 @@ import sys
 import torch
 import torch.nn as nn
 
-from runtime import compile_check, compiler
+from kernels import one_line
+from runtime import compiler
 
 # Allowed relative difference between a graph and plain steps. Rounding alone causes far less, but it can send a token
 # to another TriX tile.
@@ -138,7 +139,7 @@ class Sequences:
                 found = [step(token).float() for token in tokens[:len(expected)]]
                 problem = self.difference(expected, found)
             except Exception as error:
-                problem = f'{type(error).__name__}: {compile_check.first_line(error)}'
+                problem = one_line(error)
             rewind()
             if not problem:
                 return step
@@ -194,7 +195,7 @@ class Sequences:
             function = compiled(self.logits)
             problem = self.difference(expected, [read(idx).float(), *self.last_keys()])
         except Exception as error:
-            problem = f'{type(error).__name__}: {compile_check.first_line(error)}'
+            problem = one_line(error)
         self.cache.reset()
         if problem:
             print(f'prompts are not compiled, which is slower: {problem}', file=sys.stderr)

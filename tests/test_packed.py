@@ -473,3 +473,15 @@ def test_where_triton_fails_one_line_says_so(monkeypatch, capsys):
     packed.check_triton.cache_clear()
     assert capsys.readouterr().err == ('packed weights are multiplied in plain PyTorch, slowly, because Triton fails: '
                                        'its products are wrong\n')
+
+
+def test_a_checkpoint_within_the_ternary_warm_up_is_read_as_trained_and_not_exported(corpus, tmp_path, capsys):
+    out = tmp_path / 'run'
+    options = ['--ternary_warmup=0.5', '--max_steps=8', '--warmup_steps=1', '--save_interval=2', '--keep=0', '--sample_interval=0']
+    assert finish(arguments(corpus, out, *options))[0] == 0
+    middle = out / 'checkpoints' / 'step_0000002.pt'
+    model, _ = packed.load_model(middle, torch.device('cpu'))
+    assert model.trix_layers()[0].share == 0.5 and 'its weights are 50 % ternary' in capsys.readouterr().err
+    with pytest.raises(UserError, match='step 2 is in the ternary warm-up, its weights are 50 % ternary: export'):
+        export.main(['pack', str(middle), str(tmp_path / 'x.safetensors'), '--device=cpu'])
+    assert 'same most likely token' in said_by(capsys, export.main, 'pack', out)  # of step 8

@@ -1,6 +1,7 @@
 """Runs are matched, paired over seeds and ranked only beyond the noise."""
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import bench
 import settings
 import train
 from benchmarks import frontier, quality
+from benchmarks.deployed import seconds_per_token
 from configurator import UserError
 from model import GPTConfig
 from runs import finish
@@ -196,8 +198,8 @@ def test_every_run_tries_the_same_rates_and_uses_its_best(tmp_path, monkeypatch,
         return None, None, {'loss': losses[name][float(rate)]}
     monkeypatch.setattr(quality, 'evaluated', evaluated)
     config = small_trix(['--rates=0.1,0.2,0.4'])
-    runs, trials = quality.tuned({'a': ['--ffn=gelu'], 'b': []}, 'x', 1000, config)
-    assert runs == {'a': ['--ffn=gelu', '--matrix_lr=0.2'], 'b': ['--matrix_lr=0.4']} and trials == losses
+    best, trials = quality.tuned({'a': ['--ffn=gelu'], 'b': []}, 'x', 1000, config)
+    assert best == {'a': 0.2, 'b': 0.4} and trials == losses
     assert 'b: its best rate, 0.4, is at the edge' in capsys.readouterr().out
     assert quality.rates_of(small_trix()) == (8e-3, 16e-3, 32e-3, 64e-3)  # a width of 64
     assert quality.options_of(config) == ' --preset=trix --shape=1x64 --rates=0.1,0.2,0.4'
@@ -231,7 +233,7 @@ def test_the_frontier_trains_packs_and_times_every_kind_at_every_size(tmp_path, 
              '--batch_tokens=64', '--compile=false')
     monkeypatch.setattr(frontier, 'SIZES', ((1, 16),))
     monkeypatch.setattr(frontier, 'PROMPT', 4)
-    monkeypatch.setattr(frontier, 'NEW', 3)
+    monkeypatch.setattr(frontier, 'seconds_per_token', partial(seconds_per_token, new=3))
     plain = frontier.runs_of
     monkeypatch.setattr(frontier, 'runs_of', lambda tokens: {key: [*words, *small] for key, words in plain(tokens).items()})
     bench.main(['frontier', '--tokens=8192', '--seeds=1', '--repeats=1', '--device=cpu', f'--out={tmp_path}/results'])

@@ -456,12 +456,12 @@ def test_a_checkpoint_that_is_not_there_is_refused(several):
                                          (dict(ffn='trix', mixer='resonance'), False), (dict(ffn='trix', trix_router='hash'), False)], ids=str)
 def test_a_ternary_model_is_packed_where_that_is_faster_and_says_so(keys, packs, capsys):
     model = model_of(**keys)
-    other = sample.packed_in_memory(model, {}, 'auto', torch.float32)
+    other = sample.packed_in_memory(model, {'config': {}}, 'auto', torch.float32)
     if packed.library() is None:
         pytest.skip('no C++ compiler')
     assert (other is not model) == packs == ('packed in memory' in capsys.readouterr().err)
-    assert sample.packed_in_memory(model, {}, 'no', torch.float32) is model
-    assert sample.packed_in_memory(model, {}, 'auto', torch.bfloat16) is model
+    assert sample.packed_in_memory(model, {'config': {}}, 'no', torch.float32) is model
+    assert sample.packed_in_memory(model, {'config': {}}, 'auto', torch.bfloat16) is model
     if packs:
         idx = torch.tensor([[1, 2, 3]])
         texts = [torch.cat(list(generation.generate(net, idx, 40, 40, seed=3))).tolist() for net in (model, other)]
@@ -470,11 +470,18 @@ def test_a_ternary_model_is_packed_where_that_is_faster_and_says_so(keys, packs,
 
 def test_pack_yes_packs_any_ternary_model_and_refuses_others():
     model = model_of(ffn='trix', mixer='resonance')
-    other = sample.packed_in_memory(model, {}, 'yes', torch.float32)
+    other = sample.packed_in_memory(model, {'config': {}}, 'yes', torch.float32)
     idx = torch.tensor([[1, 2, 3]])
     assert other is not model and torch.allclose(other(idx), model(idx), rtol=0, atol=1e-5)
     with pytest.raises(UserError, match='no ternary matrix'):
-        sample.packed_in_memory(model_of(), {}, 'yes', torch.float32)
+        sample.packed_in_memory(model_of(), {'config': {}}, 'yes', torch.float32)
+
+
+def test_a_model_within_the_ternary_warm_up_is_sampled_as_trained_and_not_packed():
+    state = {'step': 3, 'config': {'ternary_warmup': 0.5, 'max_steps': 10}}
+    model = model_of(ffn='trix')
+    assert sample.packed_in_memory(model, state, 'yes', torch.float32) is model
+    assert sample.packed_in_memory(model, {**state, 'step': 5}, 'yes', torch.float32) is not model
 
 
 def test_a_conversation_continues_all_text_before_a_prompt(trained, capsys, monkeypatch):

@@ -312,3 +312,24 @@ def test_a_model_in_the_ternary_warm_up_has_weights_between_latent_and_ternary(o
 def test_a_ternary_warm_up_that_cannot_be_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         train.load(words)
+
+
+def test_a_compiled_model_follows_the_ternary_warm_up_without_compiling_anew(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=32, ffn='trix', trix_tiles=2,
+                          linear='bitnet'))
+    compilations, idx = [], torch.randint(32, (2, 8))
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+    fast = torch.compile(model, backend=backend)
+    losses = []
+    for share in (0.0, 0.3, 0.6, 0.9):
+        model.set_ternary(share)
+        losses.append(model(idx, idx).item())
+        assert fast(idx, idx).item() == pytest.approx(losses[-1], rel=1e-5)
+    in_the_warm_up = len(compilations)
+    model.set_ternary(1.0)
+    assert fast(idx, idx).item() == pytest.approx(model(idx, idx).item(), rel=1e-5)
+    assert len(set(losses)) == 4 and in_the_warm_up == 1 and len(compilations) == 2

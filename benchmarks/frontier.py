@@ -13,20 +13,20 @@ from benchmarks.measure import ROOT, Progress, compare, interleaved, mean_and_sd
 from benchmarks.quality import TINY, TWIN, evaluated, length, train_seed
 from deploy import packed
 
-SIZES = ((3, 96), (4, 128), (5, 192))  # layers, width
-TOKENS = 2_500_000
+SIZES = ((2, 96), (3, 128), (4, 192))  # layers, width
+TOKENS = 2_000_000
 KINDS = {  # name: (config file, learning rate of the matrices at a width of 128, options)
     'dense': (TWIN, 6e-3, ()),
-    'BitNet': (TWIN, 12e-3, ('--linear=bitnet', '--ffn=swiglu', '--zero_init=false')),
-    'TriX': (TINY, 16e-3, ('--trix_tiles=16', '--trix_top_k=4', '--trix_hidden=0')),
-    'TriX, half': (TINY, 16e-3, ('--trix_tiles=8', '--trix_top_k=2', '--trix_hidden=0'))}
+    'BitNet': (TWIN, 4e-3, ('--linear=bitnet', '--ffn=relu2', '--zero_init=false', '--ternary_warmup=0.5')),
+    'TriX': (TINY, 16e-3, ('--trix_tiles=16', '--trix_top_k=4', '--trix_hidden=0', '--ternary_warmup=0.5')),
+    'TriX, half': (TINY, 16e-3, ('--trix_tiles=8', '--trix_top_k=2', '--trix_hidden=0', '--ternary_warmup=0.5'))}
 
 
 def runs_of(tokens):
     """{(kind, layers, width): command line}. A vocabulary of 1,024, so that the blocks make up most of each model."""
     runs = {}
-    for kind, (file, rate, options) in KINDS.items():
-        for n_layer, n_embd in SIZES:
+    for n_layer, n_embd in SIZES:
+        for kind, (file, rate, options) in KINDS.items():
             words = [str(ROOT / 'config' / file), *options, '--vocab_size=1024', f'--n_layer={n_layer}',
                      f'--n_embd={n_embd}', f'--learning_rate={24e-3 * 128 / n_embd:g}',
                      f'--matrix_lr={rate * 128 / n_embd:g}']
@@ -47,7 +47,7 @@ def deployed(model):
 
 def frontier(config):
     """
-    Train dense, BitNet and TriX models of three sizes on the same 2.5M tokens, and deploy them alike: ternary matrices
+    Train dense, BitNet and TriX models of three sizes on the same 2M tokens, and deploy them alike: ternary matrices
     in 2 bits, dense ones in bfloat16, embeddings in int8. `loss`: nats per token on 131,072 tokens of the validation
     split. `training TFLOP`: of the whole run. `tokens/s`: one sequence, one token at a time, on the CPU, all models in
     turn and by the same program (ternary.cpp, which computes in fp32). Finished runs are used.

@@ -640,8 +640,8 @@ def ended(run, finished):
     result = f'last loss {run.last_loss}'
     if math.isfinite(progress.best):
         result = f'best validation loss {progress.best:.4f} at step {progress.best_step:,}'
-    log.say(f'finished: {progress.step:,} steps, {progress.tokens / 1e6:.1f}M tokens '
-            f'in {progress.seconds / 60:.1f} minutes of training; {result}')
+    log.say(f'finished: {progress.step:,} steps, {progress.tokens:,} tokens '
+            f'in {runlog.duration(progress.seconds)} of training; {result}')
     for line in next_steps(run) if run.saved else ():
         log.say(line)
     return 0

@@ -27,7 +27,7 @@ from configurator import UserError
 from files import replacing
 from runtime.hints import hints
 from runtime.pages import INK, big_number, curve, draw, drawings, page, running_mean, series, table
-from runtime.runlog import read_lines
+from runtime.runlog import duration, read_lines
 from schedule import marks, problems, schedule, stage
 
 OVER = {'finished': '', 'interrupted': 'interrupted: continue with --resume=auto', 'failed': 'failed: see log.txt',
@@ -196,18 +196,6 @@ def schedule_config(values):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Status
-
-def duration(seconds):
-    """Seconds as text in the two largest units: 3 min 5 s, 2 h 5 min, 4 d 7 h."""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f'{days:,} d {hours} h'
-    if hours:
-        return f'{hours} h {minutes} min'
-    return f'{minutes} min {seconds} s' if minutes else f'{seconds} s'
-
 
 def clock(seconds):
     """A time as date and time of day on this machine. Empty if it is no such time."""

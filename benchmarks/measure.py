@@ -35,6 +35,7 @@ from optim import make_optimizers
 from runtime import compiler, plan
 from runtime import device as hardware
 from runtime.parallel import OneProcess
+from runtime.runlog import duration
 from training import TrainStep
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,7 @@ class Progress:
         self.done += 1
         now = time.monotonic()
         left = (now - self.start) / self.done * (self.total - self.done)
-        text = f'{self.title}: {self.done} of {self.total}, {plan.duration(left)} left'
+        text = f'{self.title}: {self.done} of {self.total}, {duration(left)} left'
         if sys.stderr.isatty():
             end = '\r' if self.done < self.total else '\r\033[K'  # the last one clears the line
             print(f'\r\033[K{text}', end=end, file=sys.stderr, flush=True)

@@ -23,8 +23,7 @@ import settings
 from benchmarks.measure import check_can_write, mean_and_sd, report
 from benchmarks.quality import difference, evaluations, is_trained, run_train
 from configurator import UserError
-from runtime.plan import duration
-from runtime.runlog import read_lines
+from runtime.runlog import duration, read_lines
 
 DATA = ('dataset', 'tokenizer', 'vocab_size')  # losses per token with different ones cannot be compared
 # Options whose value may hold a comma, or that sweep sets itself.

@@ -230,8 +230,8 @@ def download_shakespeare(file):
         with urlopen(SHAKESPEARE, timeout=30) as response:
             content = response.read(SHAKESPEARE_BYTES + 1)
     except (OSError, HTTPException) as error:
-        raise UserError(f'shakespeare: cannot download {SHAKESPEARE} ({error}): copy the file to {file}, or run '
-                        'python prepare.py --dataset=shakespeare --source=FILE')
+        raise UserError(f'shakespeare: cannot download {SHAKESPEARE} ({error}): copy the file to {file}, or '
+                        'give prepare.py --source=FILE')
     check_shakespeare(content, SHAKESPEARE)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as target:

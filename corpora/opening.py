@@ -6,6 +6,7 @@ Opens the data of a training run, and prepares them if they are missing. Importe
 For a prepared directory, nothing is imported of what reads and prepares a corpus.
 """
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -75,9 +76,9 @@ def open_dataset(config, prepare=True, verify='once', say=speak):
             speak(f'  already prepared (use them with --dataset=DIR): {", ".join(others)}')
         command = [sys.executable, str(SCRIPT), f'--dataset={name}', f'--out={path}', *words]
         if code := subprocess.run(command).returncode:  # prepare.py has printed the reason
-            if code == 2 and name.startswith('text:'):
-                speak(f'prepare.py has more options: python prepare.py --dataset={name} --out=DIR ..., '
-                      'then train with --dataset=DIR')
+            if code == 2 and name != 'pylib':
+                speak('to prepare it with more options, add them to this command, then train again: '
+                      f'{shlex.join(["python", "prepare.py", *command[2:]])}')
             sys.exit(code)
     return open_prepared(path, config, verify)
 

@@ -19,8 +19,9 @@ from corpora.show import open_whole, row_of
 from corpora.vocabulary import from_file
 from model import GPT
 from runtime import device as hardware
-from runtime.plan import achieved, count, duration, estimate, number, room, shape_of
+from runtime.plan import achieved, count, estimate, number, room, shape_of
 from runtime.profiling import readable
+from runtime.runlog import duration
 from tokenizer import load_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / 'config'

@@ -30,6 +30,7 @@ from runtime.disk import checkpoint_bytes, checkpoints_at_most, free_bytes, mode
 from runtime.parallel import OneProcess
 from runtime.profiling import (COPIES, MemoryOption, counted, has_bfloat16, logit_bytes, measured,
                                memory_options, working_bytes)
+from runtime.runlog import duration
 from settings import due_steps, epoch_lines, is_on
 from tokenizer import id_dtype
 from training import TrainStep
@@ -544,13 +545,6 @@ def disk_lines(config, data):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers as text
-
-def duration(seconds):
-    for unit, size in (('years', 365 * 86_400), ('days', 86_400), ('h', 3600), ('min', 60)):
-        if seconds >= size:
-            return f'{number(seconds / size)} {unit}'
-    return f'{number(seconds)} s'
-
 
 def number(x):
     return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'

@@ -35,6 +35,17 @@ def speak(text='', end='\n'):
         return False
 
 
+def duration(seconds):
+    """Seconds as text in the two largest units: 3 min 5 s, 2 h 5 min, 4 d 7 h, or in years."""
+    seconds = max(0, round(seconds))
+    if seconds >= 1000 * 86_400:
+        return f'{seconds / 365 / 86_400:,.0f} years'
+    for size, unit, part, smaller in ((86_400, 'd', 3600, 'h'), (3600, 'h', 60, 'min'), (60, 'min', 1, 's')):
+        if seconds >= size:
+            return f'{seconds // size} {unit} {seconds % size // part} {smaller}'.removesuffix(f' 0 {smaller}')
+    return f'{seconds} s'
+
+
 def read_lines(path):
     """The JSON objects of a .jsonl file, in order. Skips incomplete or damaged lines.
 

@@ -224,7 +224,7 @@ def test_progress_says_how_much_is_done_and_the_time_left(monkeypatch, capsys):
     progress = measure.Progress('rounds', 4)
     for _ in range(3):
         progress.step()
-    assert capsys.readouterr().err == 'rounds: 3 of 4, 13.3 s left\n'  # a file gets a line every half minute
+    assert capsys.readouterr().err == 'rounds: 3 of 4, 13 s left\n'  # a file gets a line every half minute
 
 
 SMALL = replace(blocks.SHAPES[0][0], n_embd=16, n_layer=1, n_head=2, vocab_size=64, block_size=96)

@@ -135,12 +135,13 @@ def test_a_preset_of_resonance_trains_on_rows_by_one_command(packed, monkeypatch
     assert abs(losses[0] - np.log(300)) < 0.5 and losses[-1] < losses[0] - 0.2
 
 
-def test_without_a_network_a_run_ends_in_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+def test_without_a_network_a_run_ends_with_the_reason_and_the_command_to_add_options_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     code, said = finish([*SMALL, '--dataset=fineweb_edu', '--max_steps=40', f"--out_dir={tmp_path / 'run'}"])
-    last = said.splitlines()[-1]
-    assert code == 2 and 'Traceback' not in said and 'HF_HUB_OFFLINE' in last and '--source=' in last and '--dataset=pylib' in last
+    reason, command = said.splitlines()[-2:]
+    assert code == 2 and 'Traceback' not in said and 'HF_HUB_OFFLINE' in reason and '--source=' in reason and '--dataset=pylib' in reason
+    assert 'python prepare.py --dataset=fineweb_edu' in command and '--vocab_size=300' in command
     assert not [*tmp_path.glob('data/*'), *tmp_path.glob('data/.*')] and not (tmp_path / 'run').exists()
 
 

@@ -22,6 +22,7 @@ from data import data_dir
 from model import GPT, GPTConfig
 from optim import make_optimizers
 from corpora.recommend import Corpus, Plan
+from runtime.runlog import duration
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_the_table_has_the_figures_computed_by_hand(tmp_path, two):
     for name, size, flops in (('dense_tiny', dense, dense_flops), ('trix_tiny', trix, trix_flops)):
         row = cells(text, name)
         assert row[1:5] == [f'{size:,}', f'{1e6 / size:.3g}', f'{tokens / 1e6:.3g}', f'{flops * tokens:.2e}']
-        assert row[5] == f'{flops * tokens / 1e9 / 3600:.3g} h' and row[7] == 'yes'
+        assert row[5] == duration(flops * tokens / 1e9) and row[7] == 'yes'
         config = train.load([f'{recommend.CONFIGS}/{name}.py'])
         model = GPT(config.pick(GPTConfig))
         step = profiling.memory_breakdown(model, list(make_optimizers(model, config, torch.device('cpu')).values()), 16, torch.device('cpu'), torch.float32)

@@ -75,8 +75,12 @@ def unpack_codes(packed, K):
 # The library of ternary.cpp
 
 def flags():
-    return ['-O3', '-fopenmp', '-fno-math-errno', '-fno-trapping-math', '-shared', '-fPIC',
-            *['-mavx2'] * torch.backends.cpu.get_cpu_capability().startswith('AVX')]
+    found, capability = [], torch.backends.cpu.get_cpu_capability()
+    if capability.startswith('AVX'):
+        found = ['-mavx2']
+    if capability.startswith('AVX512') and torch.cpu._is_vnni_supported():
+        found += ['-mavx512bw', '-mavx512vl', '-mavx512vnni']
+    return ['-O3', '-fopenmp', '-fno-math-errno', '-fno-trapping-math', '-shared', '-fPIC', *found]
 
 
 def compiled(flags):
@@ -95,6 +99,7 @@ def compiled(flags):
     found = ctypes.CDLL(str(folder / name))
     for function in (found.ternary, found.tiles, found.int8_rows, found.step):
         function.restype = None
+    found.instructions.restype = ctypes.c_char_p
     return found
 
 

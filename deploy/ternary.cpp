@@ -53,10 +53,41 @@ struct Activations {  // x is about (digit 0 + 256 digit 1 + 65536 digit 2) / sc
 
 // ---- sums of whole numbers
 
+#ifdef __AVX2__
+int64_t sum(__m256i x) {  // of eight lanes of 32 bits
+    const __m256i four = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(x)),
+                                          _mm256_cvtepi32_epi64(_mm256_extracti128_si256(x, 1)));
+    const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    return _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
+}
+#endif
+
 // total[s] = sum of a row of codes times the stream s of bytes, plus the sum of that stream where codes are shifted by 1
 template <int S>
 void dots(const uint8_t* row, int n_bytes, const int8_t* const* q, int64_t* total) {
-#ifdef __AVX2__
+#ifdef __AVX512VNNI__
+    // code + 1 of the lower and of the upper code of four bits (the value 3 does not occur), in the two halves of a register
+    const __m512i table = _mm512_inserti64x4(
+        _mm512_broadcast_i32x4(_mm_setr_epi8(1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 0, 1)),
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 1, 1, 1, 1)), 1);
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i lower[S], upper[S];  // sums of four products of at most 2 * 128
+    for (int s = 0; s < S; s++) lower[s] = upper[s] = _mm512_setzero_si512();
+    for (int b = 0; 32 * b < n_bytes; b++) {
+        const __mmask32 inside = n_bytes - 32 * b < 32 ? (1u << (n_bytes - 32 * b)) - 1 : ~0u;  // nothing is read beyond a row
+        const __m512i codes = _mm512_broadcast_i64x4(_mm256_maskz_loadu_epi8(inside, row + 32 * b));
+        const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, nibble));
+        const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
+        for (int s = 0; s < S; s++) {
+            lower[s] = _mm512_dpbusd_epi32(lower[s], low, _mm512_loadu_si512(q[s] + BLOCK * b));
+            upper[s] = _mm512_dpbusd_epi32(upper[s], high, _mm512_loadu_si512(q[s] + BLOCK * b + 64));
+        }
+    }
+    for (int s = 0; s < S; s++) {
+        const __m512i both = _mm512_add_epi32(lower[s], upper[s]);
+        total[s] = sum(_mm256_add_epi32(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1)));
+    }
+#elif defined __AVX2__
     // code + 1 of the lower and of the upper code of four bits (the value 3 does not occur)
     const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 0, 1));
     const __m256i second = _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0, 0, 1, 1, 1, 1));
@@ -85,12 +116,7 @@ void dots(const uint8_t* row, int n_bytes, const int8_t* const* q, int64_t* tota
         }
         for (int s = 0; s < S; s++) wide[s] = _mm256_add_epi32(wide[s], _mm256_madd_epi16(narrow[s], ones));
     }
-    for (int s = 0; s < S; s++) {
-        alignas(32) int32_t lanes[8];
-        _mm256_store_si256((__m256i*)lanes, wide[s]);
-        total[s] = 0;
-        for (int32_t lane : lanes) total[s] += lane;
-    }
+    for (int s = 0; s < S; s++) total[s] = sum(wide[s]);
 #else
     for (int s = 0; s < S; s++) total[s] = 0;
     for (int b = 0; b < n_bytes; b++)
@@ -115,15 +141,21 @@ float dot(const uint8_t* row, const Activations& x, int n_bytes) {
 int64_t dot(const int8_t* row, const int16_t* x, int n) {
     int64_t total = 0;
     int k = 0;
-#ifdef __AVX2__
+#ifdef __AVX512VNNI__
+    while (k + 32 <= n) {
+        __m512i products = _mm512_setzero_si512();
+        for (const int end = std::min(n, k + 4096); k + 32 <= end; k += 32)  // a lane: 256 products of at most 127 * 32767
+            products = _mm512_dpwssd_epi32(products, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(row + k))),
+                                      _mm512_loadu_si512(x + k));
+        total += sum(_mm512_castsi512_si256(products)) + sum(_mm512_extracti64x4_epi64(products, 1));
+    }
+#elif defined __AVX2__
     while (k + 16 <= n) {
-        __m256i sum = _mm256_setzero_si256();
+        __m256i products = _mm256_setzero_si256();
         for (const int end = std::min(n, k + 2048); k + 16 <= end; k += 16)  // a lane: 256 products of at most 127 * 32767
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row + k))),
-                                                          _mm256_loadu_si256((const __m256i*)(x + k))));
-        alignas(32) int32_t lanes[8];
-        _mm256_store_si256((__m256i*)lanes, sum);
-        for (int32_t lane : lanes) total += lane;
+            products = _mm256_add_epi32(products, _mm256_madd_epi16(
+                _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(row + k))), _mm256_loadu_si256((const __m256i*)(x + k))));
+        total += sum(products);
     }
 #endif
     for (; k < n; k++) total += (int32_t)row[k] * x[k];
@@ -367,11 +399,13 @@ void logits(const Head& h, const float* x, float* y, Scratch& s) {
 
 extern "C" {
 
-int has_avx2() {
-#ifdef __AVX2__
-    return 1;
+const char* instructions() {  // that the library was built for
+#ifdef __AVX512VNNI__
+    return "AVX512VNNI";
+#elif defined __AVX2__
+    return "AVX2";
 #else
-    return 0;
+    return "";
 #endif
 }
 

@@ -370,14 +370,16 @@ def checked(device, dtype, E, k, C, h):
     tiles = torch.rand(N, E, generator=generator).argsort(-1)[:, :k]
     results = []
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        # Runs inside a forward: no autocast, and no hooks of activation checkpointing.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), \
+                torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             for function, precision in ((tiles_by_triton, dtype), (plain_tiles, torch.float32)):
                 # both start from the values in the lower precision
                 inputs = [t.to(device, dtype).to(precision).requires_grad_() for t in (x, up, down)]
                 inputs.append(gates.to(device).requires_grad_())
                 y = function(*inputs[:3], tiles.to(device), inputs[3])
                 gradients = torch.autograd.grad(y, inputs, grad.to(device, dtype).to(precision))
-                results.append([t.float() for t in (y, *gradients)])
+                results.append([t.detach().float() for t in (y, *gradients)])
         distance = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
         if distance < (0.03 if dtype.itemsize == 2 else 3e-3):
             return True

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import causal_convolution, fft_size, mode_powers
@@ -136,6 +137,16 @@ def test_a_layer_with_matrix_products_equals_one_with_ffts_whatever_the_chunk_si
         found.append([y, *(p.grad for p in layer.parameters())])
     assert kernels.product_problem.cache_info().misses == 1, 'checked once'
     assert all(close(a, b, 1e-4) for a, b in zip(*found)) and not torch.equal(found[0][0], found[1][0])
+
+
+def test_the_check_of_the_products_does_not_disturb_activation_checkpointing(products):
+    found = []
+    for forward in (lambda layer, x: checkpoint(layer, x, use_reentrant=False), lambda layer, x: layer(x)):
+        layer, x = resonance(chunk_size=16), torch.randn(1, 64, 6, generator=torch.Generator().manual_seed(1))
+        forward(layer, x).square().sum().backward()
+        found.append([p.grad for p in layer.parameters()])
+    assert kernels.product_problem.cache_info().misses == 1, 'checked in the first forward, not in its repetition'
+    assert all(map(torch.equal, *found))
 
 
 @torch.no_grad()

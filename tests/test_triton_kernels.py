@@ -2,6 +2,7 @@
 
 The interpreter must be on before triton is imported. So a test of this process starts pytest again, for the other tests.
 """
+import functools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import types
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import fastest_tiles, gated_hidden, sparse_tiles
@@ -150,9 +152,9 @@ def layer(execution='auto', **keys):
     return trix
 
 
-def layer_gradients(trix, x, low=False):
+def layer_gradients(trix, x, low=False, run=None):
     with torch.autocast('cpu', torch.bfloat16, enabled=low):
-        y = trix(x)
+        y = (run or trix)(x)
     y.float().square().sum().backward()
     return [y.detach().float(), trix.up.grad, trix.down.grad]
 
@@ -193,6 +195,16 @@ def test_kernels_that_fail_their_check_are_not_used(triton_kernels, monkeypatch,
     reason = 'RuntimeError: out of resource: shared memory' if fault == 'raises' else 'the results are 1.0e-01 apart'
     error, = capsys.readouterr().err.splitlines()
     assert error.startswith(f'TriX runs without its Triton kernels, which is slower: {reason}')
+
+
+@interpreted
+def test_the_check_does_not_disturb_activation_checkpointing(triton_kernels, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, 'TRITON_DEVICES', {'cpu'})
+    trix, x = layer(), torch.randn(1, 8, 16)
+    found = layer_gradients(trix, x, low=True, run=functools.partial(checkpoint, trix, use_reentrant=False))
+    assert triton_kernels.checked.cache_info().misses == 1 and capsys.readouterr().err == ''
+    for a, b in zip(found, layer_gradients(layer('loop'), x)):
+        assert (a - b).norm() < 0.05 * b.norm()
 
 
 @outside

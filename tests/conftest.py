@@ -14,6 +14,11 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+# The first backward of a process starts a thread for each GPU, and a process with such threads cannot be forked. A process that
+# has traced a model believes that it has a GPU, if torch is built for CUDA. So the first backward is here.
+if not torch.accelerator.is_available():
+    torch.zeros((), requires_grad=True).backward()
+
 
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory):

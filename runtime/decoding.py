@@ -215,9 +215,25 @@ def compiled(function):
 
 
 def record(function):
-    """Record function() as a CUDA graph -> (a function that runs it, its output). Recording computes nothing."""
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: other threads may use the GPU meanwhile, such as the one that loads training data.
-    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
-        output = function()
+    """Record function() as a CUDA graph -> (a function that runs it, its output). Recording computes nothing.
+
+    Where recording fails, torch keeps its own stream as the current one, and the state of the random numbers stays
+    locked. A run that generates samples must go on, so both are put back."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[stream.device.index]
+    state, failure = generator.graphsafe_get_state(), None
+    generator.graphsafe_set_state(generator.clone_state())  # a step draws no random numbers: a copy serves the graph
+    try:
+        # thread_local: other threads may use the GPU meanwhile, such as the one that loads training data.
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            try:
+                output = function()
+            except Exception as error:
+                failure = error
+                raise
+    except Exception as error:
+        raise failure or error  # the end of a failed recording raises, too, and knows no reason
+    finally:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(state)
     return graph.replay, output

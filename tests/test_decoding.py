@@ -1,5 +1,6 @@
 """Decoding with fixed addresses, as a CUDA graph needs them, equals the full forward. Without a GPU: a fake records the graph."""
 import contextlib
+import types
 
 import pytest
 import torch
@@ -144,6 +145,35 @@ def test_where_no_graph_can_be_recorded_plain_steps_go_on_after_one_line(name, g
     assert_close(decoded(generation.decoder_for(model), idx, 7), model(idx)[:, 6:])
     assert capsys.readouterr().err == ('decoding without a CUDA graph, which is slower: RuntimeError: operation not permitted '
                                        'when stream is capturing\n')
+
+
+@pytest.mark.parametrize('fails', [True, False])
+def test_recording_puts_the_stream_and_the_random_state_back(monkeypatch, fails):
+    """Fakes of torch.cuda, which fail as torch does: the end of a failed recording raises, and leaves all as it is."""
+    run, recording = types.SimpleNamespace(device=torch.device('cuda', 0)), types.SimpleNamespace()
+    current = [run]
+    generator = types.SimpleNamespace(state='state of the run', clone_state=lambda: 'copy', graphsafe_get_state=lambda: generator.state,
+                                      graphsafe_set_state=lambda state: setattr(generator, 'state', state))
+
+    @contextlib.contextmanager
+    def graph(graph, capture_error_mode):
+        current[0] = recording
+        assert generator.state == 'copy'
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError('operation failed due to a previous error during capture')
+        current[0] = run
+    fakes = {'CUDAGraph': lambda: types.SimpleNamespace(replay='replay'), 'graph': graph, 'default_generators': [generator],
+             'current_stream': lambda: current[0], 'set_stream': lambda stream: current.__setitem__(0, stream)}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    if fails:
+        with pytest.raises(RuntimeError, match='operation not permitted when stream is capturing'):
+            decoding.record(lambda: failing(None))
+    else:
+        assert decoding.record(lambda: 'output') == ('replay', 'output')
+    assert current == [run] and generator.state == 'state of the run'
 
 
 @torch.no_grad()

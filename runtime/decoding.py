@@ -153,7 +153,8 @@ class Sequences:
         for _ in range(2):  # allocate, compile and choose kernels, which recording must not
             self.at_fixed_addresses(function, idx)
             rewind()
-        replay, output = self.at_fixed_addresses(lambda: record(function), idx)
+        with torch.cuda.device_of(idx):  # a graph is recorded on the current GPU, which --device=cuda:1 does not change
+            replay, output = self.at_fixed_addresses(lambda: record(function), idx)
 
         def step(idx):
             self.cache.check(idx)

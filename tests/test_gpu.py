@@ -188,6 +188,12 @@ def test_models_decode_by_a_cuda_graph(name, packs, compile):
     assert found['graph'] and found['apart'] < 1e-3, found
 
 
+def test_a_graph_that_cannot_be_recorded_leaves_the_stream_and_random_numbers():
+    found = job('failed_recording')
+    assert 'captur' in found['reason'] and found['same_stream'], found
+    assert found['drawn'] == found['expected'] and found['sum'] == 2
+
+
 def test_the_triton_kernel_is_the_plain_formula():
     from test_packed import TRITON
     products, _ = TRITON.split('assert packed.check_triton')  # the models behind it are on the CPU
@@ -313,6 +319,23 @@ def graph(name, packs, compile):
         parts = torch.stack([decoder(part) for part in idx.split([first, *[1] * (20 - first)], 1)], 1)
         apart = max(apart, (parts.cpu() - whole[:, first - 1:]).abs().max().item())
     return {'graph': decoder.current.step != decoder.current.plain, 'apart': apart}
+
+
+def failed_recording():
+    import torch
+
+    from runtime import decoding
+    torch.manual_seed(0)
+    expected = torch.rand(2, device=DEVICE).tolist()
+    x, stream, reason = torch.ones(2, device=DEVICE), torch.cuda.current_stream(), ''
+    torch.manual_seed(0)
+    try:
+        decoding.record(lambda: x.sum().item())
+    except RuntimeError as error:
+        reason = str(error)
+    drawn = torch.rand(2, device=DEVICE).tolist()
+    return {'reason': reason, 'same_stream': torch.cuda.current_stream() == stream, 'drawn': drawn, 'expected': expected,
+            'sum': x.sum().item()}
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import textwrap
 
 import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -97,7 +98,8 @@ def gpt2():
     try:
         encoding = tiktoken.get_encoding('gpt2')
     except Exception as error:  # tiktoken doesn't wrap the errors of its libraries: network, disk, sha256, ...
-        raise UserError(f"tiktoken cannot download GPT-2's tokenizer ({error!r:.200}): give Hugging Face's "
+        reason = textwrap.shorten(f'{type(error).__name__}: {error}', 160, placeholder=' ...')
+        raise UserError(f"tiktoken cannot download GPT-2's tokenizer ({reason}): give Hugging Face's "
                         'tokenizer.json of GPT-2 with --tokenizer=FILE, set TIKTOKEN_CACHE_DIR to a directory with '
                         "tiktoken's files, or do without it: --tokenizer=bpe for text, --tokenizer=none for rows of "
                         'ids')

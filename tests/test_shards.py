@@ -444,6 +444,16 @@ def test_the_number_of_val_files_is_rounded_and_both_splits_get_one(folder, tmp_
     assert (len(meta['files']['val']), len(meta['files']['train'])) == (expected, 6 - expected)
 
 
+@pytest.mark.parametrize('ratio, line', [(0.01, 'val gets 25 % of the rows instead of 1 %'), (0.25, '')])
+def test_a_val_split_of_whole_files_that_misses_val_ratio_says_its_share(tmp_path, ratio, line):
+    for i in range(4):
+        save_shard(tmp_path / 'in' / f'{i}.npy', rows(5, 33))
+    said = []
+    split(tmp_path / 'in', tmp_path / 'out', ratio, say=said.append)
+    assert [text for text in said if 'instead of' in text][:1] == [text for text in said if line and line in text]
+    assert said[-1].endswith('15 train rows from 3 files, 5 val rows from 1 file')
+
+
 def test_a_single_file_gives_its_last_rows_to_val(tmp_path):
     save_shard(tmp_path / 'in' / 'a.npy', rows(10, 33))
     meta = split(tmp_path / 'in' / 'a.npy', tmp_path / 'out', 0.25, say=silent)

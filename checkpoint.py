@@ -189,11 +189,10 @@ def consequences(changed, saved, config, state):
 
 def same_tokenizer(state, data, path, option='--resume'):
     if data.tokenizer and not state['tokenizer']:
-        raise UserError(f'{option}: {path} has no tokenizer, so it is unknown whether its ids mean the same tokens as '
-                        f'the ids of {data.path}')
+        raise UserError(f'{option}: {path} has no tokenizer: its ids may mean other tokens than the ids of {data.path}')
     if not equivalent(data.tokenizer, state['tokenizer']):
-        raise UserError(f'{option}: {path}: trained with another tokenizer than {data.path} has '
-                        f'(data {state["data"].get("fingerprint")}, here {data.fingerprint})')
+        raise UserError(f'{option}: {path}: trained with another tokenizer than {data.path} has: prepare the data with '
+                        f'its tokenizer, --tokenizer={Path(state["data"].get("path", ""), "tokenizer.json")}')
 
 
 def model_config(state, path, context=0):

@@ -251,7 +251,8 @@ def open_validation(config, model, state):
     except UserError as error:
         raise UserError(*(problem.replace('--block_size', '--context') for problem in error.args))
     if not equivalent(data.tokenizer, state['tokenizer']):
-        raise UserError(f'{path}: this data has another tokenizer than {config.run} was trained with')
+        raise UserError(f'{path}: this data has another tokenizer than {config.run} was trained with: prepare the data '
+                        f'with --tokenizer={Path(state["data"].get("path", ""), "tokenizer.json")}')
     if config.stride > data.block_size:
         raise UserError(f'--stride={config.stride} is more than the context of {data.block_size}: '
                         'tokens would be skipped')

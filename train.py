@@ -530,7 +530,7 @@ def say_first_lines(run, first):
         count = sum(len(group['params']) for group in optimizer.param_groups)
         matrices = sum(len(group['params']) for group in optimizer.param_groups if group['decays'])
         vectors = f' and {count - matrices} vectors' if name == 'optimizer' else ''
-        log.say(f'  {type(optimizer).__name__}: {matrices} matrices{vectors}')
+        log.say(f'  {type(optimizer).__name__}: {matrices} {"matrix" if matrices == 1 else "matrices"}{vectors}')
     processes = f'{group.world} processes x ' if group.world > 1 else ''
     micro_steps = f'{run.micro_steps} micro-step' + ('s' if run.micro_steps > 1 else '')
     parameters = sum(p.numel() for p in model.parameters())
@@ -653,7 +653,8 @@ def next_steps(run):
     lines = [f'sample from it: {python} sample.py {run.out} --num=3'] if run.encoding else []
     return [*lines, f'see its curves: {python} watch.py {run.out} --plot',
             f'train longer: the same command with {twice_as_long(run.config)} --resume=auto',
-            'train on your own text: the same command with --dataset=text:PATH --out_dir=runs/mine',
+            'train on your own text: the same command with --dataset=text:PATH --out_dir=runs/mine'
+            + (f' --tokenizer={run.data.path}/tokenizer.json' if run.encoding and run.config.init_from else ''),
             'read more: README.md, docs/data.md, and --help of every command']
 
 

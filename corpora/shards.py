@@ -352,8 +352,10 @@ def split(path, out, val_ratio=0.01, vocab_size=0, seed=1337, say=print, content
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 (work / name).symlink_to(checked['file'].absolute())
             finish(work, out, meta, content)
-    counts = [f'{sum(rows for *_, rows in dealt):,} {part} rows from {len(dealt):,} ' + ('files' if len(dealt) > 1 else 'file')
-              for part, dealt in parts.items()]
+    counts = []
+    for part, dealt in parts.items():
+        files = '1 file' if len(dealt) == 1 else f'{len(dealt):,} files'
+        counts.append(f'{sum(rows for *_, rows in dealt):,} {part} rows from {files}')
     say(f"{out}: {', '.join(counts)}")
     return meta
 
@@ -407,8 +409,8 @@ def deal(checked, val_ratio, seed, say):
     val = {*order[:min(max(1, round(val_ratio * len(order))), len(order) - 1)]}
     share = sum(checked[name]['rows'] for name in val) / sum(found['rows'] for found in checked.values())
     if not 0.5 < share / val_ratio < 1.5:
-        say(f'val gets {100 * share:.3g} % of the rows instead of {100 * val_ratio:.3g} % (val_ratio), because files are '
-            'not divided: use more and smaller files to come closer')
+        say(f'val gets {100 * share:.3g} % of the rows instead of {100 * val_ratio:.3g} % (val_ratio), because files '
+            'are not divided: use more and smaller files to come closer')
     return {'train': whole([name for name in checked if name not in val], 'train/'), 'val': whole(sorted(val), 'val/')}
 
 

@@ -328,7 +328,7 @@ def test_resuming_on_changed_data_is_refused(corpus, tmp_path, whole):
     other = tmp_path / 'tokens'
     prepare.main([f'--dataset=text:{corpus.parent}/[0-4]*.txt', '--vocab_size=300', f'--out={other}', '--val_ratio=0.2', '--num_proc=1'])
     code, said = finish(arguments(other, whole, '--resume=auto'))
-    assert code == 2 and 'another tokenizer' in said
+    assert code == 2 and f'another tokenizer than {other} has' in said and f'--tokenizer={corpus}/tokenizer.json' in said
 
 
 class Evil:
@@ -602,14 +602,19 @@ def test_a_prompt_that_the_tokenizer_cannot_encode_drops_only_its_own_samples(mo
 @pytest.mark.parametrize('options, longer', [
     ({}, '--max_steps=800'), ({'epochs': 1.5}, '--epochs=3'), ({'max_hours': 0.5}, '--max_steps=800 --max_hours=1')])
 def test_a_finished_run_says_what_to_do_next_in_five_lines(options, longer):
-    config = SimpleNamespace(**{'max_steps': 400, 'epochs': 0.0, 'max_hours': 0.0, **options})
+    config = SimpleNamespace(**{'max_steps': 400, 'epochs': 0.0, 'max_hours': 0.0, 'init_from': '', **options})
     python = Path(sys.executable).name
-    sample_line, *others = train.next_steps(SimpleNamespace(config=config, out=Path('runs/x'), encoding='some'))
+    run = SimpleNamespace(config=config, out=Path('runs/x'), encoding='some', data=SimpleNamespace(path='data/x'))
+    sample_line, *others = train.next_steps(run)
     assert sample_line == f'sample from it: {python} sample.py runs/x --num=3' and len(others) == 4
     assert others[:2] == [f'see its curves: {python} watch.py runs/x --plot',
                           f'train longer: the same command with {longer} --resume=auto']
-    assert '--dataset=text:PATH' in others[2] and 'docs/data.md' in others[3] and (Path(train.__file__).parent / 'docs/data.md').is_file()
-    assert train.next_steps(SimpleNamespace(config=config, out=Path('runs/x'), encoding=None)) == others  # no tokenizer
+    assert '--dataset=text:PATH --out_dir' in others[2] and 'docs/data.md' in others[3]
+    assert (Path(train.__file__).parent / 'docs/data.md').is_file()
+    config.init_from = 'runs/a'  # its tokenizer must make the ids
+    assert train.next_steps(run)[3] == f'{others[2]} --tokenizer=data/x/tokenizer.json'
+    run.encoding = None  # rows of ids without a tokenizer
+    assert train.next_steps(run) == others
 
 
 def test_tensorboard_and_wandb_get_the_numbers_of_the_metrics(corpus, tmp_path):

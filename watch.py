@@ -327,6 +327,9 @@ def remarks(runs, now):
     if not comparable(runs):
         found.append('different data or tokenizers: losses per token are not comparable, so only bits per byte are '
                      'shown, each on its own validation text')
+        without = [run.name for run in runs if not series(run.evals, 'bits_per_byte')[1]]
+        if without:
+            found.append(f'no bits per byte in {", ".join(without)}: they need a validation and a tokenizer')
     for run in runs:
         for remark in [run.state(now)[1], *hints(run.evals, run.samples, run.train)]:
             if remark:
@@ -462,8 +465,10 @@ def panels(runs):
         drawn = {'training loss': ('train', 'loss', 'tokens'),
                  'training loss over time': ('train', 'loss', time_unit(runs)),
                  'validation loss': ('evals', 'loss', 'tokens')}
-    else:
+    elif any(series(run.evals, 'bits_per_byte')[1] for run in runs):
         drawn = {'bits per byte': ('evals', 'bits_per_byte', 'tokens')}
+    else:
+        drawn = {}
     drawn['throughput'] = 'train', 'tokens_per_s', 'tokens'
     return {title: partial(draw_comparison, runs, *what) for title, what in drawn.items()}
 

@@ -54,6 +54,8 @@ def curve(axes, lines, key, color, label='', x='step', smoothed=False, **style):
     if not a:
         return
     many = len(a) > 5000  # as vectors, a page would store every point
+    if len(a) == 1 and not style.get('marker'):  # a line of one point is invisible
+        style.update(marker='o', markersize=3)
     if smoothed:
         axes.plot(a, b, color=color, linewidth=0.7, alpha=0.3, rasterized=many)
         b = running_mean(b)

@@ -475,6 +475,16 @@ def test_runs_on_different_data_are_compared_only_by_bits_per_byte(tmp_path, cap
         text, panels = compared(*runs)
         assert 'not comparable' not in text and '3.1250' in text and 'validation loss' in panels
     assert 'not comparable' in compared(a, run('other', 3.0, 1.0, vocab_size=77))[0]
+    text, panels = compared(run('rows', 3.0, None, **here), run('rows2', 3.0, None, **there))
+    assert 'no bits per byte in rows, rows2: they need a validation and a tokenizer' in text.replace(f'{tmp_path.name}/', '')
+    assert [*panels] == ['throughput']  # no empty picture
+
+
+def test_a_curve_of_one_point_is_visible(tmp_path):
+    axes = Figure().subplots()
+    runs = [watch.Run(make(tmp_path / name, [train_line(10, tokens_per_s=4096.0)], options=OPTIONS)) for name in 'ab']
+    watch.panels(runs)['throughput'](axes)
+    assert [line.get_marker() for line in axes.lines if line.get_label() in [run.name for run in runs]] == ['o', 'o']
 
 
 def test_the_schedule_of_a_config_is_drawn_before_a_run(tmp_path, monkeypatch, capsys):

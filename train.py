@@ -330,7 +330,7 @@ def loop(run, interrupt):
         if progress.skipped == config.max_skipped or train_step.zero_steps == WATCHED_STEPS:
             return diverged(run)
         if profile:
-            profile.step()
+            profile.step(last=progress.step >= config.max_steps)
         if config.profile and train_step.steps == 1:
             table = profiling.memory_breakdown(model, list(train_step.optimizers.values()), run.micro_batch_size,
                                                run.device, run.dtype)

@@ -343,11 +343,12 @@ class Profile:
         with quiet_libraries():
             self.profiler.start()
 
-    def step(self):
-        """Call after every optimizer step. Does nothing once the recording is complete."""
+    def step(self, last=False):
+        """Call after every optimizer step. Does nothing once the recording is complete. last: of the run, so what
+        follows (validation, samples, saving) does not count."""
         if self.profiler:
             self.done += 1
-            if self.done < self.first + self.steps:
+            if self.done < self.first + self.steps and not last:
                 with quiet_libraries():
                     self.profiler.step()
                     # torch warns when the first block is freed whose allocation it has not seen. Free one here.

@@ -379,6 +379,12 @@ def test_a_run_that_ends_early_writes_what_there_is_or_says_so(tmp_path):
     train(profile, 3)
     profile.close()
     assert {'ProfilerStep#1', 'ProfilerStep#2'} <= set(recorded(tmp_path)[0]) and 'steps 2 to 3' in said[0]
+    profile = Profile(tmp_path / 'ends', CPU, first=1, steps=5, say=said.append)
+    train(profile, 2)
+    profile.step(last=True)
+    torch.ones(3).cosh()  # a validation at the end of the run
+    profile.close()
+    assert 'steps 2 to 3' in said.pop() and 'aten::cosh' not in recorded(tmp_path / 'ends')[1]
     profile = Profile(tmp_path / 'short', CPU, say=said.append)
     train(profile, 3)
     profile.close()

@@ -238,7 +238,7 @@ def check_room(encoding, sample, size, config, work):
     if not tokens:
         return
     need, free = id_dtype(encoding.n_vocab).itemsize * tokens, shutil.disk_usage(work).free
-    print(f'about {tokens / 1e6:,.1f}M tokens, {need / 1e9:,.3f} GB on disk ({free / 1e9:,.3f} GB are free)',
+    print(f'about {tokens / 1e6:,.1f}M tokens, {need / 1e6:,.1f} MB on disk ({free / 1e9:,.1f} GB are free)',
           flush=True)
     if need > free:
         raise UserError(f'{work.parent}: about {need / 1e9:,.3f} GB of tokens, but only {free / 1e9:,.3f} GB are free: '

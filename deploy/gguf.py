@@ -200,7 +200,8 @@ def interleaved_rotary(weight, heads):
 def check_types(tensors):
     """UserError if a weight of {name: (weight, type)} can't be stored as its type."""
     wrong = [f'{name}: its rows of {weight.size(-1)} weights do not divide into the blocks of {MATRICES[kind]} '
-             f'that {kind} has: choose another type, such as F16'
+             f'that {kind} has: choose another type, such as '
+             + ('--embeddings=F16' if name in ('token_embd', 'output') else '--matrices=F16')
              for name, (weight, kind) in tensors.items() if weight.size(-1) % MATRICES[kind]]
     if wrong:
         raise UserError(*wrong[:2])

@@ -263,7 +263,7 @@ def test_what_transformers_cannot_express_is_refused(keys, what, tokenizer, tmp_
     (dict(qk_norm=True), 'qk_norm=True'), (dict(embed_norm=True), 'embed_norm=True'), (dict(embed_taps=2), 'embed_taps=2'),
     (dict(logit_softcap=30.0), 'logit_softcap=30.0'), (dict(bias=True), 'bias=True'), (dict(ffn='bitnet'), 'ffn=bitnet with linear=dense'),
     (dict(linear='bitnet', tie_embeddings=False), 'the head tied to the embedding'),
-    (dict(linear='bitnet'), 'blk.0.attn_q: its rows of 64 weights do not divide into the blocks of 256 that TQ2_0 has')])
+    (dict(linear='bitnet'), 'blk.0.attn_q: its rows of 64 weights do not divide into the blocks of 256 that TQ2_0 has: choose another type, such as --matrices=F16')])
 def test_what_llama_cpp_cannot_express_is_refused(keys, what, tokenizer, tmp_path):
     model = GPT(GPTConfig(**{**LLAMA, **keys}))
     with pytest.raises(UserError, match=what):

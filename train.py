@@ -649,12 +649,12 @@ def ended(run, finished):
 
 def next_steps(run):
     """What to do with the result of a finished run, one line each."""
-    python = Path(sys.executable).name
+    config, python = run.config, Path(sys.executable).name
     lines = [f'sample from it: {python} sample.py {run.out} --num=3'] if run.encoding else []
+    same = f' --tokenizer={run.data.path}/tokenizer.json' if config.init_from and config.tokenizer == 'bpe' else ''
     return [*lines, f'see its curves: {python} watch.py {run.out} --plot',
-            f'train longer: the same command with {twice_as_long(run.config)} --resume=auto',
-            'train on your own text: the same command with --dataset=text:PATH --out_dir=runs/mine'
-            + (f' --tokenizer={run.data.path}/tokenizer.json' if run.encoding and run.config.init_from else ''),
+            f'train longer: the same command with {twice_as_long(config)} --resume=auto',
+            f'train on your own text: the same command with --dataset=text:PATH --out_dir=runs/mine{same}',
             'read more: README.md, docs/data.md, and --help of every command']
 
 

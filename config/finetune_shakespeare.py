@@ -1,8 +1,8 @@
-# Finetunes GPT-2 (124M parameters) on Shakespeare: 80 steps, about two passes over 1 MB of text. The shape comes from
-# the pretrained model. The text is downloaded once. Without a network, bring the model and the text:
-# `--init_from=hf:DIRECTORY --tokenizer=DIRECTORY/tokenizer.json`, and data/tinyshakespeare.txt.
+# Finetunes GPT-2 (124M parameters) on Shakespeare: 80 steps, about two passes over 1 MB of text. The shape and the
+# tokenizer come from the pretrained model. The text is downloaded once. Without a network, bring the model and the
+# text: `--init_from=hf:DIRECTORY`, and data/tinyshakespeare.txt.
 init_from = 'gpt2'
-dataset, tokenizer = 'shakespeare', 'gpt2'
+dataset = 'shakespeare'
 
 block_size = 256  # of GPT-2's 1,024 positions
 batch_size = 8

@@ -602,7 +602,7 @@ def test_a_prompt_that_the_tokenizer_cannot_encode_drops_only_its_own_samples(mo
 @pytest.mark.parametrize('options, longer', [
     ({}, '--max_steps=800'), ({'epochs': 1.5}, '--epochs=3'), ({'max_hours': 0.5}, '--max_steps=800 --max_hours=1')])
 def test_a_finished_run_says_what_to_do_next_in_five_lines(options, longer):
-    config = SimpleNamespace(**{'max_steps': 400, 'epochs': 0.0, 'max_hours': 0.0, 'init_from': '', **options})
+    config = SimpleNamespace(**{'max_steps': 400, 'epochs': 0.0, 'max_hours': 0.0, 'init_from': '', 'tokenizer': 'bpe', **options})
     python = Path(sys.executable).name
     run = SimpleNamespace(config=config, out=Path('runs/x'), encoding='some', data=SimpleNamespace(path='data/x'))
     sample_line, *others = train.next_steps(run)
@@ -613,7 +613,7 @@ def test_a_finished_run_says_what_to_do_next_in_five_lines(options, longer):
     assert (Path(train.__file__).parent / 'docs/data.md').is_file()
     config.init_from = 'runs/a'  # its tokenizer must make the ids
     assert train.next_steps(run)[3] == f'{others[2]} --tokenizer=data/x/tokenizer.json'
-    run.encoding = None  # rows of ids without a tokenizer
+    config.tokenizer, run.encoding = 'none', None  # rows of ids without a tokenizer
     assert train.next_steps(run) == others
 
 

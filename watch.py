@@ -536,7 +536,8 @@ def no_run(path):
     if any(os.path.lexists(os.path.join(path, name)) for name in names):
         return ''
     inside = [str(file.parent) for file in sorted(Path(path).glob('*/config.json'))]
-    runs = f'; it contains the runs {", ".join(inside[:3])}' if inside else ''
+    more = f' and {len(inside) - 3} more' if len(inside) > 3 else ''
+    runs = f'; it contains the runs {", ".join(inside[:3])}{more}' if inside else ''
     return f'{path}: not a run, because it has none of {", ".join(names)}{runs}'
 
 

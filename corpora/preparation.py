@@ -211,9 +211,13 @@ def summary(out):
     train, val = (meta['files'][split] for split in ('train', 'val'))
     tokens, size = (sum(file[key] for file in train + val) for key in ('tokens', 'bytes'))
     counts = meta['documents']
-    dropped = ''.join(f', {count:,} {name}' for name, count in counts.items()
-                      if name not in ('read', 'train', 'val') and count)
-    print(f"{counts['read']:,} documents read, {counts['train'] + counts['val']:,} kept{dropped}")
+    drops = {name: count for name, count in counts.items() if name not in ('read', 'train', 'val') and count}
+    dropped = ''.join(f', {count:,} {name}' for name, count in drops.items())
+    kept, not_dropped = counts['train'] + counts['val'], counts['read'] - sum(drops.values())
+    cut = ''
+    if kept > not_dropped:  # the document at the cut of a split by position
+        kept, cut = not_dropped, ' (one is cut, and counts in train and in val)'
+    print(f"{counts['read']:,} documents read, {kept:,} kept{cut}{dropped}")
     train_tokens, val_tokens = (sum(file['tokens'] for file in split) for split in (train, val))
     print(f"{out}: {train_tokens:,} train + {val_tokens:,} val tokens from "
           f"{counts['train'] + counts['val']:,} documents, {size / 1e6:.1f} MB, {size / tokens:.2f} bytes per token, "

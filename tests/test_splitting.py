@@ -99,7 +99,9 @@ def test_two_characters_are_enough_with_bytes_for_tokens(tmp_path):
 
 def test_one_line_explains_the_split_by_position(tmp_path, capsys):
     out = prepared(written(tmp_path, text_of(95_000, '\r')), tmp_path / 'out')
-    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('split by position')]
+    output = capsys.readouterr().out
+    assert '1 documents read, 1 kept (one is cut, and counts in train and in val)\n' in output
+    line, = [line for line in output.splitlines() if line.startswith('split by position')]
     assert line == ('split by position: val is the last part of the text, because a split of 1 document by hash '
                     'puts 0.0% of the text into val')
     assert documents(out, 'val')[0] in text_of(95_000, '\r')

@@ -637,7 +637,7 @@ def ended(run, finished):
                 f'{progress.plateau_step:,} ({progress.plateau_loss:.4f}): '
                 f'stopping at step {progress.step:,} of {config.max_steps:,}')
     write_status(run, 'finished', loss=run.last_loss)
-    result = f'last loss {run.last_loss}'
+    result = 'no step was left' if run.last_loss is None else f'last loss {run.last_loss:.4f}'
     if math.isfinite(progress.best):
         result = f'best validation loss {progress.best:.4f} at step {progress.best_step:,}'
     log.say(f'finished: {progress.step:,} steps, {progress.tokens:,} tokens '

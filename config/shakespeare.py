@@ -1,4 +1,4 @@
-# Shakespeare in three minutes on two CPU cores: 722,304 parameters.
+# Shakespeare in two minutes on two CPU cores: 722,304 parameters.
 # A BPE vocabulary of 1,024 tokens replaces nanoGPT's characters. The split is nanoGPT's: 90 % and 10 % by position.
 # Loss per character: bits per byte x ln 2, because every character here is one byte.
 n_layer, n_head, n_embd = 3, 4, 128

@@ -79,10 +79,12 @@ def interleaved(candidates, repeats, warmup=2, title='rounds'):
     {name: function that returns seconds} -> {name: seconds of each repeat}. Candidates run in turn, so that a drift
     of the machine's speed affects all of them alike. The first `warmup` rounds do not count.
     """
-    progress, rounds = Progress(title, warmup + repeats), []
+    progress, rounds = Progress(title, (warmup + repeats) * len(candidates)), []
     for _ in range(warmup + repeats):
-        rounds.append({name: function() for name, function in candidates.items()})
-        progress.step()
+        rounds.append({})
+        for name, function in candidates.items():
+            rounds[-1][name] = function()
+            progress.step()
     return {name: [seconds[name] for seconds in rounds[warmup:]] for name in candidates}
 
 

@@ -18,11 +18,13 @@ import settings
 from benchmarks.blocks import is_cpu, supports
 from benchmarks.measure import Candidate, compare, report, side_by_side, training_step
 from configurator import UserError
-from model import GPTConfig
+from model import GPT, GPTConfig
 from runtime import device as hardware
 from runtime import plan
 
 CARDS_GB = (8, 12, 16, 24)  # columns of `memory`
+LONGEST = 12 * 3600  # seconds; `steps` does not start if it takes longer
+QUICK = 2  # repeats of `steps --quick`
 
 
 def options_of(config, *changed):
@@ -38,11 +40,15 @@ def options_of(config, *changed):
 def steps(config):
     """
     Training steps of --model with one change at a time, each beside `base` in turn: fp32, eager, and the config file's
-    own batch, chunks and activation checkpointing. `ratio`: tokens/s over those of `base` within a repeat.
+    own batch, chunks and activation checkpointing. `ratio`: tokens/s over those of `base` within a repeat. The time
+    is estimated first, and UserError if it is longer than LONGEST.
     """
     base, changes = variations(config)
-    repeats = 2 if config.quick else max(2, config.repeats // 3)
+    repeats = QUICK if config.quick else max(2, config.repeats // 3)
     T = base.shape.block_size
+    print(f'{config.model}: training steps of {base.batch_size} x {T:,} tokens in fp32, and with one change at a time: '
+          f'{", ".join(changes)}', flush=True)
+    check_time(config, base, changes, repeats)
     # Alone first: it must fit. Later, two models are in memory at a time.
     times, peaks = beside(f'{config.model}, base alone', {'base': base}, 2, config)
     if times is None:
@@ -63,6 +69,24 @@ def steps(config):
                      'ratio': row['ratio'] * more, 'low': row['low'] * more, 'high': row['high'] * more,
                      'peak GB': peaks[name]})
     report('steps', rows, config, options_of(config), name=f'steps_{Path(config.model).stem}')
+
+
+def check_time(config, base, changes, repeats):
+    """Print how long `steps` takes, by an estimate. UserError if it takes longer than LONGEST."""
+    device = hardware.resolve(config.device, 'float32')[0]
+    speed, how = plan.achieved(device, torch.float32)
+    with torch.device('meta'):
+        flops = GPT(replace(base.shape, eot_id=0)).flops_per_token() * base.shape.block_size * base.batch_size
+    # A change runs beside base. Each step counts as that of base, times its batch size over that of base.
+    beside_base = sum(1 + change.batch_size / base.batch_size for change in changes.values())
+    step, alone = flops / speed, 1 + 2
+    seconds, quick_seconds = (step * (alone + (1 + n) * beside_base) for n in (repeats, QUICK))
+    print(f'a step takes about {plan.duration(step)} and the whole command about {plan.duration(seconds)}, '
+          f'by an estimate: {how}. Compiling and starting processes come on top', flush=True)
+    if seconds > LONGEST:
+        quick = '--quick, or ' if quick_seconds <= LONGEST else ''
+        raise UserError(f'{config.model}: more than {plan.duration(LONGEST)} on {device}: try {quick}a faster '
+                        'device, or a copy of the file with a smaller batch_size, block_size or n_layer')
 
 
 def variations(config):

@@ -306,6 +306,7 @@ def test_steps_measures_one_change_at_a_time_and_counts_tokens(tmp_path, monkeyp
             raise UserError('a process has died')
         return {'base': [2.0, 2.0], name: [4.0 if name == 'compile' else 2.0] * 2}, dict.fromkeys(candidates, 0.5)
     monkeypatch.setattr(presets, 'side_by_side', side_by_side)
+    monkeypatch.setattr(presets.plan, 'achieved', lambda *words: (1e10, 'as agreed'))
     bench.main(['steps', '--device=cpu', f"--model={tmp_path / 'x.py'}", f'--out={tmp_path}/out'])
     rows = {row['change']: row for row in json.loads(result_file(tmp_path / 'out', 'steps_x.json').read_text())['rows']}
     assert list(rows) == ['base', 'compile', 'activation checkpointing on', 'chunk_size=16', 'batch_size=2', 'batch_size=8: out of memory']
@@ -313,6 +314,25 @@ def test_steps_measures_one_change_at_a_time_and_counts_tokens(tmp_path, monkeyp
     assert rows['batch_size=8: out of memory']['ratio'] == '' and seen['chunk_size=16'].shape.chunk_size == 16
     base, on = seen['base'], seen['activation checkpointing on']
     assert (base.dtype, base.compile, base.options.activation_checkpointing, on.options.activation_checkpointing) == ('float32', 'false', False, True)
+
+
+def test_steps_says_what_it_measures_and_how_long_it_takes_and_refuses_more_than_half_a_day(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'x.py').write_text("block_size = 128\nbatch_size = 4\n")
+    monkeypatch.setattr(presets, 'side_by_side', lambda *words: ({'base': [1.0, 1.0], list(words[1])[-1]: [1.0, 1.0]}, {'base': 1.0, list(words[1])[-1]: 1.0}))
+    monkeypatch.setattr(presets.GPT, 'flops_per_token', lambda model: 1e9)
+    words = ['steps', '--device=cpu', f"--model={tmp_path / 'x.py'}", f'--out={tmp_path}/out']
+    monkeypatch.setattr(presets.plan, 'achieved', lambda *words: (512e9, 'as agreed'))  # one second a step
+    bench.main(words)
+    # base alone three times, then 1 + 5 rounds of base beside compile, checkpointing, half of the batch and twice the batch
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"{tmp_path / 'x.py'}: training steps of 4 x 128 tokens in fp32, and with one change at a time: "
+        'compile, activation checkpointing on, batch_size=2, batch_size=8',
+        'a step takes about 1 s and the whole command about 54 s, by an estimate: as agreed. '
+        'Compiling and starting processes come on top']
+    monkeypatch.setattr(presets.plan, 'achieved', lambda *words: (512e6, 'as agreed'))
+    with pytest.raises(UserError, match='more than 12 h on cpu: try --quick, or a faster device, or a copy of the file'):
+        bench.main(words)
+    bench.main([*words, '--quick'])  # 3 + 3 * 8.5 steps of 1,000 s are 7.9 h
 
 
 def test_the_memory_table_has_every_batch_precision_and_card(tmp_path, monkeypatch):

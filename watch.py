@@ -249,6 +249,15 @@ def last_line(run, now, absolute):
     return f'{duration(run.seen - now)} in the future' if run.seen > now + 1 else f'{duration(now - run.seen)} ago'
 
 
+def training_time(run):
+    """The time of the training lines, as text. A run that continues another run has only its own lines."""
+    if not run.train or 'seconds' not in run.train[-1]:
+        return ''
+    first = run.train[0]['step']
+    starts = [event['step'] for event in run.events if event['event'] == 'resumed' and 0 < event.get('step', 0) < first]
+    return duration(run.train[-1]['seconds']) + (f' since step {max(starts):,}' if starts else '')
+
+
 def facts(run, now, absolute=False):
     """
     {name: short text} of everything to show about a run. The text is empty if there is nothing to show.
@@ -268,7 +277,7 @@ def facts(run, now, absolute=False):
         'progress': f'[{"#" * int(20 * part):-<20}] {100 * part:.0f} %',
         'step': f'{run.step:,.0f} of {run.max_steps:,.0f}',
         'time left': duration(run.status['eta']) if running and 'eta' in run.status and not absolute else '',
-        'training time': duration(run.train[-1]['seconds']) if run.train and 'seconds' in run.train[-1] else '',
+        'training time': training_time(run),
         'tokens': show(run.train[-1] if run.train else {}, '{:,.0f}', 'tokens'),
         'loss curve': sparkline(series(run.train, 'loss')[1]),
         'training loss': training,

@@ -96,6 +96,13 @@ def test_status_of_a_healthy_run_says_what_its_files_say(tmp_path):
     assert watch.remarks([watch.Run(tmp_path / 'x')], time.time()) == []
 
 
+def test_the_training_time_of_a_run_that_continues_another_says_from_which_step(tmp_path):
+    resumed = {'kind': 'event', 'event': 'resumed', 'step': 100}
+    own = [resumed, *(train_line(step) for step in range(110, 310, 10))]
+    assert facts(make(tmp_path / 'second', own))['training time'] == '1 min 40 s since step 100'
+    assert facts(make(tmp_path / 'same', [*LINES, resumed]))['training time'] == '2 min 30 s'
+
+
 def test_a_killed_run_is_reported_with_the_way_to_continue(tmp_path):
     child = subprocess.Popen(['true'])
     child.wait()

@@ -409,7 +409,8 @@ def memory_lines(config, memory):
         table.append(('  base', readable(memory.base), 'Python and torch, before the model'))
     verdict = 'fits' if memory.fits(now) else 'DOES NOT FIT'
     if not seen:
-        verdict += ' (an estimate, without what operators and malloc hold: nothing was run)'
+        heap = ', which can be as much again for tensors below 32 MB' if target.device.type == 'cpu' else ''
+        verdict += f' (an estimate, without what operators and malloc hold{heap}: nothing was run)'
     table.append(('  total', readable(memory.base + step),
                   f'of {readable(target.memory_limit)} of {target.limit_name}: {verdict}'))
     cells = [('  batch_size', 'plain', '', '--activation_checkpointing=true', '')]

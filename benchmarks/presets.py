@@ -21,6 +21,7 @@ from configurator import UserError
 from model import GPT, GPTConfig
 from runtime import device as hardware
 from runtime import plan
+from runtime.runlog import duration
 
 CARDS_GB = (8, 12, 16, 24)  # columns of `memory`
 LONGEST = 12 * 3600  # seconds; `steps` does not start if it takes longer
@@ -81,11 +82,11 @@ def check_time(config, base, changes, repeats):
     beside_base = sum(1 + change.batch_size / base.batch_size for change in changes.values())
     step, alone = flops / speed, 1 + 2
     seconds, quick_seconds = (step * (alone + (1 + n) * beside_base) for n in (repeats, QUICK))
-    print(f'a step takes about {plan.duration(step)} and the whole command about {plan.duration(seconds)}, '
+    print(f'a step takes about {duration(step)} and the whole command about {duration(seconds)}, '
           f'by an estimate: {how}. Compiling and starting processes come on top', flush=True)
     if seconds > LONGEST:
         quick = '--quick, or ' if quick_seconds <= LONGEST else ''
-        raise UserError(f'{config.model}: more than {plan.duration(LONGEST)} on {device}: try {quick}a faster '
+        raise UserError(f'{config.model}: more than {duration(LONGEST)} on {device}: try {quick}a faster '
                         'device, or a copy of the file with a smaller batch_size, block_size or n_layer')
 
 

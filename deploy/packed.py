@@ -97,7 +97,7 @@ def compiled(flags):
             subprocess.run(command, input=source, check=True, capture_output=True)
             os.replace(f'{work}/{name}', folder / name)
     found = ctypes.CDLL(str(folder / name))
-    for function in (found.ternary, found.tiles, found.int8_rows, found.step):
+    for function in (found.ternary, found.tiles, found.int8_rows, found.embed, found.step):
         function.restype = None
     found.instructions.restype = ctypes.c_char_p
     return found
@@ -167,6 +167,8 @@ def c_ints(names):
 
 Matrix = c_struct('Matrix', 'data bias', c_ints('rows cols sub_norm') + [('scale', ctypes.c_float)])
 Head = c_struct('Head', 'norm norm_bias data scale', c_ints('rows cols layer_norm') + [('softcap', ctypes.c_float)])
+Embedding = c_struct('Embedding', 'data scale positions taps low',
+                     c_ints('cols norm n_taps') + [('unit', ctypes.c_float)])
 Tiles = c_struct('Tiles', 'up down up_scale down_scale signatures balance slope up_bias down_bias',
                  c_ints('tiles shared k h digits act'))
 Layer = c_struct('Layer', 'mixer_norm mixer_bias ffn_norm ffn_bias', [
@@ -370,6 +372,14 @@ class PackedGPT(GPT):
         self.head = Head(data_ptr(self.norm.weight), data_ptr(getattr(self.norm, 'bias', None)), data_ptr(codes),
                          data_ptr(scale), *codes.shape, config.norm == 'layernorm', config.logit_softcap)
         self.angles = (mixer.cos, mixer.sin) if mixer.rotary else (None, None)
+        wte, taps = self.wte, self.taps
+        if isinstance(wte, Int8Embedding):
+            table, scale, low = wte.codes, wte.scale, wte.low
+        else:
+            table, scale, low = wte.weight, None, None
+        positions = self.wpe.weight if self.wpe else None
+        self.embedding = Embedding(*map(data_ptr, (table, scale, positions, taps, low)), config.n_embd,
+                                   config.embed_norm, 0 if taps is None else len(taps), LOW)
         return self
 
     def forward(self, idx, targets=None, cache=None, last=False, teacher=None):
@@ -378,7 +388,17 @@ class PackedGPT(GPT):
         if idx.device.type != 'cpu' or traced() or torch.is_tensor(cache.pos) or library() is None:
             return super().forward(idx, targets, cache, last, teacher)
         documents = self.documents(idx, cache) if self.config.document_mask else None
-        return self.by_library(self.embed(idx, cache, documents).float(), cache, documents)
+        recent, taps = cache.short.recent, self.taps is not None
+        if documents is not None or taps and (recent is None or recent.dtype != torch.float32):
+            x = self.embed(idx, cache, documents).float()
+        else:
+            cache.check(idx)
+            x = self.norm.weight.new_empty(len(idx), 1, self.config.n_embd)
+            for b, (token,) in enumerate(idx.tolist()):
+                assert 0 <= token < self.config.vocab_size, f'no token {token}'
+                library().embed(ctypes.byref(self.embedding), ctypes.c_int64(token), cache.pos,
+                                pointer(recent[b]) if taps else None, pointer(x[b]))
+        return self.by_library(x, cache, documents)
 
     def by_library(self, x, cache, documents=None):
         """x (B, 1, C), embeddings of the next tokens, which are overwritten -> logits (B, 1, vocab_size)"""

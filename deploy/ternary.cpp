@@ -198,6 +198,14 @@ struct Layer {
     int C, n_head, n_kv_head, positions, layer_norm, rotary, qk_norm, act;  // act: 0 gelu, 1 relu2, 2 silu with a gate
 };
 
+struct Embedding {  // the table: (rows, cols) int8 with a scale a row and perhaps a second byte, or fp32 where scale is null
+    const void* data;
+    const float *scale, *positions, *taps;  // positions: learned ones, taps: (n_taps, cols); null for none
+    const int8_t* low;  // second bytes, 1 / unit of the scale; null for none
+    int cols, norm, n_taps;
+    float unit;
+};
+
 struct Head {  // logits: (rows, cols) int8 with a scale a row, or fp32 where scale is null, behind the last norm
     const float *norm, *norm_bias;
     const void* data;
@@ -448,6 +456,26 @@ void tiles(const Trix* t, const float* x, int n, int k, const int64_t* tiles, co
     Scratch s;
 #pragma omp parallel num_threads(threads) if (threads > 1 && (int64_t)k * t->h * n > 65536)
     trix(*t, x, n, y, k, tiles, gates, s);
+}
+
+// x (C): the input of the first block for token `id` at position pos. recent (n_taps - 1, C): the inputs of the taps before it,
+// the oldest first, which it joins.
+void embed(const Embedding* e, int64_t id, int pos, float* recent, float* x) {
+    const int n = e->cols;
+    const int8_t *codes = (const int8_t*)e->data + id * n, *low = e->low ? e->low + id * n : nullptr;
+    for (int k = 0; k < n; k++)
+        x[k] = !e->scale ? ((const float*)e->data)[id * n + k] : (low ? codes[k] + low[k] / e->unit : codes[k]) * e->scale[id];
+    if (e->positions)
+        for (int k = 0; k < n; k++) x[k] += e->positions[(int64_t)pos * n + k];
+    if (e->norm) rms(x, n, nullptr);
+    if (!e->n_taps) return;
+    const std::vector<float> z(x, x + n);
+    for (int k = 0; k < n; k++) x[k] *= e->taps[k];
+    for (int j = 1; j < e->n_taps; j++)
+        for (int k = 0; k < n; k++) x[k] += recent[(int64_t)(e->n_taps - 1 - j) * n + k] * e->taps[j * n + k];
+    if (e->n_taps == 1) return;
+    std::copy(recent + n, recent + (int64_t)(e->n_taps - 1) * n, recent);
+    std::copy(z.begin(), z.end(), recent + (int64_t)(e->n_taps - 2) * n);
 }
 
 // One token from its embedding x (C), at position pos, through all blocks, whose keys and values it joins, to its logits y.

@@ -179,6 +179,25 @@ def test_embeddings_of_every_kind(embeddings, apart, tied):
     assert torch.allclose(steps, other(ids()[:1]), rtol=0, atol=1e-4)
 
 
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize('keys', [dict(), dict(positions='learned', embed_norm=True), dict(embed_taps=1),
+                                  dict(embed_taps=4, embed_norm=True, ffn='trix')])
+@pytest.mark.parametrize('embeddings', ['float32', 'int8'])  # with TriX, int8 has a second byte
+def test_the_embedding_of_the_library_is_that_of_the_model(keys, embeddings, monkeypatch):
+    model, seen = packed.build(*opened(trained(**{'linear': 'bitnet', **keys}), embeddings)), []
+    monkeypatch.setattr(model, 'by_library', lambda x, *_: seen.append(x.clone()) or x)
+    cache, tokens = model.new_cache(2), ids(9)
+    wanted = model.embed(tokens)
+    model(tokens[:, :3], cache=cache)
+    for t in range(3, 9):
+        model(tokens[:, t:t + 1], cache=cache)
+        cache.pos += 1  # by_library would do it
+    assert torch.allclose(torch.cat(seen, 1), wanted[:, 3:], rtol=1e-6, atol=1e-6)
+    with pytest.raises(AssertionError, match='no token 97'):
+        model(torch.tensor([[97], [1]]), cache=cache)
+
+
 @torch.no_grad()
 def test_int8_embeddings_do_not_move_the_routing_of_trix():
     """The second byte of the input embedding makes the worst log-probability at least ten times closer than one byte does."""

@@ -348,7 +348,7 @@ def head(config):
     """
     device, dtype, description = hardware.resolve(config.device, 'float32')
     if device.type == 'cuda':
-        dtype = torch.bfloat16
+        device, dtype, description = hardware.resolve(config.device, 'bfloat16')
     N, C, V = HEAD_SHAPES.get(device.type, HEAD_SHAPES['cpu'])
     torch.manual_seed(0)
     x = torch.randn(N, C, device=device, dtype=dtype).requires_grad_()

@@ -127,7 +127,7 @@ def ternary_product(x: Tensor, size: Optional[Tensor], codes: Tensor, scale: Ten
 
 
 ternary_product.register_fake(lambda x, size, codes, scale, chosen: x.new_empty(
-    len(chosen), codes.size(1), dtype=torch.float32))
+    chosen.size(0), codes.size(1), dtype=torch.float32))
 
 
 def is_small_batch(x):

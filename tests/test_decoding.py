@@ -8,6 +8,7 @@ import test_documents
 from test_blocks import VARIANTS, T, V, assert_close, build, each_part, tolerance, tokens  # noqa: F401
 from test_packed import VARIANTS as PACKED
 from test_packed import ids, opened, trained
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from deploy import packed
 from runtime import compiler, decoding, generation
@@ -241,3 +242,15 @@ def test_inside_a_fixed_position_the_cache_keeps_its_own(graphs):
     with contextlib.suppress(ZeroDivisionError), cache.at(torch.tensor([3])):
         1 / 0
     assert cache.pos == cache.layers[0][0].pos == 3
+
+
+def test_a_packed_product_is_traced_for_any_number_of_rows():
+    """Otherwise the prompts of a packed model on a GPU could not be compiled once for all lengths."""
+    codes = packed.pack_codes(torch.zeros(2, 8, 16, dtype=torch.int64))
+    inputs = torch.zeros(5, 16), codes, torch.ones(2), torch.zeros(5, dtype=torch.int64)
+
+    def product(x, codes, scale, chosen):
+        return packed.ternary_product(x, None, codes, scale, chosen)
+    graph = make_fx(product, tracing_mode='symbolic')(*inputs).graph
+    rows = next(node for node in graph.nodes if 'ternary_product' in str(node.target)).meta['val'].size(0)
+    assert isinstance(rows, torch.SymInt)

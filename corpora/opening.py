@@ -76,7 +76,7 @@ def open_dataset(config, prepare=True, verify='once', say=speak):
             speak(f'  already prepared (use them with --dataset=DIR): {", ".join(others)}')
         command = [sys.executable, str(SCRIPT), f'--dataset={name}', f'--out={path}', *words]
         if code := subprocess.run(command).returncode:  # prepare.py has printed the reason
-            if code == 2 and name != 'pylib':
+            if code == 2 and name != 'pylib' and not name.startswith(('shards:', 'bins:')):
                 speak('to prepare it with more options, add them to this command, then train again: '
                       f'{shlex.join(["python", "prepare.py", *command[2:]])}')
             sys.exit(code)

@@ -476,7 +476,7 @@ def test_two_runs_never_write_into_one_directory(corpus, tmp_path, whole):
 def test_muon_trains_the_matrices_and_resumes_exactly(corpus, tmp_path):
     words = ['--optimizer=muon', '--matrix_lr=2e-2', '--ffn=swiglu', '--keep=0']
     code, said = finish(arguments(corpus, tmp_path / 'whole', *words))
-    assert code == 0 and 'Muon: 7 matrices' in said and 'AdamW: 1 matrices and 3 vectors' in said
+    assert code == 0 and 'Muon: 7 matrices' in said and 'AdamW: 1 matrix and 3 vectors' in said
     state = checkpoint.load(tmp_path / 'whole/checkpoints/step_0000020.pt')
     rates = [state[key]['param_groups'][0]['lr'] for key in ('optimizer', 'muon')]  # learning_rate is 1e-2
     assert 0 < rates[0] < 1e-2 and rates[1] == pytest.approx(2 * rates[0])

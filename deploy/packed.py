@@ -388,17 +388,20 @@ class PackedGPT(GPT):
         if idx.device.type != 'cpu' or traced() or torch.is_tensor(cache.pos) or library() is None:
             return super().forward(idx, targets, cache, last, teacher)
         documents = self.documents(idx, cache) if self.config.document_mask else None
+        return self.by_library(self.embed_next(idx, cache, documents), cache, documents)
+
+    def embed_next(self, idx, cache, documents):
+        """The next tokens (B, 1) -> (B, 1, C) fp32, the input of the first block."""
         recent, taps = cache.short.recent, self.taps is not None
         if documents is not None or taps and (recent is None or recent.dtype != torch.float32):
-            x = self.embed(idx, cache, documents).float()
-        else:
-            cache.check(idx)
-            x = self.norm.weight.new_empty(len(idx), 1, self.config.n_embd)
-            for b, (token,) in enumerate(idx.tolist()):
-                assert 0 <= token < self.config.vocab_size, f'no token {token}'
-                library().embed(ctypes.byref(self.embedding), ctypes.c_int64(token), cache.pos,
-                                pointer(recent[b]) if taps else None, pointer(x[b]))
-        return self.by_library(x, cache, documents)
+            return self.embed(idx, cache, documents).float()
+        cache.check(idx)
+        x = self.norm.weight.new_empty(len(idx), 1, self.config.n_embd)
+        for b, (token,) in enumerate(idx.tolist()):
+            assert 0 <= token < self.config.vocab_size, f'no token {token}'
+            library().embed(ctypes.byref(self.embedding), ctypes.c_int64(token), cache.pos,
+                            pointer(recent[b]) if taps else None, pointer(x[b]))
+        return x
 
     def by_library(self, x, cache, documents=None):
         """x (B, 1, C), embeddings of the next tokens, which are overwritten -> logits (B, 1, vocab_size)"""
